@@ -1,0 +1,34 @@
+"""
+Adaptive vision transformers for Hugging Face Transformers.
+
+Importing this package registers its models with the Auto classes, so that `AutoModelForImageClassification` and
+`pipeline("image-classification")` load them like any model of Transformers.
+"""
+
+from .auto import register_models
+from .models.configuration_thinkingvit import Stage, ThinkingViTConfig
+from .models.early_exit import StagedImageClassifierOutput
+from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion, ExitRule
+from .models.modeling_thinkingvit import (
+    ThinkingViTForImageClassification,
+    ThinkingViTModel,
+    ThinkingViTPreTrainedModel,
+)
+
+
+
+
+__all__ = [
+    "EXIT_CRITERIA",
+    "ExitCriterion",
+    "ExitRule",
+    "Stage",
+    "StagedImageClassifierOutput",
+    "ThinkingViTConfig",
+    "ThinkingViTForImageClassification",
+    "ThinkingViTModel",
+    "ThinkingViTPreTrainedModel",
+    "__version__",
+]
+
+register_models()

@@ -1,0 +1,36 @@
+"""`python -m hf_thinkingvit.conversion SOURCE OUTPUT_DIR`: convert an official checkpoint to a Transformers folder."""
+
+import argparse
+
+from .convert import convert_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_thinkingvit.conversion",
+        description="Convert an official checkpoint to a folder that from_pretrained and pipeline load.",
+    )
+    parser.add_argument("source", help="folder or Hub id in the timm-style layout, or a .pth / .pth.tar file")
+    parser.add_argument("output_dir", help="folder to write")
+    parser.add_argument(
+        "--thinking-stages", type=int, nargs="+", metavar="HEADS", help="heads per stage, where the source does not tell"
+    )
+    parser.add_argument("--threshold", type=float, nargs="+", metavar="τ", help="τ to store: one, or one per exit")
+    arguments = parser.parse_args()
+    overrides = {}
+    if arguments.thinking_stages is not None:
+        overrides["thinking_stages"] = arguments.thinking_stages
+    if arguments.threshold is not None:
+        overrides["threshold"] = arguments.threshold if len(arguments.threshold) > 1 else arguments.threshold[0]
+    try:
+        model = convert_checkpoint(arguments.source, arguments.output_dir, **overrides)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(
+        f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, stages of "
+        f"{model.config.thinking_stages} heads, written to {arguments.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()

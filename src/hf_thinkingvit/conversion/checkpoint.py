@@ -1,0 +1,118 @@
+"""Reading checkpoints that others wrote: from files, folders or the Hub, and never anything but tensors and plain data."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+# In this order: what to look for in a folder, and what to download from the Hub.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "*.pth.tar", "*.pth")
+CONFIG_FILE = "config.json"
+
+
+@dataclass
+class Checkpoint:
+    """
+    A state dict under its official names, and what its files say of the model.
+
+    Attributes:
+        path (`Path`): the weight file.
+        state_dict (`dict[str, torch.Tensor]`): on the CPU.
+        config (`dict`): the `config.json` beside it; empty where there is none.
+        training_args (`dict`): what the training script pickled of its arguments; empty where it did not.
+    """
+
+    path: Path
+    state_dict: dict[str, torch.Tensor]
+    config: dict = field(default_factory=dict)
+    training_args: dict = field(default_factory=dict)
+
+    @property
+    def model_args(self) -> dict:
+        """The arguments of the official model's constructor, as far as the files tell them."""
+        from_training = self.training_args.get("model_kwargs") or {}
+        return {**self.training_args, **from_training, **self.config.get("model_args", {})}
+
+
+def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
+    """
+    Read a checkpoint from a file, a folder, or a Hub id.
+
+    Raises:
+        FileNotFoundError: if there is no such file, folder or repository, or no weights in it.
+        ValueError: if a file is damaged, holds no state dict, or would need arbitrary objects to be unpickled.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = _download(str(source))
+    if path.is_dir():
+        found = [file for pattern in WEIGHT_FILES for file in sorted(path.glob(pattern))]
+        if not found:
+            raise FileNotFoundError(f"No weights in {path}: expected one of {', '.join(WEIGHT_FILES)}.")
+        path = found[0]
+    config_path = path.parent / CONFIG_FILE
+    config = _read_json(config_path) if config_path.is_file() else {}
+    if path.suffix == ".safetensors":
+        return Checkpoint(path, _read_safetensors(path), config)
+    content = _unpickle(path)
+    training_args = content.get("args")
+    training_args = vars(training_args) if isinstance(training_args, argparse.Namespace) else {}
+    return Checkpoint(path, _state_dict(content, path), config, training_args)
+
+
+def _download(repo_id: str) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, *WEIGHT_FILES]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{repo_id} is no file or folder here, and not to be had from the Hub: {error}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def _unpickle(path: Path) -> dict:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here: all mean that this file cannot be read safely
+        raise ValueError(
+            f"{path} cannot be read as a PyTorch checkpoint of tensors, plain values and one `argparse.Namespace` "
+            f"(damaged, or it holds other objects, which are never unpickled): {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dict with a state dict in it, got {type(content).__name__}.")
+    return content
+
+
+def _state_dict(content: dict, path: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights where there are some, else the plain ones, else `content` itself; without wrappers' prefixes."""
+    candidates = [content.get(name) for name in ("state_dict_ema", "state_dict", "model")] + [content]
+    for candidate in candidates:
+        if isinstance(candidate, dict) and candidate and all(torch.is_tensor(value) for value in candidate.values()):
+            return {name.removeprefix("module."): tensor for name, tensor in candidate.items()}
+    raise ValueError(
+        f"{path} holds no state dict: expected tensors under `state_dict_ema`, `state_dict` or at the top, "
+        f"got the keys {sorted(map(str, content))[:20]}."
+    )

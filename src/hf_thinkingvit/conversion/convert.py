@@ -1,0 +1,116 @@
+"""`convert_checkpoint`: detect the family, check every tensor, and only then write anything."""
+
+import os
+from pathlib import Path
+
+from PIL import Image
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..image_processing import evaluation_image_processor
+from . import thinkingvit
+from .checkpoint import Checkpoint, read_checkpoint
+
+
+# Modules of one interface: `matches`, `required_names`, `build_config`, `official_name`, `convert_tensor`, `MODEL_CLASS`.
+FAMILIES = {"thinkingvit": thinkingvit}
+
+
+def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
+    r"""
+    Convert an official checkpoint into a folder that `from_pretrained` and `pipeline` load: configuration, safetensors,
+    image processor settings and the model's code.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A folder or Hub id with `model.safetensors` and a timm-style `config.json`, or a `.pth` / `.pth.tar` file, of
+            which the averaged weights (`state_dict_ema`) are preferred. Nothing but tensors and plain data is unpickled.
+        output_dir (`str` or `os.PathLike`):
+            Where to write. Nothing is written unless every tensor fits.
+        config_overrides:
+            Fields of the configuration that win over what the source says, such as `threshold`, `id2label`, or
+            `thinking_stages` where a bare file does not tell them.
+
+    Returns:
+        The converted model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if there is no such source.
+        ValueError: if the source is damaged or unrelated; the message names missing and unexpected keys.
+    """
+    checkpoint = read_checkpoint(source)
+    output_dir = Path(output_dir)
+    if output_dir.is_file() or output_dir.resolve() == checkpoint.path.parent.resolve():
+        raise ValueError(f"`output_dir` ({output_dir}) must be a folder other than the source's: it would be overwritten.")
+    model = load_official(checkpoint, **config_overrides)
+    processor = build_image_processor(checkpoint, model)
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    return model
+
+
+def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel:
+    """The model that `checkpoint` holds, in its dtype; `ValueError` where a tensor is missing, unknown or misshapen."""
+    family = _detect(checkpoint, config_overrides)
+    _require(checkpoint, family.required_names())
+    config = family.build_config(checkpoint, **config_overrides)
+    model = family.MODEL_CLASS(config).eval()
+
+    parameters = model.state_dict()
+    official_names = {name: family.official_name(name) for name in parameters}
+    _require(checkpoint, list(dict.fromkeys(official_names.values())), check_unexpected=True)
+    converted = {
+        name: family.convert_tensor(name, checkpoint.state_dict[official]) for name, official in official_names.items()
+    }
+    misshapen = [
+        f"{official_names[name]} (for {name}): expected {tuple(parameters[name].shape)}, got {tuple(tensor.shape)}"
+        for name, tensor in converted.items()
+        if tensor.shape != parameters[name].shape
+    ]
+    if misshapen:
+        raise ValueError(f"{checkpoint.path} does not fit its configuration:\n" + "\n".join(misshapen))
+    model.to(next(iter(converted.values())).dtype)
+    model.load_state_dict(converted)
+    return model
+
+
+def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> BaseImageProcessor:
+    """The evaluation settings of `pretrained_cfg`, the official ones where it is silent."""
+    settings = checkpoint.config.get("pretrained_cfg", {})
+    options = {"crop_pct": settings.get("crop_pct"), "image_mean": settings.get("mean"), "image_std": settings.get("std")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if settings.get("interpolation"):
+        options["resample"] = Image.Resampling[settings["interpolation"].upper()]
+    return evaluation_image_processor(model.config.image_size, **options)
+
+
+def _detect(checkpoint: Checkpoint, overrides: dict):
+    for family in FAMILIES.values():
+        if family.matches(checkpoint, overrides):
+            return family
+    expected = {name: family.required_names() for name, family in FAMILIES.items()}
+    raise ValueError(
+        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(FAMILIES)}). It has the keys "
+        f"{_shorten(sorted(checkpoint.state_dict))}; missing are, for "
+        + "; ".join(
+            f"{name}: {_shorten([key for key in keys if key not in checkpoint.state_dict])}"
+            for name, keys in expected.items()
+        )
+        + "."
+    )
+
+
+def _require(checkpoint: Checkpoint, needed: list[str], check_unexpected: bool = False) -> None:
+    missing = [name for name in needed if name not in checkpoint.state_dict]
+    unexpected = [name for name in checkpoint.state_dict if name not in needed] if check_unexpected else []
+    if missing or unexpected:
+        raise ValueError(
+            f"{checkpoint.path} does not hold the expected weights. Missing keys: {_shorten(missing)}. "
+            f"Unexpected keys: {_shorten(unexpected)}."
+        )
+
+
+def _shorten(names: list[str], limit: int = 30) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,45 @@
+"""The image processor settings of ImageNet evaluation, in the image processor that Transformers already has."""
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image
+from transformers import BitImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import is_torchvision_available
+
+from .models.config_checks import as_pair
+
+
+def evaluation_image_processor(
+    image_size: int | Sequence[int] = 224,
+    crop_pct: float = 0.9,
+    image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> BaseImageProcessor:
+    """
+    Resize the shorter side to `image_size / crop_pct` (248 for 224 / 0.9), crop the centre, normalise: the evaluation
+    of the official checkpoints. Backed by torchvision where it is installed, else by Pillow.
+
+    Args:
+        image_size (`int` or `(height, width)`): what the model takes, in pixels.
+        crop_pct (`float`): share of the resized shorter side that the crop keeps, above 0 and at most 1.
+        image_mean, image_std (`list[float]`): one per channel, for pixel values between 0 and 1.
+        resample (`PIL.Image.Resampling`): the interpolation.
+    """
+    if not 0.0 < crop_pct <= 1.0:
+        raise ValueError(f"`crop_pct` must be above 0 and at most 1, got {crop_pct!r}.")
+    if is_torchvision_available():
+        from transformers import BitImageProcessor as processor_class
+    else:
+        processor_class = BitImageProcessorPil
+    height, width = as_pair(image_size)
+    return processor_class(
+        size={"shortest_edge": math.floor(max(height, width) / crop_pct)},
+        crop_size={"height": height, "width": width},
+        resample=resample,
+        image_mean=list(image_mean),
+        image_std=list(image_std),
+    )

@@ -1,0 +1,137 @@
+"""
+Plain Transformers ViT / DeiT classifiers → ThinkingViT, and a stage of a ThinkingViT → a plain classifier.
+
+Both ways are one operation, because a stage is the leading corner of every weight: parameters pair up by name, and the
+smaller of the two is the leading corner of the larger.
+"""
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from .configuration_thinkingvit import ThinkingViTConfig
+
+
+# What both kinds of model mean in the same way, whatever the width.
+SHARED_FIELDS = (
+    "num_hidden_layers",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+
+
+def load_vit(source: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
+    """
+    A ViT or DeiT image classifier from a model, a folder or a Hub id.
+
+    Raises:
+        ValueError: if it is another kind of model, or its checkpoint lacks weights (a model without classifier, or a
+            DeiT with teacher, whose two heads no single one can stand for).
+    """
+    if isinstance(source, (str, os.PathLike)):
+        model, loading = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
+        if loading["missing_keys"]:
+            raise ValueError(
+                f"{source} is no complete image classifier: its checkpoint lacks {sorted(loading['missing_keys'])}. "
+                "Expected a fine-tuned `ViTForImageClassification` or `DeiTForImageClassification`."
+            )
+    else:
+        model = source
+    if not isinstance(model, (ViTForImageClassification, DeiTForImageClassification)):
+        raise ValueError(
+            f"Expected a `ViTForImageClassification` or `DeiTForImageClassification`, got {type(model).__name__}."
+        )
+    if not isinstance(model.classifier, nn.Linear):
+        raise ValueError(f"The {type(model).__name__} has no classification head (`num_labels` = 0).")
+    return model
+
+
+def thinkingvit_config_from_vit(
+    config: PreTrainedConfig, thinking_stages: list[int] | None = None, **overrides
+) -> ThinkingViTConfig:
+    """
+    The configuration of a ThinkingViT with the head size of the ViT or DeiT `config`, as wide as its widest stage.
+
+    Raises:
+        ValueError: if none of `thinking_stages` has as many heads as the source.
+    """
+    source_heads = config.num_attention_heads
+    thinking_stages = list(thinking_stages) if thinking_stages is not None else [source_heads, 2 * source_heads]
+    if source_heads not in thinking_stages:
+        raise ValueError(
+            f"`thinking_stages` ({thinking_stages}) must have a stage of {source_heads} heads, as wide as the source."
+        )
+    heads = max(thinking_stages)
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+    fields.update(
+        thinking_stages=thinking_stages,
+        num_attention_heads=heads,
+        hidden_size=config.hidden_size // source_heads * heads,
+        intermediate_size=config.intermediate_size * heads // source_heads,
+        use_distillation_token=isinstance(config, DeiTConfig),
+    )
+    return ThinkingViTConfig(**{**fields, **overrides})
+
+
+def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(parameter of the ThinkingViT, the ViT's parameter of the same role), for every parameter of the ViT."""
+    nested = dict(model.named_parameters())
+    for name, parameter in vit.named_parameters():
+        name = name.replace(f"{vit.base_model_prefix}.", f"{model.base_model_prefix}.", 1)
+        yield nested[name.replace("patch_embeddings.projection.", "patch_embeddings.")], parameter
+
+
+def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return parameter[tuple(slice(size) for size in shape)]
+
+
+@torch.no_grad()
+def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> None:
+    """Put the weights of `vit` into the leading channels and heads of the ThinkingViT `model`, in its dtype and place."""
+    model.to(device=vit.device, dtype=vit.dtype)
+    for nested, parameter in _pairs(model, vit):
+        _leading(nested, parameter.shape).copy_(parameter)
+
+
+@torch.no_grad()
+def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
+    """A plain ViT (DeiT where there is a distillation token) with the weights of one stage of the ThinkingViT `model`."""
+    config = model.config
+    if isinstance(stage_index, bool) or not isinstance(stage_index, int) or not 0 <= stage_index < config.num_stages:
+        raise ValueError(f"`stage_index` must be an integer from 0 to {config.num_stages - 1}, got {stage_index!r}.")
+    stage = config.stages[stage_index]
+    config_class, vit_class = (
+        (DeiTConfig, DeiTForImageClassification)
+        if config.use_distillation_token
+        else (ViTConfig, ViTForImageClassification)
+    )
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+    vit = vit_class(config_class(**fields, **stage._asdict()))
+    vit.to(device=model.device, dtype=model.dtype)
+    for nested, parameter in _pairs(model, vit):
+        parameter.copy_(_leading(nested, parameter.shape))
+    return vit.train(model.training)
+
+
+__all__ = ["SHARED_FIELDS", "export_stage", "import_vit", "load_vit", "thinkingvit_config_from_vit"]
