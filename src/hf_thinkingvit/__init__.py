@@ -6,6 +6,9 @@ Importing this package registers its models with the Auto classes, so that `Auto
 """
 
 from .auto import register_models
+from .conversion import convert_checkpoint
+from .inference import AdaptiveImageClassificationPipeline
+from .inference.pipeline import register_pipeline
 from .models.configuration_thinkingvit import Stage, ThinkingViTConfig
 from .models.early_exit import StagedImageClassifierOutput
 from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion, ExitRule
@@ -14,11 +17,11 @@ from .models.modeling_thinkingvit import (
     ThinkingViTModel,
     ThinkingViTPreTrainedModel,
 )
-
-
+from .version import __version__
 
 
 __all__ = [
+    "AdaptiveImageClassificationPipeline",
     "EXIT_CRITERIA",
     "ExitCriterion",
     "ExitRule",
@@ -29,6 +32,8 @@ __all__ = [
     "ThinkingViTModel",
     "ThinkingViTPreTrainedModel",
     "__version__",
+    "convert_checkpoint",
 ]
 
 register_models()
+register_pipeline()

@@ -13,7 +13,11 @@ def main() -> None:
     parser.add_argument("source", help="folder or Hub id in the timm-style layout, or a .pth / .pth.tar file")
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument(
-        "--thinking-stages", type=int, nargs="+", metavar="HEADS", help="heads per stage, where the source does not tell"
+        "--thinking-stages",
+        type=int,
+        nargs="+",
+        metavar="HEADS",
+        help="heads per stage, where the source does not tell",
     )
     parser.add_argument("--threshold", type=float, nargs="+", metavar="τ", help="τ to store: one, or one per exit")
     arguments = parser.parse_args()

@@ -72,7 +72,9 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, *WEIGHT_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{repo_id} is no file or folder here, and not to be had from the Hub: {error}") from error
+        raise FileNotFoundError(
+            f"{repo_id} is no file or folder here, and not to be had from the Hub: {error}"
+        ) from error
 
 
 def _read_json(path: Path) -> dict:

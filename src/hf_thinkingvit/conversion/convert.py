@@ -16,7 +16,9 @@ from .checkpoint import Checkpoint, read_checkpoint
 FAMILIES = {"thinkingvit": thinkingvit}
 
 
-def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
+def convert_checkpoint(
+    source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides
+) -> PreTrainedModel:
     r"""
     Convert an official checkpoint into a folder that `from_pretrained` and `pipeline` load: configuration, safetensors,
     image processor settings and the model's code.
@@ -41,7 +43,9 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
     checkpoint = read_checkpoint(source)
     output_dir = Path(output_dir)
     if output_dir.is_file() or output_dir.resolve() == checkpoint.path.parent.resolve():
-        raise ValueError(f"`output_dir` ({output_dir}) must be a folder other than the source's: it would be overwritten.")
+        raise ValueError(
+            f"`output_dir` ({output_dir}) must be a folder other than the source's: it would be overwritten."
+        )
     model = load_official(checkpoint, **config_overrides)
     processor = build_image_processor(checkpoint, model)
     model.save_pretrained(output_dir)
@@ -77,7 +81,11 @@ def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel
 def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> BaseImageProcessor:
     """The evaluation settings of `pretrained_cfg`, the official ones where it is silent."""
     settings = checkpoint.config.get("pretrained_cfg", {})
-    options = {"crop_pct": settings.get("crop_pct"), "image_mean": settings.get("mean"), "image_std": settings.get("std")}
+    options = {
+        "crop_pct": settings.get("crop_pct"),
+        "image_mean": settings.get("mean"),
+        "image_std": settings.get("std"),
+    }
     options = {name: value for name, value in options.items() if value is not None}
     if settings.get("interpolation"):
         options["resample"] = Image.Resampling[settings["interpolation"].upper()]

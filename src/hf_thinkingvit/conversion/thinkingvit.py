@@ -111,7 +111,9 @@ def _stages_from_widths(checkpoint: Checkpoint, hidden_size: int) -> list[int]:
 
 
 def _image_size(checkpoint: Checkpoint, patch_height: int, patch_width: int) -> int | tuple[int, int]:
-    size = checkpoint.model_args.get("img_size") or checkpoint.config.get("pretrained_cfg", {}).get("input_size", [])[1:]
+    size = (
+        checkpoint.model_args.get("img_size") or checkpoint.config.get("pretrained_cfg", {}).get("input_size", [])[1:]
+    )
     if not size:
         side = round((checkpoint.state_dict["pos_embed"].shape[1] - 1) ** 0.5)
         size = (side * patch_height, side * patch_width)

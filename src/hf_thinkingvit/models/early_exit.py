@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .exit_criteria import ExitRule
@@ -112,7 +113,7 @@ class StagedImageClassifierMixin:
         max_stages: int | None = None,
         output_stage_logits: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> StagedImageClassifierOutput:
         r"""
         In evaluation mode an image leaves after the first stage whose answer passes τ, and only the others are computed
@@ -207,7 +208,7 @@ class StagedImageClassifierMixin:
         if problem_type is None and num_labels > 1:
             problem_type = "single_label_classification" if is_index else "multi_label_classification"
         shapes = [(batch_size,)]
-        if problem_type == "multi_label_classification" or num_labels > 1 and problem_type == "regression":
+        if problem_type == "multi_label_classification" or (num_labels > 1 and problem_type == "regression"):
             shapes = [(batch_size, num_labels)]
         elif num_labels == 1:
             shapes = [(batch_size,), (batch_size, 1)]

@@ -15,12 +15,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .config_checks import as_pair
 from .configuration_thinkingvit import Stage, ThinkingViTConfig
 from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages, wants_recordings
-from .nested_layers import DropPath, NestedLayerNorm, NestedLinear
+from .nested_layers import NestedLayerNorm, NestedLinear, ResidualDropout
 from .vit_weights import export_stage, import_vit, load_vit, thinkingvit_config_from_vit
 
 
@@ -116,20 +118,21 @@ class ThinkingViTAttention(nn.Module):
         self.v_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = NestedLinear(config.hidden_size, config.hidden_size)
 
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        batch_size, num_tokens, width = projected.shape
+        return projected.view(batch_size, num_tokens, width // self.head_dim, self.head_dim).transpose(1, 2)
+
     def project_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` (batch, tokens, width), normalised → key and value (batch, heads, tokens, head_dim)."""
         width = hidden_states.shape[-1]
-        return tuple(
-            projection(hidden_states, width).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.k_proj, self.v_proj)
-        )
+        return tuple(self._split_heads(projection(hidden_states, width)) for projection in (self.k_proj, self.v_proj))
 
     def forward(
         self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` (batch, queries, width), normalised; key and value from `project_key_value`, of all tokens."""
         width = hidden_states.shape[-1]
-        query = self.q_proj(hidden_states, width).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query = self._split_heads(self.q_proj(hidden_states, width))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -168,8 +171,7 @@ class ThinkingViTLayer(GradientCheckpointingLayer):
         self.layernorm_before = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ThinkingViTMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = DropPath(drop_path_rate)
+        self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
 
     def project_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens `(batch, tokens, width)`, for calls of `forward` on some of them."""
@@ -196,9 +198,9 @@ class ThinkingViTLayer(GradientCheckpointingLayer):
         if key is None:
             key, value = self.attention.project_key_value(normed)
         attn_output, _ = self.attention(normed, key, value, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.dropout(attn_output))
+        hidden_states = hidden_states + self.dropout(attn_output)
         mlp_output = self.mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
-        return hidden_states + self.drop_path(self.dropout(mlp_output))
+        return hidden_states + self.dropout(mlp_output)
 
 
 class ThinkingViTRecycler(nn.Module):
@@ -317,7 +319,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         *,
         max_stages: int | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
         Args:

@@ -20,8 +20,12 @@ class NestedLinear(nn.Linear):
         Returns:
             `torch.Tensor` of shape `(..., out_features)`.
         """
-        weight = self.weight[:out_features, : hidden_states.shape[-1]]
-        bias = None if self.bias is None else self.bias[:out_features]
+        weight, bias, in_features = self.weight, self.bias, hidden_states.shape[-1]
+        # Only where it cuts something: at batch 1 the cost of slicing in Python can be measured.
+        if out_features is not None and out_features != self.out_features:
+            weight, bias = weight[:out_features, :in_features], None if bias is None else bias[:out_features]
+        elif in_features != self.in_features:
+            weight = weight[:, :in_features]
         return nn.functional.linear(hidden_states, weight, bias)
 
 
@@ -29,23 +33,32 @@ class NestedLayerNorm(nn.LayerNorm):
     """LayerNorm over however many leading channels the input `(..., width)` has, with their weights and biases."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        width = hidden_states.shape[-1]
-        return nn.functional.layer_norm(hidden_states, (width,), self.weight[:width], self.bias[:width], self.eps)
+        weight, bias, width = self.weight, self.bias, hidden_states.shape[-1]
+        if width != weight.shape[0]:
+            weight, bias = weight[:width], bias[:width]
+        return torch.layer_norm(hidden_states, (width,), weight, bias, self.eps)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, drops a residual branch per image and rescales the rest."""
+class ResidualDropout(nn.Module):
+    """
+    What training drops of a residual branch: single values (dropout), and the whole branch of an image (stochastic
+    depth, arXiv 1603.09382). What is kept is rescaled. In evaluation, nothing.
+    """
 
-    def __init__(self, drop_prob: float = 0.0):
+    def __init__(self, dropout_prob: float = 0.0, drop_path_rate: float = 0.0):
         super().__init__()
-        self.drop_prob = drop_prob
+        self.dropout_prob = dropout_prob
+        self.drop_path_rate = drop_path_rate
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.drop_prob == 0.0 or not self.training:
+        """`hidden_states` of shape `(batch, ...)`; one draw per image, so the number of tokens changes no draw."""
+        if not self.training:
             return hidden_states
-        keep_prob = 1.0 - self.drop_prob
-        keep = hidden_states.new_empty(hidden_states.shape[0], *[1] * (hidden_states.dim() - 1)).bernoulli_(keep_prob)
-        return hidden_states * (keep / keep_prob if keep_prob > 0.0 else keep)
+        hidden_states = nn.functional.dropout(hidden_states, self.dropout_prob)
+        if self.drop_path_rate == 0.0:
+            return hidden_states
+        image_shape = (hidden_states.shape[0],) + (1,) * (hidden_states.dim() - 1)
+        return hidden_states * nn.functional.dropout(hidden_states.new_ones(image_shape), self.drop_path_rate)
 
     def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}"
+        return f"dropout_prob={self.dropout_prob}, drop_path_rate={self.drop_path_rate:.4g}"

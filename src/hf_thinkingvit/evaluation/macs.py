@@ -1,0 +1,75 @@
+"""
+Multiply-accumulates in matrix products, from a configuration alone.
+
+Two countings. `stage_macs` counts what this package computes: of the last layer only what is read, each recycling
+projection only as wide as the next stage, the patch embedding once. `published_stage_macs` counts as the paper's tables
+do: every stage a complete plain ViT. Both per stage: an image that exits after stage s has cost the sum of the first
+s + 1 entries.
+"""
+
+from collections.abc import Sequence
+
+from ..models.config_checks import as_pair
+from ..models.configuration_thinkingvit import Stage, ThinkingViTConfig
+
+
+def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """
+    MACs that one image adds by running each stage, going on to it included.
+
+    Args:
+        config (`ThinkingViTConfig`): the model.
+        image_size (`int` or `(height, width)`, *optional*): input in pixels, `config.image_size` by default.
+
+    Returns:
+        `list[int]`, one entry per stage.
+    """
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    stages, layers = config.stages, config.num_hidden_layers
+    macs = []
+    for index, stage in enumerate(stages):
+        if index == 0:
+            entry = _patch_embedding(config, num_patches, config.hidden_size)
+        else:  # the rest of the previous stage's last layer, and its tokens to this stage's width
+            previous = stages[index - 1]
+            entry = _tokens_of_layer(previous, num_tokens - 1, num_tokens)
+            entry += num_tokens * previous.hidden_size * stage.hidden_size
+        whole_layers = (layers - 1) * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
+        answer = _key_value(stage, num_tokens) + _tokens_of_layer(stage, 1, num_tokens)
+        macs.append(entry + whole_layers + answer + stage.hidden_size * config.num_labels)
+    return macs
+
+
+def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """MACs of each stage as the paper counts them: a plain ViT of its width, patch embedding and all, no recycling."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    return [
+        _patch_embedding(config, num_patches, stage.hidden_size)
+        + config.num_hidden_layers * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
+        + stage.hidden_size * config.num_labels
+        for stage in config.stages
+    ]
+
+
+def _num_patches_and_tokens(config: ThinkingViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
+    height, width = as_pair(config.image_size if image_size is None else image_size)
+    patch_height, patch_width = as_pair(config.patch_size)
+    num_patches = (height // patch_height) * (width // patch_width)
+    return num_patches, num_patches + config.num_prefix_tokens
+
+
+def _patch_embedding(config: ThinkingViTConfig, num_patches: int, width: int) -> int:
+    patch_height, patch_width = as_pair(config.patch_size)
+    return num_patches * config.num_channels * patch_height * patch_width * width
+
+
+def _key_value(stage: Stage, num_tokens: int) -> int:
+    return 2 * num_tokens * stage.hidden_size**2
+
+
+def _tokens_of_layer(stage: Stage, num_queries: int, num_tokens: int) -> int:
+    """A layer for `num_queries` tokens that attend to `num_tokens`, whose keys and values are there already."""
+    query_and_output = 2 * stage.hidden_size**2
+    attention = 2 * num_tokens * stage.hidden_size
+    mlp = 2 * stage.hidden_size * stage.intermediate_size
+    return num_queries * (query_and_output + attention + mlp)

@@ -1,0 +1,87 @@
+"""Image classification that takes τ per call and says at which stage each image left."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoModelForImageClassification, ImageClassificationPipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+
+ADAPTIVE_IMAGE_CLASSIFICATION = "adaptive-image-classification"
+
+
+class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
+    r"""
+    `ImageClassificationPipeline` for models that think in stages. Each result has, beside `label` and `score`,
+    `exit_stage` (`int`, counted from 0) and `entropy` (`float`, in nats) of the image's accepted answer.
+
+    Args, of the pipeline or of a call:
+        threshold (`float` or `list[float]`, *optional*):
+            τ, one or one per exit, instead of `model.config.threshold`.
+        max_stages (`int`, *optional*):
+            Run at most this many stages.
+        top_k, function_to_apply, timeout, batch_size:
+            As in `ImageClassificationPipeline`.
+
+    Raises:
+        ValueError: if the model does not think in stages, or an image cannot be read; the message names it.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import hf_thinkingvit
+
+    >>> classifier = pipeline("adaptive-image-classification", model="org/thinkingvit-3-6")
+    >>> classifier("cat.jpg", threshold=0.9, top_k=1)
+    [{'label': 'tabby', 'score': 0.81, 'exit_stage': 0, 'entropy': 0.64}]
+    ```"""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if "threshold" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError(
+                f"{type(self.model).__name__} does not think in stages: its forward takes no `threshold`. "
+                'Use `pipeline("image-classification")` for it.'
+            )
+
+    def _sanitize_parameters(
+        self, threshold: float | Sequence[float] | None = None, max_stages: int | None = None, **kwargs
+    ) -> tuple[dict, dict, dict]:
+        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
+        steering = {"threshold": threshold, "max_stages": max_stages}
+        forward_params.update({name: value for name, value in steering.items() if value is not None})
+        return preprocess_params, forward_params, postprocess_params
+
+    def preprocess(self, image: Any, timeout: float | None = None):
+        try:
+            return super().preprocess(image, timeout=timeout)
+        except Exception as error:  # decoders raise many types, and none of them says which image it was
+            name = repr(image) if not isinstance(image, (str, os.PathLike)) else str(image)
+            raise ValueError(
+                f"Cannot read the image {name[:200]}: {type(error).__name__}: {error} "
+                "Expected a path, a URL or a PIL image of a file that Pillow can decode."
+            ) from error
+
+    def _forward(self, model_inputs, **forward_params):
+        return self.model(**model_inputs, **forward_params)
+
+    def postprocess(self, model_outputs, **postprocess_params) -> list[dict[str, Any]]:
+        exit_facts = {
+            "exit_stage": int(model_outputs["exit_stage"][0]),
+            "entropy": float(model_outputs["entropy"][0]),
+        }
+        return [{**result, **exit_facts} for result in super().postprocess(model_outputs, **postprocess_params)]
+
+
+def register_pipeline() -> None:
+    """Make `pipeline("adaptive-image-classification")` known to Transformers. Calling it again changes nothing."""
+    if ADAPTIVE_IMAGE_CLASSIFICATION not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(
+            ADAPTIVE_IMAGE_CLASSIFICATION,
+            pipeline_class=AdaptiveImageClassificationPipeline,
+            pt_model=AutoModelForImageClassification,
+            type="image",
+        )

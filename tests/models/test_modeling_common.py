@@ -1,0 +1,90 @@
+"""Transformers' own model tests, on every model class."""
+
+import os
+import unittest
+import unittest.mock
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, ThinkingViTModel
+from tests.transformers_common import load_model_tester_mixin
+
+
+ModelTesterMixin = load_model_tester_mixin()
+if ModelTesterMixin is None:
+    message = (
+        "Transformers' tests are not here: run `python tests/fetch_transformers_tests.py` (needs the package index)"
+    )
+    if os.environ.get("CI"):
+        raise FileNotFoundError(message)
+    pytest.skip(message, allow_module_level=True)
+
+
+class ThinkingViTModelTester:
+    """Small configuration and inputs, under the attribute names that the common tests read."""
+
+    def __init__(self, parent, thinking_stages=(2, 4)):
+        self.parent = parent
+        self.batch_size = 7
+        self.image_size = 30
+        self.patch_size = 10
+        self.num_labels = 10
+        self.thinking_stages = list(thinking_stages)
+        self.layers_per_stage = 2
+        # The tests expect what the first recorded layer has, and as many layers as are recorded over all stages.
+        self.num_hidden_layers = self.layers_per_stage * len(thinking_stages)
+        self.num_attention_heads = thinking_stages[0]
+        self.hidden_size = 8 * thinking_stages[0]
+        self.seq_length = 10
+        self.encoder_seq_length = self.seq_length
+        self.is_training = True
+
+    def get_config(self):
+        return ThinkingViTConfig(
+            thinking_stages=self.thinking_stages,
+            num_attention_heads=4,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=self.layers_per_stage,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_labels=self.num_labels,
+            threshold=0.0,  # the tests compare outputs of batches and of rows, layer by layer: let every stage run
+            initializer_range=0.02,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        pixel_values = torch.rand(self.batch_size, 3, self.image_size, self.image_size)
+        return self.get_config(), {"pixel_values": pixel_values}
+
+
+class ThinkingViTModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (ThinkingViTModel, ThinkingViTForImageClassification)
+    test_resize_embeddings = False
+
+    def setUp(self):
+        self.model_tester = ThinkingViTModelTester(self)
+        # The tests tell bare models, which have no loss to train, by their names in this table.
+        names = unittest.mock.patch.dict(MODEL_MAPPING_NAMES, {"thinkingvit": ThinkingViTModel.__name__})
+        names.start()
+        self.addCleanup(names.stop)
+
+    @unittest.skip("counts the layer outputs of all stages here: two stages of two layers, which is small")
+    def test_num_layers_is_small(self):
+        pass
+
+    def test_model_get_set_embeddings(self):
+        """As in Transformers' tests of ViT: the common test expects an embedding table, images have a convolution."""
+        for model_class in self.all_model_classes:
+            model = model_class(self.model_tester.get_config())
+            assert isinstance(model.get_input_embeddings(), torch.nn.Conv2d)
+
+
+class PlainViTModelTest(ThinkingViTModelTest):
+    """The same with one stage, which is a plain ViT."""
+
+    def setUp(self):
+        super().setUp()
+        self.model_tester = ThinkingViTModelTester(self, thinking_stages=(4,))

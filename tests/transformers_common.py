@@ -1,0 +1,38 @@
+"""Transformers' `ModelTesterMixin`, from the source distribution of the installed version."""
+
+import importlib.util
+import sys
+import types
+
+from tests.fetch_transformers_tests import FILE_NAME, FOLDER
+
+
+PACKAGE = "transformers_tests"
+# What `test_modeling_common.py` imports of its own test suite and does not carry: bases for tests of exporters and of
+# text generation, neither of which a vision classifier has.
+STAND_INS = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
+
+
+def load_model_tester_mixin() -> type | None:
+    """`ModelTesterMixin`, or `None` if `fetch_transformers_tests.py` has not been run for this version."""
+    path = FOLDER / FILE_NAME
+    if not path.is_file():
+        return None
+    name = f"{PACKAGE}.{path.stem}"
+    if name not in sys.modules:
+        _package(PACKAGE)
+        for module_name, class_name in STAND_INS.items():
+            _package(f"{PACKAGE}.{module_name.split('.')[0]}")
+            stand_in = types.ModuleType(f"{PACKAGE}.{module_name}")
+            setattr(stand_in, class_name, type(class_name, (), {}))
+            sys.modules[stand_in.__name__] = stand_in
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name].ModelTesterMixin
+
+
+def _package(name: str) -> None:
+    package = types.ModuleType(name)
+    package.__path__ = []
+    sys.modules[name] = package
