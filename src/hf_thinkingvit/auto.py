@@ -1,4 +1,4 @@
-"""Registration with Transformers' Auto classes, and with the code saving that makes models load without this package."""
+"""Registration with Transformers' Auto classes, and with the code saving that lets models load without this package."""
 
 from transformers import (
     AutoConfig,

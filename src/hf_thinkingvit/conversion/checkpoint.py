@@ -1,4 +1,4 @@
-"""Reading checkpoints that others wrote: from files, folders or the Hub, and never anything but tensors and plain data."""
+"""Reading checkpoints that others wrote, from files, folders or the Hub: tensors and plain data, nothing else."""
 
 import argparse
 import json
@@ -109,7 +109,7 @@ def _unpickle(path: Path) -> dict:
 
 
 def _state_dict(content: dict, path: Path) -> dict[str, torch.Tensor]:
-    """The averaged weights where there are some, else the plain ones, else `content` itself; without wrappers' prefixes."""
+    """The averaged weights where there are some, else the plain ones, else `content`; without wrappers' prefixes."""
     candidates = [content.get(name) for name in ("state_dict_ema", "state_dict", "model")] + [content]
     for candidate in candidates:
         if isinstance(candidate, dict) and candidate and all(torch.is_tensor(value) for value in candidate.values()):

@@ -12,21 +12,19 @@ from . import thinkingvit
 from .checkpoint import Checkpoint, read_checkpoint
 
 
-# Modules of one interface: `matches`, `required_names`, `build_config`, `official_name`, `convert_tensor`, `MODEL_CLASS`.
+# Modules with `matches`, `required_names`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`.
 FAMILIES = {"thinkingvit": thinkingvit}
 
 
-def convert_checkpoint(
-    source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides
-) -> PreTrainedModel:
+def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
     r"""
     Convert an official checkpoint into a folder that `from_pretrained` and `pipeline` load: configuration, safetensors,
     image processor settings and the model's code.
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder or Hub id with `model.safetensors` and a timm-style `config.json`, or a `.pth` / `.pth.tar` file, of
-            which the averaged weights (`state_dict_ema`) are preferred. Nothing but tensors and plain data is unpickled.
+            A folder or Hub id with `model.safetensors` and a timm-style `config.json`, or a `.pth` / `.pth.tar` file,
+            of which the averaged weights (`state_dict_ema`) are preferred. Only tensors and plain data are unpickled.
         output_dir (`str` or `os.PathLike`):
             Where to write. Nothing is written unless every tensor fits.
         config_overrides:

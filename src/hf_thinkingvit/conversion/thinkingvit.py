@@ -1,4 +1,4 @@
-"""The official ThinkingViT state dict: which tensor each of our parameters is, and what the shapes tell of the model."""
+"""The official ThinkingViT state dict: which tensor each of our parameters is, and what shapes tell of the model."""
 
 import re
 

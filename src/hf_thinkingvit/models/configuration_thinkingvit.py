@@ -28,8 +28,8 @@ class ThinkingViTConfig(PreTrainedConfig):
             Attention heads of each stage, non-decreasing, any number of stages. `[6]` is a plain ViT, `[3, 3]` iterates
             over the same sub-network, `[2, 3, 6]` has three stages.
         threshold (`float` or `list[float]`, *optional*, defaults to 0.5):
-            τ: an image exits after a stage iff its entropy is below τ (strictly; for `max_probability` and `margin`: iff
-            they are above it). One number, or one per exit, that is per stage but the last, which always answers.
+            τ: an image exits after a stage iff its entropy is below τ (strictly; for `max_probability` and `margin`:
+            iff they are above it). One number, or one per exit, that is per stage but the last, which always answers.
             For the entropies, 0 never exits early.
         exit_criterion (`str`, *optional*, defaults to `"topk_entropy"`):
             `"topk_entropy"` (the official code's, on which published thresholds are), `"entropy"` (full softmax, the

@@ -7,8 +7,8 @@ A staged classifier provides three steps, each on a *state*, a dict of tensors w
 * `run_stage(index, state)`: the stage's logits, and the state as the stage leaves it;
 * `recycle(index, state)`: for the images that go on, the state with which stage `index + 1` starts.
 
-The loop here knows nothing of layers or heads; the steps know nothing of thresholds. Whoever schedules stages in another
-way (one batch at a time here, queues per stage elsewhere) uses the same three steps and the same `ExitRule`.
+The loop here knows nothing of layers or heads; the steps know nothing of thresholds. Whoever schedules stages in
+another way (one batch at a time here, queues per stage elsewhere) uses the same three steps and the same `ExitRule`.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class StagedImageClassifierOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` are given):
-            In training mode, the sum over all stages of `stage_loss_weights[i]` times the loss of stage i. In evaluation
-            mode, the loss of the accepted logits.
+            In training mode, the sum over all stages of `stage_loss_weights[i]` times the loss of stage i. In
+            evaluation mode, the loss of the accepted logits.
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
             Logits of each image's accepted stage, before softmax. In training mode: of the last stage.
         exit_stage (`torch.LongTensor` of shape `(batch_size,)`):

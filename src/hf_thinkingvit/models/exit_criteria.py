@@ -121,7 +121,7 @@ class ExitRule:
 
     @classmethod
     def from_config(cls, config, threshold: float | Sequence[float] | None = None) -> "ExitRule":
-        """The rule that `config` describes for its `num_stages`; `threshold`, where given, overrides `config.threshold`."""
+        """The rule that `config` describes; `threshold`, where given, overrides `config.threshold`."""
         threshold = config.threshold if threshold is None else threshold
         thresholds = resolve_thresholds(threshold, config.num_stages - 1)
         return cls(config.exit_criterion, thresholds, config.entropy_top_k)

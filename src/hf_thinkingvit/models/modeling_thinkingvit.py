@@ -92,7 +92,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain operations, (batch, heads, tokens, head_dim) → (batch, tokens, heads, head_dim); softmax in float32."""
+    """Attention in plain operations: (batch, heads, tokens, head_dim) → (batch, tokens, heads, head_dim)."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -130,7 +130,7 @@ class ThinkingViTAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` (batch, queries, width), normalised; key and value from `project_key_value`, of all tokens."""
+        """`hidden_states` (batch, queries, width), normalised; key and value of all tokens."""
         width = hidden_states.shape[-1]
         query = self._split_heads(self.q_proj(hidden_states, width))
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -265,7 +265,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         self.post_init()
 
     def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> State:
-        """The state with which stage 0 starts: embeddings of full width, and the leading channels that stage 0 reads."""
+        """The state with which stage 0 starts: embeddings of full width, and their leading channels, which it reads."""
         embeddings = self.embeddings(pixel_values, interpolate_pos_encoding)
         return {"embeddings": embeddings, "hidden_states": embeddings[..., : self.config.stages[0].hidden_size]}
 
@@ -297,7 +297,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         return self.layernorm(tokens[:, 0]), state
 
     def finish_stage(self, stage_index: int, state: State, **kwargs) -> torch.Tensor:
-        """All tokens of a stage that has answered, after the final LayerNorm: `(images, tokens, width of the stage)`."""
+        """All tokens `(images, tokens, width of the stage)` of a stage that has answered, after the final LayerNorm."""
         tokens = state["tokens"]
         if "key" in state:
             stage = self.config.stages[stage_index]

@@ -108,7 +108,7 @@ def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 @torch.no_grad()
 def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> None:
-    """Put the weights of `vit` into the leading channels and heads of the ThinkingViT `model`, in its dtype and place."""
+    """Put the weights of `vit` into the leading channels and heads of `model`, which takes their dtype and device."""
     model.to(device=vit.device, dtype=vit.dtype)
     for nested, parameter in _pairs(model, vit):
         _leading(nested, parameter.shape).copy_(parameter)
@@ -116,7 +116,7 @@ def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
-    """A plain ViT (DeiT where there is a distillation token) with the weights of one stage of the ThinkingViT `model`."""
+    """A plain ViT, or DeiT where there is a distillation token, with the weights of one stage of a ThinkingViT."""
     config = model.config
     if isinstance(stage_index, bool) or not isinstance(stage_index, int) or not 0 <= stage_index < config.num_stages:
         raise ValueError(f"`stage_index` must be an integer from 0 to {config.num_stages - 1}, got {stage_index!r}.")
