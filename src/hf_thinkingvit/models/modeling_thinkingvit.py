@@ -136,6 +136,8 @@ class ThinkingViTAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if hidden_states.shape[0] == 0:  # not every backend can shape an empty batch
+            attention_interface = eager_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query,

@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+
+from hf_thinkingvit import EXIT_CRITERIA, ExitRule
+from hf_thinkingvit.models.exit_criteria import entropy, margin, max_probability, resolve_thresholds, topk_entropy
+
+
+LOGITS = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)) * 4
+
+
+def test_entropy_is_the_definition():
+    expected = [-sum(p * math.log(p) for p in row) for row in LOGITS.double().softmax(-1).tolist()]
+    torch.testing.assert_close(entropy(LOGITS), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_topk_entropy_renormalises_the_largest_probabilities():
+    expected = []
+    for row in LOGITS.double().softmax(-1).tolist():
+        largest = sorted(row, reverse=True)[:10]
+        expected.append(-sum(p / sum(largest) * math.log(p / sum(largest)) for p in largest))
+    torch.testing.assert_close(topk_entropy(LOGITS), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_topk_entropy_of_fewer_classes_is_the_full_entropy():
+    torch.testing.assert_close(topk_entropy(LOGITS[:, :7]), entropy(LOGITS[:, :7]))
+
+
+def test_bounds():
+    assert topk_entropy(torch.zeros(1, 1000)).item() == pytest.approx(math.log(10))
+    assert entropy(torch.zeros(1, 1000)).item() == pytest.approx(math.log(1000), rel=1e-5)
+    certain = torch.tensor([[200.0, 0.0, -200.0]])
+    assert entropy(certain).item() == topk_entropy(certain).item() == 0.0
+    assert max_probability(torch.zeros(1, 4)).item() == 0.25
+    assert margin(torch.zeros(1, 4)).item() == 0.0
+    assert margin(torch.zeros(1, 1)).item() == 1.0
+
+
+def test_margin_is_the_distance_of_the_two_largest():
+    largest = LOGITS.softmax(-1).sort(-1, descending=True).values
+    torch.testing.assert_close(margin(LOGITS), largest[:, 0] - largest[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(EXIT_CRITERIA))
+def test_scores_are_float32_of_half_precision_logits(name, dtype):
+    score = EXIT_CRITERIA[name].score(LOGITS.to(dtype), 10)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score, EXIT_CRITERIA[name].score(LOGITS.to(dtype).float(), 10))
+
+
+@pytest.mark.parametrize("name", ["topk_entropy", "entropy"])
+def test_zero_threshold_never_exits_however_certain(name):
+    certain = torch.cat([LOGITS * scale for scale in (1, 5, 20, 100, 1e4)])
+    _, exits = ExitRule(name, (0.0,), 10).judge(0, certain)
+    assert not exits.any()
+
+
+@pytest.mark.parametrize("name", sorted(EXIT_CRITERIA))
+def test_the_comparison_is_strict_on_the_certain_side(name):
+    criterion = EXIT_CRITERIA[name]
+    score = criterion.score(LOGITS, 10)
+    threshold = score[7].item()
+    _, exits = ExitRule(name, (threshold,), 10).judge(0, LOGITS)
+    assert not exits[7]
+    expected = score < threshold if criterion.exits_below else score > threshold
+    assert torch.equal(exits, expected)
+    assert exits.any() and not exits.all()
+
+
+@pytest.mark.parametrize("name", sorted(EXIT_CRITERIA))
+def test_a_broken_answer_goes_on(name):
+    logits = LOGITS.clone()
+    logits[3] = torch.nan
+    logits[4, 0] = torch.inf
+    _, exits = ExitRule(name, (math.inf if EXIT_CRITERIA[name].exits_below else 0.0,), 10).judge(0, logits)
+    assert not exits[3] and not exits[4]
+    assert exits[[0, 1, 2, 5]].all()
+
+
+def test_reports_the_full_entropy_under_its_criterion_and_the_topk_entropy_otherwise():
+    for name in EXIT_CRITERIA:
+        reported, _ = ExitRule(name, (0.5,), 10).judge(0, LOGITS)
+        torch.testing.assert_close(reported, entropy(LOGITS) if name == "entropy" else topk_entropy(LOGITS))
+
+
+def test_the_last_stage_always_answers():
+    _, exits = ExitRule("topk_entropy", (0.0,), 10).judge(1, LOGITS)
+    assert exits.all()
+
+
+def test_thresholds_one_for_all_or_one_per_exit():
+    assert resolve_thresholds(0.5, 3) == (0.5, 0.5, 0.5)
+    assert resolve_thresholds([0.5, 0.1], 2) == (0.5, 0.1)
+    assert resolve_thresholds(torch.tensor([0.5, 0.25]), 2) == (0.5, 0.25)
+    assert resolve_thresholds(0.5, 0) == ()
+    with pytest.raises(ValueError, match="list of 2, one per exit.*got 3"):
+        resolve_thresholds([0.1, 0.2, 0.3], 2)

@@ -1,0 +1,48 @@
+"""Small models and inputs that tests share."""
+
+from pathlib import Path
+
+import torch
+
+from hf_thinkingvit import EXIT_CRITERIA, ThinkingViTConfig, ThinkingViTForImageClassification
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def tiny_config(**overrides) -> ThinkingViTConfig:
+    fields = {
+        "thinking_stages": [1, 2, 4],
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_labels": 12,
+        "threshold": 0.0,
+    }
+    return ThinkingViTConfig(**{**fields, **overrides})
+
+
+def lively_model(config: ThinkingViTConfig | None = None, **overrides) -> ThinkingViTForImageClassification:
+    """A model in evaluation mode whose weights are large enough that every part shows in the logits, α included."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = ThinkingViTForImageClassification(config or tiny_config(**overrides))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.5))
+    return model.eval()
+
+
+def random_images(count: int = 6, size: int | tuple[int, int] = 32, seed: int = 2) -> torch.Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def middle_threshold(model, pixel_values: torch.Tensor) -> float:
+    """A τ at which half of the images leave after stage 0, safely away from every score of that stage."""
+    with torch.no_grad():
+        logits = model(pixel_values, max_stages=1).logits
+    scores = EXIT_CRITERIA[model.config.exit_criterion].score(logits, model.config.entropy_top_k).sort().values
+    middle = len(scores) // 2
+    return float((scores[middle - 1] + scores[middle]) / 2)
