@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,9 +100,14 @@ def _unpickle(path: Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here: all mean that this file cannot be read safely
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise ValueError(
+                f"{path} holds a `{foreign[1]}`. Only tensors, plain values and `argparse.Namespace` are unpickled, "
+                "since anything else could run code: save the checkpoint again without it."
+            ) from None
         raise ValueError(
-            f"{path} cannot be read as a PyTorch checkpoint of tensors, plain values and one `argparse.Namespace` "
-            f"(damaged, or it holds other objects, which are never unpickled): {error}"
+            f"{path} is damaged or no PyTorch checkpoint: {type(error).__name__}: {str(error).splitlines()[:1]}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dict with a state dict in it, got {type(content).__name__}.")

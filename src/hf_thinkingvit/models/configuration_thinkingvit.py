@@ -9,6 +9,13 @@ from .config_checks import as_pair, check_integer, check_number, check_size
 from .exit_criteria import check_exit_fields
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_thinkingvit.ThinkingViTConfig",
+    "AutoModel": "modeling_thinkingvit.ThinkingViTModel",
+    "AutoModelForImageClassification": "modeling_thinkingvit.ThinkingViTForImageClassification",
+}
+
+
 class Stage(NamedTuple):
     """One sub-network: how many leading heads and channels of every layer it uses."""
 
@@ -115,6 +122,8 @@ class ThinkingViTConfig(PreTrainedConfig):
             self.hidden_size = 64 * self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        # Saving a model names the code of its own class only; the folder serves the bare model too.
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         self.validate()
 

@@ -46,8 +46,8 @@ def load_vit(source: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
     A ViT or DeiT image classifier from a model, a folder or a Hub id.
 
     Raises:
-        ValueError: if it is another kind of model, or its checkpoint lacks weights (a model without classifier, or a
-            DeiT with teacher, whose two heads no single one can stand for).
+        ValueError: if it is another kind of model (a DeiT with teacher too: no single head can stand for its two), or
+            its checkpoint lacks weights, such as those of the classifier.
     """
     if isinstance(source, (str, os.PathLike)):
         model, loading = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
