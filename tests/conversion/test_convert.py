@@ -144,7 +144,9 @@ class TestRefusals:
             convert_checkpoint(source, tmp_path / "out", **overrides)
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("missing", ["norm.weight", "blocks.1.attn.qkv.bias", "proj_layer2.weight", "alpha.1", "head.bias"])
+    @pytest.mark.parametrize(
+        "missing", ["norm.weight", "blocks.1.attn.qkv.bias", "proj_layer2.weight", "alpha.1", "head.bias"]
+    )
     def test_missing_keys(self, missing, folder, tmp_path):
         state_dict = golden_state_dict()
         del state_dict[missing]

@@ -14,7 +14,8 @@ def test_defaults_are_the_published_model():
 
 
 @pytest.mark.parametrize(
-    "stages, width", [([6], 384), ([3, 3], 192), ([2, 3], 192), ([2, 3, 6], 384), ([3, 6, 12], 768), ([1, 2, 3, 4], 256)]
+    "stages, width",
+    [([6], 384), ([3, 3], 192), ([2, 3], 192), ([2, 3, 6], 384), ([3, 6, 12], 768), ([1, 2, 3, 4], 256)],
 )
 def test_full_width_follows_the_widest_stage(stages, width):
     config = ThinkingViTConfig(thinking_stages=stages)

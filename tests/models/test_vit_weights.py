@@ -57,9 +57,7 @@ def test_a_source_of_full_width_fills_the_whole_model(kind):
     vit, pixel_values = trained_vit(kind), random_images()
     model = ThinkingViTForImageClassification.from_vit(vit, thinking_stages=[1, 2, 3]).eval()
     # α is 0, so the last stage is the source.
-    torch.testing.assert_close(
-        model(pixel_values, threshold=0.0).logits, vit(pixel_values).logits, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(model(pixel_values, threshold=0.0).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
     last = model.extract_stage(2).state_dict()
     assert all(torch.equal(last[name], tensor) for name, tensor in vit.state_dict().items())
 
@@ -74,10 +72,17 @@ def test_a_source_as_wide_as_a_middle_stage():
 
 @torch.no_grad()
 def test_settings_of_the_source_carry_over_and_overrides_win():
-    vit = trained_vit(qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-3, num_channels=1, hidden_dropout_prob=0.1)
+    vit = trained_vit(
+        qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-3, num_channels=1, hidden_dropout_prob=0.1
+    )
     model = ThinkingViTForImageClassification.from_vit(vit, [3, 6], threshold=0.7, hidden_dropout_prob=0.0).eval()
     config = model.config
-    assert (config.qkv_bias, config.hidden_act, config.layer_norm_eps, config.num_channels) == (False, "gelu_new", 1e-3, 1)
+    assert (config.qkv_bias, config.hidden_act, config.layer_norm_eps, config.num_channels) == (
+        False,
+        "gelu_new",
+        1e-3,
+        1,
+    )
     assert (config.threshold, config.hidden_dropout_prob, config.intermediate_size) == (0.7, 0.0, 96)
     pixel_values = random_images()[:, :1]
     torch.testing.assert_close(model(pixel_values, max_stages=1).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)

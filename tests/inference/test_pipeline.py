@@ -1,0 +1,109 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, pipeline
+
+from hf_thinkingvit import AdaptiveImageClassificationPipeline
+from hf_thinkingvit.image_processing import evaluation_image_processor
+from tests.utils import lively_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    lively_model().save_pretrained(path)
+    evaluation_image_processor(32).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(7)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder, images):
+    """Model outputs for the preprocessed images, at a τ that splits them."""
+    model = lively_model()
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        threshold = model(pixel_values, max_stages=1).entropy.median().item() + 1e-3
+        outputs = model(pixel_values, threshold=threshold)
+    assert len(outputs.exit_stage.unique()) > 1
+    return threshold, outputs
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_standard_pipeline(folder, images, batch_size, caplog):
+    with caplog.at_level(logging.ERROR, logger="transformers"):
+        classifier = pipeline("image-classification", model=folder)
+    assert "not supported" not in caplog.text
+    results = classifier(images, batch_size=batch_size, top_k=2)
+    model = lively_model()
+    pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        probabilities = model(pixel_values).logits.softmax(-1)
+    assert len(results) == 7
+    for result, row in zip(results, probabilities):
+        assert [entry["label"] for entry in result] == [f"LABEL_{index}" for index in row.topk(2).indices]
+        assert [entry["score"] for entry in result] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_adaptive_pipeline_steers_and_reports_exits(folder, images, expected, batch_size):
+    threshold, outputs = expected
+    classifier = pipeline("adaptive-image-classification", model=folder)
+    assert isinstance(classifier, AdaptiveImageClassificationPipeline)
+    results = classifier(images, batch_size=batch_size, threshold=threshold, top_k=3)
+    for result, stage, entropy, logits in zip(results, outputs.exit_stage, outputs.entropy, outputs.logits):
+        assert len(result) == 3
+        assert result[0]["label"] == f"LABEL_{logits.argmax()}"
+        for entry in result:
+            assert entry["exit_stage"] == stage.item()
+            assert entry["entropy"] == pytest.approx(entropy.item(), abs=1e-4)
+    assert [result[0]["exit_stage"] for result in classifier(images, threshold=0.0)] == [2] * 7
+    assert [result[0]["exit_stage"] for result in classifier(images, threshold=0.0, max_stages=2)] == [1] * 7
+    assert classifier(images[0], threshold=[0.0, 10.0])[0]["exit_stage"] == 1
+
+
+def test_threshold_given_to_the_pipeline_holds_for_its_calls(folder, images):
+    classifier = pipeline("adaptive-image-classification", model=folder, threshold=10.0)
+    assert classifier(images[0])[0]["exit_stage"] == 0
+    assert classifier(images[0], threshold=0.0)[0]["exit_stage"] == 2
+    assert classifier(images[0])[0]["exit_stage"] == 0
+
+
+@pytest.mark.parametrize("kind", ["no image", "truncated"])
+def test_an_unreadable_image_in_a_batch_is_named(folder, images, kind, tmp_path):
+    paths = []
+    for index, image in enumerate(images[:3]):
+        paths.append(str(tmp_path / f"{index}.png"))
+        image.save(paths[-1])
+    with open(paths[1], "rb") as file:
+        content = file.read()
+    with open(paths[1], "wb") as file:
+        file.write(b"no image" if kind == "no image" else content[: len(content) // 2])
+    classifier = pipeline("adaptive-image-classification", model=folder)
+    with pytest.raises(ValueError, match=r"Cannot read the image .*1\.png.*Expected a path, a URL or a PIL image"):
+        classifier(paths, batch_size=3)
+    assert len(classifier([paths[0], paths[2]], batch_size=3)) == 2
+
+
+def test_bad_arguments_of_a_call(folder, images):
+    classifier = pipeline("adaptive-image-classification", model=folder)
+    with pytest.raises(ValueError, match="`threshold`"):
+        classifier(images[0], threshold=[0.1])
+    with pytest.raises(ValueError, match="`max_stages`"):
+        classifier(images[0], max_stages=9)
+
+
+def test_refuses_a_model_without_stages():
+    vit = ViTForImageClassification(
+        ViTConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1, image_size=32)
+    )
+    with pytest.raises(ValueError, match="ViTForImageClassification does not think in stages"):
+        AdaptiveImageClassificationPipeline(model=vit, image_processor=evaluation_image_processor(32))

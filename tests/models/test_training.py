@@ -1,0 +1,76 @@
+"""Training with the tools that users bring: `Trainer` and `DistributedDataParallel`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from tests.models import train_distributed
+from tests.utils import lively_model, random_images
+
+
+def test_trainer_without_a_subclass(tmp_path):
+    pixel_values = random_images(48)
+    labels = torch.arange(48) % 4
+    pixel_values += labels[:, None, None, None].float()
+    dataset = Dataset.from_dict({"pixel_values": pixel_values.numpy(), "labels": labels.numpy()}).with_format("torch")
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["predictions"] = prediction.predictions
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=6,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=16,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+    )
+    model = lively_model(num_labels=4, threshold=0.3)
+    trainer = Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset, compute_metrics=compute_metrics)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert seen["predictions"].shape == (48, 4)  # the logits alone, as of any classifier
+    assert after["eval_accuracy"] > before["eval_accuracy"] and after["eval_loss"] < before["eval_loss"]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / "modeling_thinkingvit.py").is_file()
+    loaded = type(model).from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values).logits, model.eval()(pixel_values).logits)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"thinking_stages": [4]}, {"thinking_stages": [2, 2], "hidden_size": 16}])
+def test_two_distributed_processes_train_as_one(overrides, tmp_path):
+    weights, script = tmp_path / "weights.pt", Path(train_distributed.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    arguments = [str(script), str(weights), json.dumps(overrides)]
+    process = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+
+    model = lively_model(**overrides).train()
+    train_distributed.train(model, slice(0, 8))
+    distributed_weights = torch.load(weights, weights_only=True)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(
+            distributed_weights[name], tensor, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}"
+        )

@@ -1,0 +1,36 @@
+"""
+A few training steps under DistributedDataParallel, started by `test_training.py` as
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/models/train_distributed.py WEIGHTS CONFIG_JSON
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.utils import lively_model, random_images
+
+
+def train(model: torch.nn.Module, rows: slice) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pixel_values, labels = random_images(8), torch.arange(8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(pixel_values[rows], labels=labels[rows]).loss.backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    share = 8 // distributed.get_world_size()
+    start = distributed.get_rank() * share
+    # The default, find_unused_parameters=False, raises in the second step if a parameter got no gradient.
+    wrapped = DistributedDataParallel(lively_model(**json.loads(sys.argv[2])).train())
+    train(wrapped, slice(start, start + share))
+    if distributed.get_rank() == 0:
+        torch.save(wrapped.module.state_dict(), sys.argv[1])
+    distributed.destroy_process_group()
