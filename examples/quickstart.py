@@ -86,7 +86,8 @@ def draw(images: list[Image.Image], labels: list[int], answers: list[dict], thre
         answer = answers[index]
         axis.imshow(images[index], interpolation="nearest")
         axis.set_title(
-            f"says {answer['label']}, is {labels[index]}\nstage {answer['exit_stage']}, entropy {answer['entropy']:.2f}",
+            f"says {answer['label']}, is {labels[index]}\n"
+            f"stage {answer['exit_stage']}, entropy {answer['entropy']:.2f}",
             fontsize=10,
             color="black" if answer["label"] == str(labels[index]) else "tab:red",
         )

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, pipeline
+from transformers import ViTConfig, ViTForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import AdaptiveImageClassificationPipeline
 from hf_thinkingvit.image_processing import evaluation_image_processor

@@ -31,11 +31,12 @@ else:
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 folder, inputs, results, saved_again = sys.argv[1:]
 given = load_file(inputs)
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, threshold=given["threshold"].item())
+threshold = given["threshold"].item()
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, threshold=threshold)
 with torch.no_grad():
     outputs = model(given["pixel_values"])
     tokens = AutoModel.from_pretrained(folder, trust_remote_code=True)(given["pixel_values"]).last_hidden_state
