@@ -115,19 +115,23 @@ class TestStages:
 class TestEarlyExit:
     @staticmethod
     def count_rows(model, call):
-        """Images that each call of the first layer, of the last layer and of the embeddings saw."""
-        rows = {"first": [], "last": [], "patches": []}
+        """Shapes of what each call computed: the patches, and the tokens of the first and the last layer."""
+        computed = {"patches": [], "first": [], "last": []}
         modules = {
+            "patches": model.thinkingvit.embeddings.patch_embeddings,
             "first": model.thinkingvit.layers[0],
             "last": model.thinkingvit.layers[-1],
-            "patches": model.thinkingvit.embeddings.patch_embeddings,
         }
-        hooks = [
-            module.register_forward_hook(lambda m, args, output, name=name: rows[name].append(tuple(args[0].shape)))
-            for name, module in modules.items()
-        ]
+
+        def record(name):
+            def hook(module, args, output):
+                computed[name].append(tuple((output[0] if isinstance(output, tuple) else output).shape))
+
+            return hook
+
+        hooks = [module.register_forward_hook(record(name)) for name, module in modules.items()]
         try:
-            return call(), rows
+            return call(), computed
         finally:
             for hook in hooks:
                 hook.remove()
@@ -146,7 +150,7 @@ class TestEarlyExit:
         assert torch.equal(outputs.exit_stage, expected_stage)
         running = [8, int((expected_stage > 0).sum()), int((expected_stage > 1).sum())]
         assert running[0] > running[1] > running[2] > 0
-        assert rows["patches"] == [(8, 3, 32, 32)]
+        assert rows["patches"] == [(8, 32, 4, 4)]
         widths = [8, 16, 32]
         assert rows["first"] == [(count, 17, width) for count, width in zip(running, widths)]
         # The last layer: the class token for all that run the stage, the other 16 tokens for those that go on.

@@ -31,26 +31,28 @@ class ThinkingViTEmbeddings(nn.Module):
 
     def __init__(self, config: ThinkingViTConfig):
         super().__init__()
-        self.config = config
-        patch_size = as_pair(config.patch_size)
-        num_patches = config.patch_grid[0] * config.patch_grid[1]
+        self.num_channels = config.num_channels
+        self.image_size = as_pair(config.image_size)
+        self.patch_size = as_pair(config.patch_size)
+        self.patch_grid = config.patch_grid
+        self.num_prefix_tokens = config.num_prefix_tokens
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         if config.use_distillation_token:
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.patch_embeddings = nn.Conv2d(config.num_channels, config.hidden_size, patch_size, stride=patch_size)
-        self.position_embeddings = nn.Parameter(
-            torch.zeros(1, config.num_prefix_tokens + num_patches, config.hidden_size)
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
         )
+        num_tokens = self.num_prefix_tokens + self.patch_grid[0] * self.patch_grid[1]
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, patch_grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings `(1, tokens, hidden_size)` for a grid of (rows, columns) patches, bicubic."""
-        if patch_grid == self.config.patch_grid:
+        if patch_grid == self.patch_grid:
             return self.position_embeddings
-        prefix, patches = self.position_embeddings.split(
-            [self.config.num_prefix_tokens, self.position_embeddings.shape[1] - self.config.num_prefix_tokens], dim=1
-        )
-        patches = patches.unflatten(1, self.config.patch_grid).permute(0, 3, 1, 2)
+        prefix = self.position_embeddings[:, : self.num_prefix_tokens]
+        patches = self.position_embeddings[:, self.num_prefix_tokens :]
+        patches = patches.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
         patches = nn.functional.interpolate(patches, size=patch_grid, mode="bicubic", align_corners=False)
         return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
@@ -59,12 +61,12 @@ class ThinkingViTEmbeddings(nn.Module):
         self._check(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
         position_embeddings = self.interpolate_pos_encoding(tuple(patches.shape[-2:]))
-        prefix = [self.cls_token] + ([self.distillation_token] if self.config.use_distillation_token else [])
+        prefix = [self.cls_token, self.distillation_token] if self.num_prefix_tokens == 2 else [self.cls_token]
         prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]
         return self.dropout(torch.cat([*prefix, patches.flatten(2).transpose(1, 2)], dim=1) + position_embeddings)
 
     def _check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
-        channels, size = self.config.num_channels, as_pair(self.config.image_size)
+        channels, (height, width) = self.num_channels, self.image_size
         if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
             got = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(
@@ -72,14 +74,13 @@ class ThinkingViTEmbeddings(nn.Module):
                 f"as in `config.num_channels`, got {got}."
             )
         got = tuple(pixel_values.shape[-2:])
-        if not interpolate_pos_encoding and got != size:
+        if not interpolate_pos_encoding and got != self.image_size:
             raise ValueError(
-                f"`pixel_values` must be images of {size[0]}×{size[1]} pixels (`config.image_size`), got "
+                f"`pixel_values` must be images of {height}×{width} pixels (`config.image_size`), got "
                 f"{got[0]}×{got[1]}. Resize them with the image processor, or pass `interpolate_pos_encoding=True`."
             )
-        patch_size = as_pair(self.config.patch_size)
-        if got[0] < patch_size[0] or got[1] < patch_size[1]:
-            raise ValueError(f"`pixel_values` of {got[0]}×{got[1]} pixels are smaller than a patch {patch_size}.")
+        if got[0] < self.patch_size[0] or got[1] < self.patch_size[1]:
+            raise ValueError(f"`pixel_values` of {got[0]}×{got[1]} pixels are smaller than a patch {self.patch_size}.")
 
 
 def eager_attention_forward(
@@ -125,7 +126,8 @@ class ThinkingViTAttention(nn.Module):
     def project_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` (batch, tokens, width), normalised → key and value (batch, heads, tokens, head_dim)."""
         width = hidden_states.shape[-1]
-        return tuple(self._split_heads(projection(hidden_states, width)) for projection in (self.k_proj, self.v_proj))
+        key = self._split_heads(self.k_proj(hidden_states, width))
+        return key, self._split_heads(self.v_proj(hidden_states, width))
 
     def forward(
         self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs
@@ -175,34 +177,40 @@ class ThinkingViTLayer(GradientCheckpointingLayer):
         self.mlp = ThinkingViTMLP(config)
         self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
 
-    def project_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all tokens `(batch, tokens, width)`, for calls of `forward` on some of them."""
-        return self.attention.project_key_value(self.layernorm_before(hidden_states))
-
     def forward(
         self,
         hidden_states: torch.Tensor,
         stage: Stage,
+        num_queries: int | None = None,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
+        The whole layer, or, where not every token is needed at once, the layer in two calls: first with `num_queries`,
+        then with the other tokens and the `key` and `value` that the first call returned.
+
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, stage.hidden_size)`): the tokens to compute.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, stage.hidden_size)`): the tokens.
+            stage (`Stage`): the sub-network.
+            num_queries (`int`, *optional*): compute only so many leading tokens; the others are their keys and values.
             key, value (`torch.Tensor` of shape `(batch, heads, all tokens, head_dim)`, *optional*):
-                From `project_key_value`, where `hidden_states` are only some of the tokens that attend to each other.
+                Keys and values of all tokens, where `hidden_states` are only some.
 
         Returns:
-            `torch.Tensor` of the shape of `hidden_states`.
+            The computed tokens `(batch, tokens or num_queries, stage.hidden_size)`; with `num_queries`, a tuple of
+            them, the keys and the values.
         """
         normed = self.layernorm_before(hidden_states)
         if key is None:
             key, value = self.attention.project_key_value(normed)
+        if num_queries is not None:
+            hidden_states, normed = hidden_states[:, :num_queries], normed[:, :num_queries]
         attn_output, _ = self.attention(normed, key, value, **kwargs)
         hidden_states = hidden_states + self.dropout(attn_output)
         mlp_output = self.mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
-        return hidden_states + self.dropout(mlp_output)
+        hidden_states = hidden_states + self.dropout(mlp_output)
+        return hidden_states if num_queries is None else (hidden_states, key, value)
 
 
 class ThinkingViTRecycler(nn.Module):
@@ -260,16 +268,17 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         super().__init__(config)
         config.validate()
         rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.stages = config.stages
         self.embeddings = ThinkingViTEmbeddings(config)
         self.layers = nn.ModuleList([ThinkingViTLayer(config, rate) for rate in rates])
         self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.recyclers = nn.ModuleList([ThinkingViTRecycler(config, stage) for stage in config.stages[:-1]])
+        self.recyclers = nn.ModuleList([ThinkingViTRecycler(config, stage) for stage in self.stages[:-1]])
         self.post_init()
 
     def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> State:
         """The state with which stage 0 starts: embeddings of full width, and their leading channels, which it reads."""
         embeddings = self.embeddings(pixel_values, interpolate_pos_encoding)
-        return {"embeddings": embeddings, "hidden_states": embeddings[..., : self.config.stages[0].hidden_size]}
+        return {"embeddings": embeddings, "hidden_states": embeddings[..., : self.stages[0].hidden_size]}
 
     def run_stage(self, stage_index: int, state: State, *, all_tokens: bool, **kwargs) -> tuple[torch.Tensor, State]:
         """
@@ -279,16 +288,15 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         Returns:
             The class token after the final LayerNorm `(images, width of the stage)`, and the state.
         """
-        stage, hidden_states = self.config.stages[stage_index], state["hidden_states"]
-        for layer in self.layers[:-1]:
+        stage, hidden_states = self.stages[stage_index], state["hidden_states"]
+        *layers, last_layer = self.layers
+        for layer in layers:
             hidden_states = layer(hidden_states, stage, **kwargs)
-        last_layer = self.layers[-1]
         if all_tokens:
             tokens = last_layer(hidden_states, stage, **kwargs)
             state = {"embeddings": state["embeddings"], "tokens": tokens}
         else:
-            key, value = last_layer.project_key_value(hidden_states)
-            tokens = last_layer(hidden_states[:, :1], stage, key, value, **kwargs)
+            tokens, key, value = last_layer(hidden_states, stage, 1, **kwargs)
             state = {
                 "embeddings": state["embeddings"],
                 "tokens": tokens,
@@ -302,8 +310,8 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         """All tokens `(images, tokens, width of the stage)` of a stage that has answered, after the final LayerNorm."""
         tokens = state["tokens"]
         if "key" in state:
-            stage = self.config.stages[stage_index]
-            others = self.layers[-1](state["hidden_states"], stage, state["key"], state["value"], **kwargs)
+            stage, last_layer = self.stages[stage_index], self.layers[-1]
+            others = last_layer(state["hidden_states"], stage, None, state["key"], state["value"], **kwargs)
             tokens = torch.cat([tokens, others], dim=1)
         return self.layernorm(tokens)
 
@@ -311,7 +319,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         """The state with which stage `stage_index + 1` starts."""
         embeddings = state["embeddings"]
         tokens = self.finish_stage(stage_index, state, **kwargs)
-        width = self.config.stages[stage_index + 1].hidden_size
+        width = self.stages[stage_index + 1].hidden_size
         return {"embeddings": embeddings, "hidden_states": self.recyclers[stage_index](embeddings, tokens, width)}
 
     @capture_outputs(tie_last_hidden_states=False)
