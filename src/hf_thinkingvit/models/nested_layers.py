@@ -8,7 +8,41 @@ import torch
 from torch import nn
 
 
-class NestedLinear(nn.Linear):
+class LeadingSliceMixin:
+    """
+    `leading(...)`: weight and bias of the leading channels.
+
+    Taking the views anew costs more, at batch 1 on a CPU, than some of the products that they serve. So inference keeps
+    them, and takes them again when a parameter has moved (another device, dtype or checkpoint).
+    """
+
+    def leading(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Views of the leading corner `sizes` of the weight, and of as much of the bias as the corner has rows."""
+        weight, bias = self.weight, self.bias
+        if sizes == weight.shape:
+            return weight, bias
+        # Sharded or quantised weights are no plain parameters, and need not tell by an address that they have moved.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
+            return _corner(weight, bias, sizes)
+        kept = self.__dict__.setdefault("_kept_views", {})
+        addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr())
+        if sizes not in kept or kept[sizes][1] != addresses:
+            kept[sizes] = _corner(weight, bias, sizes), addresses
+        return kept[sizes][0]
+
+    def _apply(self, *args, **kwargs):
+        self.__dict__.pop("_kept_views", None)  # the weights are about to move: do not keep the old ones alive
+        return super()._apply(*args, **kwargs)
+
+
+def _corner(
+    weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    corner = tuple(slice(size) for size in sizes)
+    return weight[corner], None if bias is None else bias[corner[0]]
+
+
+class NestedLinear(LeadingSliceMixin, nn.Linear):
     """A linear map whose leading rows and columns are a smaller linear map."""
 
     def forward(self, hidden_states: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
@@ -20,22 +54,16 @@ class NestedLinear(nn.Linear):
         Returns:
             `torch.Tensor` of shape `(..., out_features)`.
         """
-        weight, bias, in_features = self.weight, self.bias, hidden_states.shape[-1]
-        # Only where it cuts something: at batch 1 the cost of slicing in Python can be measured.
-        if out_features is not None and out_features != self.out_features:
-            weight, bias = weight[:out_features, :in_features], None if bias is None else bias[:out_features]
-        elif in_features != self.in_features:
-            weight = weight[:, :in_features]
+        weight, bias = self.leading(out_features or self.out_features, hidden_states.shape[-1])
         return nn.functional.linear(hidden_states, weight, bias)
 
 
-class NestedLayerNorm(nn.LayerNorm):
+class NestedLayerNorm(LeadingSliceMixin, nn.LayerNorm):
     """LayerNorm over however many leading channels the input `(..., width)` has, with their weights and biases."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight, bias, width = self.weight, self.bias, hidden_states.shape[-1]
-        if width != weight.shape[0]:
-            weight, bias = weight[:width], bias[:width]
+        width = hidden_states.shape[-1]
+        weight, bias = self.leading(width)
         return torch.layer_norm(hidden_states, (width,), weight, bias, self.eps)
 
 

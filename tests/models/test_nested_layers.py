@@ -1,0 +1,93 @@
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, linear
+
+from hf_thinkingvit.models.nested_layers import NestedLayerNorm, NestedLinear, ResidualDropout
+
+
+def assert_leading(layer: NestedLinear, hidden_states: torch.Tensor, out_features: int) -> None:
+    width = hidden_states.shape[-1]
+    expected = linear(hidden_states, layer.weight[:out_features, :width], layer.bias[:out_features])
+    torch.testing.assert_close(layer(hidden_states, out_features), expected)
+
+
+@pytest.mark.parametrize("width, out_features", [(8, 12), (5, 12), (8, 7), (5, 7), (1, 1)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_linear_uses_the_leading_corner(width, out_features, grad):
+    layer = NestedLinear(8, 12)
+    with torch.set_grad_enabled(grad):
+        assert_leading(layer, torch.randn(3, 4, width), out_features)
+
+
+def test_linear_without_bias_and_without_a_width():
+    layer = NestedLinear(8, 12, bias=False)
+    hidden_states = torch.randn(3, 5)
+    torch.testing.assert_close(layer(hidden_states), hidden_states @ layer.weight[:, :5].T)
+
+
+def test_layer_norm_normalises_the_leading_channels():
+    layer = NestedLayerNorm(8, eps=1e-3)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    hidden_states = torch.randn(3, 5)
+    torch.testing.assert_close(
+        layer(hidden_states), layer_norm(hidden_states, (5,), layer.weight[:5], layer.bias[:5], 1e-3)
+    )
+
+
+def test_gradients_reach_only_the_leading_corner():
+    layer = NestedLinear(8, 12)
+    with torch.no_grad():
+        layer(torch.randn(3, 5), 7)  # keeps views, which training must not use
+    layer(torch.randn(3, 5), 7).sum().backward()
+    used = torch.zeros(12, 8, dtype=torch.bool)
+    used[:7, :5] = True
+    assert torch.equal(layer.weight.grad != 0, used)
+    assert torch.equal(layer.bias.grad, torch.tensor([3.0] * 7 + [0.0] * 5))
+
+
+@torch.no_grad()
+def test_kept_views_follow_the_weights():
+    layer, hidden_states = NestedLinear(8, 12), torch.randn(3, 5)
+    assert_leading(layer, hidden_states, 7)
+    layer.weight.mul_(2)  # changed in place
+    assert_leading(layer, hidden_states, 7)
+    layer.load_state_dict(NestedLinear(8, 12).state_dict())
+    assert_leading(layer, hidden_states, 7)
+    layer.load_state_dict(NestedLinear(8, 12).state_dict(), assign=True)
+    assert_leading(layer, hidden_states, 7)
+    layer.weight = torch.nn.Parameter(torch.randn(12, 8))
+    assert_leading(layer, hidden_states, 7)
+    layer.weight.data = torch.randn(12, 8)
+    assert_leading(layer, hidden_states, 7)
+    layer.to(torch.float64)
+    assert_leading(layer, hidden_states.double(), 7)
+    with torch.inference_mode():
+        assert_leading(layer, hidden_states.double(), 6)
+    assert_leading(layer, hidden_states.double(), 6)
+    twin = copy.deepcopy(layer)
+    twin.weight.mul_(3)
+    assert_leading(twin, hidden_states.double(), 7)
+    assert_leading(layer, hidden_states.double(), 7)
+
+
+@torch.no_grad()
+def test_a_new_bias_is_seen_too():
+    layer, hidden_states = NestedLinear(8, 12), torch.randn(3, 5)
+    assert_leading(layer, hidden_states, 7)
+    layer.bias = torch.nn.Parameter(torch.randn(12))
+    assert_leading(layer, hidden_states, 7)
+
+
+def test_residual_dropout_is_the_identity_in_evaluation():
+    hidden_states = torch.randn(3, 4, 5)
+    assert ResidualDropout(0.5, 0.5).eval()(hidden_states) is hidden_states
+
+
+def test_residual_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    hidden_states = torch.ones(20000, 1, 4)
+    mean = ResidualDropout(0.3, 0.4).train()(hidden_states).mean().item()
+    assert mean == pytest.approx(1.0, abs=0.03)
