@@ -103,6 +103,14 @@ class TestStages:
         alone.load_state_dict(model.state_dict(), strict=False)
         torch.testing.assert_close(alone(pixel_values).logits, model(pixel_values, threshold=0.0).logits)
 
+    @torch.no_grad()
+    def test_the_convolution_runs_once(self):
+        model = lively_model()
+        calls = []
+        model.thinkingvit.embeddings.patch_embeddings.register_forward_hook(lambda *_: calls.append(1))
+        assert model(random_images(), threshold=0.0).exit_stage.tolist() == [2] * 6
+        assert len(calls) == 1
+
     @pytest.mark.parametrize("backend", ["eager", "sdpa"])
     @torch.no_grad()
     def test_attention_backends_agree(self, backend):
@@ -115,10 +123,10 @@ class TestStages:
 class TestEarlyExit:
     @staticmethod
     def count_rows(model, call):
-        """Shapes of what each call computed: the patches, and the tokens of the first and the last layer."""
-        computed = {"patches": [], "first": [], "last": []}
+        """Shapes of what each call computed: channels of the embeddings, and tokens of the first and the last layer."""
+        computed = {"embeddings": [], "first": [], "last": []}
         modules = {
-            "patches": model.thinkingvit.embeddings.patch_embeddings,
+            "embeddings": model.thinkingvit.embeddings,
             "first": model.thinkingvit.layers[0],
             "last": model.thinkingvit.layers[-1],
         }
@@ -150,9 +158,9 @@ class TestEarlyExit:
         assert torch.equal(outputs.exit_stage, expected_stage)
         running = [8, int((expected_stage > 0).sum()), int((expected_stage > 1).sum())]
         assert running[0] > running[1] > running[2] > 0
-        assert rows["patches"] == [(8, 32, 4, 4)]
-        widths = [8, 16, 32]
-        assert rows["first"] == [(count, 17, width) for count, width in zip(running, widths)]
+        # Each channel of the embeddings is computed once: 8 of 32 for all images, 8 and 16 more for those that go on.
+        assert rows["embeddings"] == [(running[0], 17, 8), (running[1], 17, 8), (running[2], 17, 16)]
+        assert rows["first"] == [(running[0], 17, 8), (running[1], 17, 16), (running[2], 17, 32)]
         # The last layer: the class token for all that run the stage, the other 16 tokens for those that go on.
         assert rows["last"] == [
             (running[0], 1, 8),

@@ -33,4 +33,7 @@ if __name__ == "__main__":
     train(wrapped, slice(start, start + share))
     if distributed.get_rank() == 0:
         torch.save(wrapped.module.state_dict(), sys.argv[1])
+    # All processes done, and nothing of the group alive, before it is taken down: else gloo may abort at exit.
+    distributed.barrier()
+    del wrapped
     distributed.destroy_process_group()

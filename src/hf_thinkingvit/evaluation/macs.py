@@ -2,9 +2,9 @@
 Multiply-accumulates in matrix products, from a configuration alone.
 
 Two countings. `stage_macs` counts what this package computes: of the last layer only what is read, each recycling
-projection only as wide as the next stage, the patch embedding once. `published_stage_macs` counts as the paper's tables
-do: every stage a complete plain ViT. Both per stage: an image that exits after stage s has cost the sum of the first
-s + 1 entries.
+projection only as wide as the next stage, each channel of the patch embedding once. `published_stage_macs` counts as
+the paper's tables do: every stage a complete plain ViT. Both per stage: an image that exits after stage s has cost the
+sum of the first s + 1 entries.
 """
 
 from collections.abc import Sequence
@@ -29,11 +29,12 @@ def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None
     macs = []
     for index, stage in enumerate(stages):
         if index == 0:
-            entry = _patch_embedding(config, num_patches, config.hidden_size)
-        else:  # the rest of the previous stage's last layer, and its tokens to this stage's width
+            entry = _patch_embedding(config, num_patches, stage.hidden_size)
+        else:  # the rest of the previous stage's last layer, its tokens to this stage's width, and the new channels
             previous = stages[index - 1]
             entry = _tokens_of_layer(previous, num_tokens - 1, num_tokens)
             entry += num_tokens * previous.hidden_size * stage.hidden_size
+            entry += _patch_embedding(config, num_patches, stage.hidden_size - previous.hidden_size)
         whole_layers = (layers - 1) * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
         answer = _key_value(stage, num_tokens) + _tokens_of_layer(stage, 1, num_tokens)
         macs.append(entry + whole_layers + answer + stage.hidden_size * config.num_labels)

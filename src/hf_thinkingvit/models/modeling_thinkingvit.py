@@ -22,12 +22,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .config_checks import as_pair
 from .configuration_thinkingvit import Stage, ThinkingViTConfig
 from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages, wants_recordings
-from .nested_layers import NestedLayerNorm, NestedLinear, ResidualDropout
+from .nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
 from .vit_weights import export_stage, import_vit, load_vit, thinkingvit_config_from_vit
 
 
 class ThinkingViTEmbeddings(nn.Module):
-    """Patches, class token (and distillation token) and position embeddings, at full width, once for all stages."""
+    """
+    Patches, class token (and distillation token) and position embeddings. Each channel is computed once: those that the
+    first stage reads for every image, the others when a stage needs them, for the images that it runs.
+    """
 
     def __init__(self, config: ThinkingViTConfig):
         super().__init__()
@@ -39,33 +42,45 @@ class ThinkingViTEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         if config.use_distillation_token:
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.patch_embeddings = nn.Conv2d(
+        self.patch_embeddings = NestedConv2d(
             config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
         )
         num_tokens = self.num_prefix_tokens + self.patch_grid[0] * self.patch_grid[1]
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def interpolate_pos_encoding(self, patch_grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings `(1, tokens, hidden_size)` for a grid of (rows, columns) patches, bicubic."""
+    def interpolate_pos_encoding(self, position_embeddings: torch.Tensor, patch_grid: tuple[int, int]) -> torch.Tensor:
+        """`position_embeddings` (1, tokens, channels) for a grid of (rows, columns) patches, bicubic."""
         if patch_grid == self.patch_grid:
-            return self.position_embeddings
-        prefix = self.position_embeddings[:, : self.num_prefix_tokens]
-        patches = self.position_embeddings[:, self.num_prefix_tokens :]
+            return position_embeddings
+        prefix = position_embeddings[:, : self.num_prefix_tokens]
+        patches = position_embeddings[:, self.num_prefix_tokens :]
         patches = patches.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
         patches = nn.functional.interpolate(patches, size=patch_grid, mode="bicubic", align_corners=False)
         return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
-        """`pixel_values` (batch_size, num_channels, height, width) → embeddings (batch_size, tokens, hidden_size)."""
-        self._check(pixel_values, interpolate_pos_encoding)
-        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
-        position_embeddings = self.interpolate_pos_encoding(tuple(patches.shape[-2:]))
-        prefix = [self.cls_token, self.distillation_token] if self.num_prefix_tokens == 2 else [self.cls_token]
-        prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]
-        return self.dropout(torch.cat([*prefix, patches.flatten(2).transpose(1, 2)], dim=1) + position_embeddings)
+    def forward(self, pixel_values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """`pixel_values` (batch_size, num_channels, height, width) → channels (batch_size, tokens, stop - start)."""
+        tokens = [self.cls_token, self.distillation_token] if self.num_prefix_tokens == 2 else [self.cls_token]
+        tokens = [token[..., start:stop].expand(pixel_values.shape[0], -1, -1) for token in tokens]
+        tokens.append(self._embed_patches(pixel_values.to(self.cls_token.dtype), start, stop))
+        patch_grid = (pixel_values.shape[2] // self.patch_size[0], pixel_values.shape[3] // self.patch_size[1])
+        position_embeddings = self.interpolate_pos_encoding(self.position_embeddings[..., start:stop], patch_grid)
+        return self.dropout(torch.cat(tokens, dim=1) + position_embeddings)
 
-    def _check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
+    def _embed_patches(self, pixel_values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        if start == 0:
+            return self.patch_embeddings(pixel_values, stop).flatten(2).transpose(1, 2)
+        # Later channels are for the images that go on, maybe few: a product with their patches is the same, and quicker
+        # for few images than setting up a convolution.
+        rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], self.patch_size))
+        patches = pixel_values[..., : rows * self.patch_size[0], : columns * self.patch_size[1]]
+        patches = patches.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
+        weight, bias = self.patch_embeddings.weight, self.patch_embeddings.bias
+        return nn.functional.linear(patches.flatten(3).flatten(1, 2), weight[start:stop].flatten(1), bias[start:stop])
+
+    def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
+        """`ValueError` for images that do not fit: channels, or a size that is not to be interpolated to."""
         channels, (height, width) = self.num_channels, self.image_size
         if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
             got = None if pixel_values is None else tuple(pixel_values.shape)
@@ -221,9 +236,9 @@ class ThinkingViTRecycler(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
         self.projection = NestedLinear(stage.hidden_size, config.hidden_size)
 
-    def forward(self, embeddings: torch.Tensor, tokens: torch.Tensor, hidden_size: int) -> torch.Tensor:
-        """Full-width `embeddings` and a stage's `tokens` → the next stage's input (batch, tokens, `hidden_size`)."""
-        return embeddings[..., :hidden_size] + self.alpha * self.projection(tokens, hidden_size)
+    def forward(self, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """`embeddings` (batch, tokens, next stage's width) and a stage's tokens → the next stage's input, alike."""
+        return embeddings + self.alpha * self.projection(tokens, embeddings.shape[-1])
 
 
 def _record(target_class: type[nn.Module]) -> OutputRecorder:
@@ -276,9 +291,10 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         self.post_init()
 
     def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> State:
-        """The state with which stage 0 starts: embeddings of full width, and their leading channels, which it reads."""
-        embeddings = self.embeddings(pixel_values, interpolate_pos_encoding)
-        return {"embeddings": embeddings, "hidden_states": embeddings[..., : self.stages[0].hidden_size]}
+        """The state with which stage 0 starts. Pixels stay in it while a later stage is wider and will need them."""
+        self.embeddings.check(pixel_values, interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values, 0, self.stages[0].hidden_size)
+        return {"pixel_values": pixel_values, "embeddings": hidden_states, "hidden_states": hidden_states}
 
     def run_stage(self, stage_index: int, state: State, *, all_tokens: bool, **kwargs) -> tuple[torch.Tensor, State]:
         """
@@ -294,17 +310,12 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
             hidden_states = layer(hidden_states, stage, **kwargs)
         if all_tokens:
             tokens = last_layer(hidden_states, stage, **kwargs)
-            state = {"embeddings": state["embeddings"], "tokens": tokens}
+            unfinished = {}
         else:
             tokens, key, value = last_layer(hidden_states, stage, 1, **kwargs)
-            state = {
-                "embeddings": state["embeddings"],
-                "tokens": tokens,
-                "hidden_states": hidden_states[:, 1:],
-                "key": key,
-                "value": value,
-            }
-        return self.layernorm(tokens[:, 0]), state
+            unfinished = {"hidden_states": hidden_states[:, 1:], "key": key, "value": value}
+        inputs = {name: state[name] for name in ("pixel_values", "embeddings") if name in state}
+        return self.layernorm(tokens[:, 0]), {**inputs, "tokens": tokens, **unfinished}
 
     def finish_stage(self, stage_index: int, state: State, **kwargs) -> torch.Tensor:
         """All tokens `(images, tokens, width of the stage)` of a stage that has answered, after the final LayerNorm."""
@@ -317,10 +328,13 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
 
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
         """The state with which stage `stage_index + 1` starts."""
-        embeddings = state["embeddings"]
         tokens = self.finish_stage(stage_index, state, **kwargs)
-        width = self.stages[stage_index + 1].hidden_size
-        return {"embeddings": embeddings, "hidden_states": self.recyclers[stage_index](embeddings, tokens, width)}
+        embeddings, width = state["embeddings"], self.stages[stage_index + 1].hidden_size
+        if width > embeddings.shape[-1]:
+            wider = self.embeddings(state["pixel_values"], embeddings.shape[-1], width)
+            embeddings = torch.cat([embeddings, wider], dim=-1)
+        pixels = {"pixel_values": state["pixel_values"]} if width < self.stages[-1].hidden_size else {}
+        return {**pixels, "embeddings": embeddings, "hidden_states": self.recyclers[stage_index](embeddings, tokens)}
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

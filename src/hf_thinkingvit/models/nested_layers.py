@@ -58,6 +58,15 @@ class NestedLinear(LeadingSliceMixin, nn.Linear):
         return nn.functional.linear(hidden_states, weight, bias)
 
 
+class NestedConv2d(LeadingSliceMixin, nn.Conv2d):
+    """A convolution of which the leading output channels are a smaller one."""
+
+    def forward(self, pixel_values: torch.Tensor, out_channels: int | None = None) -> torch.Tensor:
+        """`pixel_values` (batch, channels, height, width) → the first `out_channels` (all by default) of the output."""
+        weight, bias = self.leading(out_channels or self.out_channels, *self.weight.shape[1:])
+        return self._conv_forward(pixel_values, weight, bias)
+
+
 class NestedLayerNorm(LeadingSliceMixin, nn.LayerNorm):
     """LayerNorm over however many leading channels the input `(..., width)` has, with their weights and biases."""
 
