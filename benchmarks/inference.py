@@ -4,7 +4,7 @@ ThinkingViT 3 → 6 against Transformers' plain ViTs of the same sizes, in one r
     python -m benchmarks.inference --batch-size 1 16
 
 Pixels in, logits out, 224 × 224, random weights, rivals interleaved, median over the repeats. Three exit shares: all
-images leave after stage 1 (τ = 10), against ViT-Tiny; none does (τ = 0), against ViT-Tiny and ViT-Small in sequence;
+images leave after the first stage (τ = 10), against ViT-Tiny; none does (τ = 0), against ViT-Tiny and ViT-Small in sequence;
 36 % go on (the published share at τ = 1), against the same two. The share is exact: τ is set between the entropies of
 the batch. At batch 1 it is the mean over 25 single images of which 9 go on.
 """
@@ -79,7 +79,7 @@ def compare(batch_size: int, repeats: int, device: torch.device, dtype: torch.dt
     fixed = {
         "ViT-Tiny": of_next_batch(tiny),
         "ViT-Tiny + ViT-Small": of_next_batch(lambda batch: (tiny(batch), small(batch))),
-        "stage 1 alone": of_next_batch(lambda batch: model(batch, threshold=10.0)),
+        "first stage alone": of_next_batch(lambda batch: model(batch, threshold=10.0)),
         "all stages": of_next_batch(lambda batch: model(batch, threshold=0.0)),
     }
     mixed = {
@@ -89,7 +89,7 @@ def compare(batch_size: int, repeats: int, device: torch.device, dtype: torch.dt
     seconds = measure(fixed, repeats, device)
     seconds.update(measure(mixed, max(repeats // len(batches), 5), device))
     for name, rival, label in (
-        ("stage 1 alone", "ViT-Tiny", "stage 1 alone (τ = 10) / ViT-Tiny"),
+        ("first stage alone", "ViT-Tiny", "first stage alone (τ = 10) / ViT-Tiny"),
         ("all stages", "ViT-Tiny + ViT-Small", "all stages (τ = 0) / ViT-Tiny + ViT-Small"),
         ("mixed", "both", f"{goes_on:.0%} go on / ViT-Tiny + ViT-Small"),
     ):
