@@ -4,9 +4,9 @@ ThinkingViT 3 → 6 against Transformers' plain ViTs of the same sizes, in one r
     python -m benchmarks.inference --batch-size 1 16
 
 Pixels in, logits out, 224 × 224, random weights, rivals interleaved, median over the repeats. Three exit shares: all
-images leave after the first stage (τ = 10), against ViT-Tiny; none does (τ = 0), against ViT-Tiny and ViT-Small in sequence;
-36 % go on (the published share at τ = 1), against the same two. The share is exact: τ is set between the entropies of
-the batch. At batch 1 it is the mean over 25 single images of which 9 go on.
+images leave after the first stage (τ = 10), against ViT-Tiny; none does (τ = 0), against ViT-Tiny and ViT-Small in
+sequence; 36 % go on (the published share at τ = 1), against the same two. The share is exact: τ is set between the
+entropies of the batch. At batch 1 it is the mean over 25 single images of which 9 go on.
 """
 
 import argparse
