@@ -9,7 +9,8 @@ from .auto import register_models
 from .conversion import convert_checkpoint
 from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
-from .models.configuration_thinkingvit import Stage, ThinkingViTConfig
+from .models.configuration_nested_vit import Stage
+from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.early_exit import StagedImageClassifierOutput
 from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion, ExitRule
 from .models.modeling_thinkingvit import (

@@ -10,7 +10,8 @@ sum of the first s + 1 entries.
 from collections.abc import Sequence
 
 from ..models.config_checks import as_pair
-from ..models.configuration_thinkingvit import Stage, ThinkingViTConfig
+from ..models.configuration_nested_vit import Stage
+from ..models.configuration_thinkingvit import ThinkingViTConfig
 
 
 def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:

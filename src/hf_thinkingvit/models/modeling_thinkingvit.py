@@ -1,231 +1,25 @@
 """
 PyTorch ThinkingViT model (arXiv 2507.10800).
 
-Reading order is the order in which pixels flow: embeddings, attention, MLP, layer, token recycling, the model that runs
-one stage at a time, and the classifier, whose loop over stages is `early_exit.StagedImageClassifierMixin`.
+In the order in which pixels flow: embeddings and layers (`nested_vit.py`), token recycling, the model that runs one
+stage at a time, and the classifier, whose loop over stages is `early_exit.StagedImageClassifierMixin`.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .config_checks import as_pair
-from .configuration_thinkingvit import Stage, ThinkingViTConfig
+from .configuration_nested_vit import Stage
+from .configuration_thinkingvit import ThinkingViTConfig
 from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages, wants_recordings
-from .nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
+from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_vit import NestedViTAttention, NestedViTEmbeddings, NestedViTLayer
 from .vit_weights import export_stage, import_vit, load_vit, thinkingvit_config_from_vit
-
-
-class ThinkingViTEmbeddings(nn.Module):
-    """
-    Patches, class token (and distillation token) and position embeddings. Each channel is computed once: those that the
-    first stage reads for every image, the others when a stage needs them, for the images that it runs.
-    """
-
-    def __init__(self, config: ThinkingViTConfig):
-        super().__init__()
-        self.num_channels = config.num_channels
-        self.image_size = as_pair(config.image_size)
-        self.patch_size = as_pair(config.patch_size)
-        self.patch_grid = config.patch_grid
-        self.num_prefix_tokens = config.num_prefix_tokens
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        if config.use_distillation_token:
-            self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.patch_embeddings = NestedConv2d(
-            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
-        )
-        num_tokens = self.num_prefix_tokens + self.patch_grid[0] * self.patch_grid[1]
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def interpolate_pos_encoding(self, position_embeddings: torch.Tensor, patch_grid: tuple[int, int]) -> torch.Tensor:
-        """`position_embeddings` (1, tokens, channels) for a grid of (rows, columns) patches, bicubic."""
-        if patch_grid == self.patch_grid:
-            return position_embeddings
-        prefix = position_embeddings[:, : self.num_prefix_tokens]
-        patches = position_embeddings[:, self.num_prefix_tokens :]
-        patches = patches.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
-        patches = nn.functional.interpolate(patches, size=patch_grid, mode="bicubic", align_corners=False)
-        return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
-
-    def forward(self, pixel_values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """`pixel_values` (batch_size, num_channels, height, width) → channels (batch_size, tokens, stop - start)."""
-        tokens = [self.cls_token, self.distillation_token] if self.num_prefix_tokens == 2 else [self.cls_token]
-        tokens = [token[..., start:stop].expand(pixel_values.shape[0], -1, -1) for token in tokens]
-        tokens.append(self._embed_patches(pixel_values.to(self.cls_token.dtype), start, stop))
-        patch_grid = (pixel_values.shape[2] // self.patch_size[0], pixel_values.shape[3] // self.patch_size[1])
-        position_embeddings = self.interpolate_pos_encoding(self.position_embeddings[..., start:stop], patch_grid)
-        return self.dropout(torch.cat(tokens, dim=1) + position_embeddings)
-
-    def _embed_patches(self, pixel_values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        if start == 0:
-            return self.patch_embeddings(pixel_values, stop).flatten(2).transpose(1, 2)
-        # Later channels are for the images that go on, maybe few: a product with their patches is the same, and quicker
-        # for few images than setting up a convolution.
-        rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], self.patch_size))
-        patches = pixel_values[..., : rows * self.patch_size[0], : columns * self.patch_size[1]]
-        patches = patches.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
-        weight, bias = self.patch_embeddings.weight, self.patch_embeddings.bias
-        return nn.functional.linear(patches.flatten(3).flatten(1, 2), weight[start:stop].flatten(1), bias[start:stop])
-
-    def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
-        """`ValueError` for images that do not fit: channels, or a size that is not to be interpolated to."""
-        channels, (height, width) = self.num_channels, self.image_size
-        if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
-            got = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(
-                f"`pixel_values` must have the shape (batch_size, {channels}, height, width), with {channels} channels "
-                f"as in `config.num_channels`, got {got}."
-            )
-        got = tuple(pixel_values.shape[-2:])
-        if not interpolate_pos_encoding and got != self.image_size:
-            raise ValueError(
-                f"`pixel_values` must be images of {height}×{width} pixels (`config.image_size`), got "
-                f"{got[0]}×{got[1]}. Resize them with the image processor, or pass `interpolate_pos_encoding=True`."
-            )
-        if got[0] < self.patch_size[0] or got[1] < self.patch_size[1]:
-            raise ValueError(f"`pixel_values` of {got[0]}×{got[1]} pixels are smaller than a patch {self.patch_size}.")
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain operations: (batch, heads, tokens, head_dim) → (batch, tokens, heads, head_dim)."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    attn_weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
-    return attn_output, attn_weights
-
-
-class ThinkingViTAttention(nn.Module):
-    """Multi-head self-attention with the leading `stage.num_attention_heads` heads."""
-
-    def __init__(self, config: ThinkingViTConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.head_dim
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
-        # Three matrices rather than one: each is then its own leading slice, which no layout of a fused one gives.
-        self.q_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.v_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = NestedLinear(config.hidden_size, config.hidden_size)
-
-    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        batch_size, num_tokens, width = projected.shape
-        return projected.view(batch_size, num_tokens, width // self.head_dim, self.head_dim).transpose(1, 2)
-
-    def project_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`hidden_states` (batch, tokens, width), normalised → key and value (batch, heads, tokens, head_dim)."""
-        width = hidden_states.shape[-1]
-        key = self._split_heads(self.k_proj(hidden_states, width))
-        return key, self._split_heads(self.v_proj(hidden_states, width))
-
-    def forward(
-        self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` (batch, queries, width), normalised; key and value of all tokens."""
-        width = hidden_states.shape[-1]
-        query = self._split_heads(self.q_proj(hidden_states, width))
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if hidden_states.shape[0] == 0:  # not every backend can shape an empty batch
-            attention_interface = eager_attention_forward
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            None,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        attn_output = attn_output.reshape(*hidden_states.shape).contiguous()
-        return self.o_proj(attn_output, width), attn_weights
-
-
-class ThinkingViTMLP(nn.Module):
-    def __init__(self, config: ThinkingViTConfig):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = NestedLinear(config.hidden_size, config.intermediate_size)
-        self.fc2 = NestedLinear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
-        intermediate = self.activation_fn(self.fc1(hidden_states, intermediate_size))
-        return self.fc2(intermediate, hidden_states.shape[-1])
-
-
-class ThinkingViTLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block, on the leading channels and heads of a stage."""
-
-    def __init__(self, config: ThinkingViTConfig, drop_path_rate: float = 0.0):
-        super().__init__()
-        self.attention = ThinkingViTAttention(config)
-        self.layernorm_before = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layernorm_after = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ThinkingViTMLP(config)
-        self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        stage: Stage,
-        num_queries: int | None = None,
-        key: torch.Tensor | None = None,
-        value: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        The whole layer, or, where not every token is needed at once, the layer in two calls: first with `num_queries`,
-        then with the other tokens and the `key` and `value` that the first call returned.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, stage.hidden_size)`): the tokens.
-            stage (`Stage`): the sub-network.
-            num_queries (`int`, *optional*): compute only so many leading tokens; the others are their keys and values.
-            key, value (`torch.Tensor` of shape `(batch, heads, all tokens, head_dim)`, *optional*):
-                Keys and values of all tokens, where `hidden_states` are only some.
-
-        Returns:
-            The computed tokens `(batch, tokens or num_queries, stage.hidden_size)`; with `num_queries`, a tuple of
-            them, the keys and the values.
-        """
-        normed = self.layernorm_before(hidden_states)
-        if key is None:
-            key, value = self.attention.project_key_value(normed)
-        if num_queries is not None:
-            hidden_states, normed = hidden_states[:, :num_queries], normed[:, :num_queries]
-        attn_output, _ = self.attention(normed, key, value, **kwargs)
-        hidden_states = hidden_states + self.dropout(attn_output)
-        mlp_output = self.mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
-        hidden_states = hidden_states + self.dropout(mlp_output)
-        return hidden_states if num_queries is None else (hidden_states, key, value)
 
 
 class ThinkingViTRecycler(nn.Module):
@@ -254,18 +48,18 @@ class ThinkingViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ThinkingViTEmbeddings", "ThinkingViTLayer"]
+    _no_split_modules = ["NestedViTEmbeddings", "NestedViTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": _record(ThinkingViTLayer), "attentions": ThinkingViTAttention}
+    _can_record_outputs = {"hidden_states": _record(NestedViTLayer), "attentions": NestedViTAttention}
     _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ThinkingViTEmbeddings):
+        if isinstance(module, NestedViTEmbeddings):
             for name in ("cls_token", "distillation_token", "position_embeddings"):
                 if hasattr(module, name):
                     init.trunc_normal_(getattr(module, name), mean=0.0, std=self.config.initializer_range)
@@ -284,8 +78,8 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         config.validate()
         rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.stages = config.stages
-        self.embeddings = ThinkingViTEmbeddings(config)
-        self.layers = nn.ModuleList([ThinkingViTLayer(config, rate) for rate in rates])
+        self.embeddings = NestedViTEmbeddings(config)
+        self.layers = nn.ModuleList([NestedViTLayer(config, rate) for rate in rates])
         self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recyclers = nn.ModuleList([ThinkingViTRecycler(config, stage) for stage in self.stages[:-1]])
         self.post_init()

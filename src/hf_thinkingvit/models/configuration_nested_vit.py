@@ -1,0 +1,119 @@
+"""What the configurations of every plain-ViT family share: sizes, and the checks that they can work."""
+
+from typing import ClassVar, NamedTuple
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .config_checks import as_pair, check_integer, check_number, check_size
+
+
+class Stage(NamedTuple):
+    """One sub-network: how many leading heads and channels of every layer it uses."""
+
+    num_attention_heads: int
+    hidden_size: int
+    intermediate_size: int
+
+
+class NestedViTConfig(PreTrainedConfig):
+    r"""
+    The ViT fields. Families add theirs, say how many tokens precede the patches, and name their code in `remote_code`.
+
+    Args:
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth: the last layer's rate; the first layer's is 0, those between rise linearly.
+        hidden_size (`int`, *optional*):
+            Full width D. By default 64 channels a head, as in DeiT.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Layers.
+        num_attention_heads (`int`, *optional*):
+            Heads at full width.
+        intermediate_size (`int`, *optional*):
+            MLP width at full width, by default `4 * hidden_size`.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP (`"gelu"` is the exact, erf form).
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the embeddings, attention and MLP.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of attention probabilities.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly initialised weights.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            The official value; Transformers' ViT has 1e-12.
+        image_size (`int` or `tuple[int, int]`, *optional*, defaults to 224):
+            Input size in pixels, (height, width) where not square.
+        patch_size (`int` or `tuple[int, int]`, *optional*, defaults to 16):
+            Patch size in pixels.
+        num_channels (`int`, *optional*, defaults to 3):
+            Input channels.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether queries, keys and values have biases.
+    """
+
+    # The `auto_map` of saved folders. Saving a model adds the code of its own class only; a folder serves them all.
+    remote_code: ClassVar[dict[str, str]] = {}
+
+    drop_path_rate: float | int = 0.0
+    hidden_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+
+    def __post_init__(self, **kwargs):
+        check_integer("num_attention_heads", self.num_attention_heads, minimum=1)
+        if self.hidden_size is None:
+            self.hidden_size = 64 * self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        kwargs.setdefault("auto_map", dict(self.remote_code))
+        super().__post_init__(**kwargs)
+        self.validate()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: 1, the class token, or 2, with DeiT's distillation token."""
+        return 1
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches at `image_size`."""
+        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    def validate(self) -> None:
+        """Refuse values that cannot work, also those set after construction. Called by the models and on saving."""
+        super().validate()
+        for name in ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "num_channels"):
+            check_integer(name, getattr(self, name), minimum=1)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        for name in ("image_size", "patch_size"):
+            check_size(name, getattr(self, name))
+        if min(self.patch_grid) < 1:
+            raise ValueError(f"`image_size` ({self.image_size}) is smaller than `patch_size` ({self.patch_size}).")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            check_number(name, getattr(self, name), maximum=1.0)
+        check_number("layer_norm_eps", self.layer_norm_eps)
+        check_number("initializer_range", self.initializer_range)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+
+
+__all__ = ["NestedViTConfig", "Stage"]
