@@ -9,10 +9,18 @@ from .auto import register_models
 from .conversion import convert_checkpoint
 from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
+from .models.configuration_avit import AViTConfig
 from .models.configuration_nested_vit import Stage
 from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.early_exit import StagedImageClassifierOutput
 from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion, ExitRule
+from .models.modeling_avit import (
+    AViTForImageClassification,
+    AViTImageClassifierOutput,
+    AViTModel,
+    AViTModelOutput,
+    AViTPreTrainedModel,
+)
 from .models.modeling_thinkingvit import (
     ThinkingViTForImageClassification,
     ThinkingViTModel,
@@ -22,6 +30,12 @@ from .version import __version__
 
 
 __all__ = [
+    "AViTConfig",
+    "AViTForImageClassification",
+    "AViTImageClassifierOutput",
+    "AViTModel",
+    "AViTModelOutput",
+    "AViTPreTrainedModel",
     "AdaptiveImageClassificationPipeline",
     "EXIT_CRITERIA",
     "ExitCriterion",

@@ -12,12 +12,17 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
+from .models.configuration_avit import AViTConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
+from .models.modeling_avit import AViTForImageClassification, AViTModel
 from .models.modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViTModel
 
 
 # One line per family: configuration, bare model, classifier.
-FAMILIES = [(ThinkingViTConfig, ThinkingViTModel, ThinkingViTForImageClassification)]
+FAMILIES = [
+    (ThinkingViTConfig, ThinkingViTModel, ThinkingViTForImageClassification),
+    (AViTConfig, AViTModel, AViTForImageClassification),
+]
 
 
 def register_models() -> None:

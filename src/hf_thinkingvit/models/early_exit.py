@@ -88,6 +88,29 @@ def resolve_max_stages(max_stages: int | None, num_stages: int) -> int:
     return max_stages
 
 
+def check_labels(labels: torch.Tensor, batch_size: int, config) -> None:
+    """`ValueError` for labels of a shape, or class indices on the CPU, that do not fit the batch and `config`."""
+    num_labels, problem_type = config.num_labels, config.problem_type
+    is_index = not labels.is_floating_point()
+    if problem_type is None and num_labels > 1:
+        problem_type = "single_label_classification" if is_index else "multi_label_classification"
+    shapes = [(batch_size,)]
+    if problem_type == "multi_label_classification" or (num_labels > 1 and problem_type == "regression"):
+        shapes = [(batch_size, num_labels)]
+    elif num_labels == 1:
+        shapes = [(batch_size,), (batch_size, 1)]
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"`labels` must have the shape {' or '.join(map(str, shapes))} for a batch of {batch_size} and "
+            f"{num_labels} labels, got {tuple(labels.shape)} of {labels.dtype}."
+        )
+    # Only on the CPU: elsewhere reading the values would wait for the device.
+    if problem_type == "single_label_classification" and labels.device.type == "cpu":
+        unknown = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
+        if unknown.numel():
+            raise ValueError(f"`labels` must lie between 0 and {num_labels - 1}, got {unknown.unique().tolist()}.")
+
+
 class StagedImageClassifierMixin:
     """
     `forward` of an image classifier that thinks in stages, for a `PreTrainedModel` with `begin`, `run_stage` and
@@ -147,7 +170,7 @@ class StagedImageClassifierMixin:
 
         state = self.begin(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         if labels is not None:
-            self._check_labels(labels, batch_size=pixel_values.shape[0])
+            check_labels(labels, pixel_values.shape[0], self.config)
         logits = exit_stage = entropy = None
         stage_logits: list[torch.Tensor] = []
         rows = None  # indices in the batch of the images still running; None: all of them
@@ -201,27 +224,6 @@ class StagedImageClassifierMixin:
             entropy=entropy,
             stage_logits=tuple(stage_logits) if run_all else None,
         )
-
-    def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
-        num_labels, problem_type = self.config.num_labels, self.config.problem_type
-        is_index = not labels.is_floating_point()
-        if problem_type is None and num_labels > 1:
-            problem_type = "single_label_classification" if is_index else "multi_label_classification"
-        shapes = [(batch_size,)]
-        if problem_type == "multi_label_classification" or (num_labels > 1 and problem_type == "regression"):
-            shapes = [(batch_size, num_labels)]
-        elif num_labels == 1:
-            shapes = [(batch_size,), (batch_size, 1)]
-        if tuple(labels.shape) not in shapes:
-            raise ValueError(
-                f"`labels` must have the shape {' or '.join(map(str, shapes))} for a batch of {batch_size} and "
-                f"{num_labels} labels, got {tuple(labels.shape)} of {labels.dtype}."
-            )
-        # Only on the CPU: elsewhere reading the values would wait for the device.
-        if problem_type == "single_label_classification" and labels.device.type == "cpu":
-            unknown = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-            if unknown.numel():
-                raise ValueError(f"`labels` must lie between 0 and {num_labels - 1}, got {unknown.unique().tolist()}.")
 
     def _training_loss(self, labels: torch.Tensor, stage_logits: Sequence[torch.Tensor], **kwargs) -> torch.Tensor:
         """Weighted sum of the stages' losses (ThinkingViT paper, training objective)."""

@@ -106,7 +106,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
             tokens = last_layer(hidden_states, stage, **kwargs)
             unfinished = {}
         else:
-            tokens, key, value = last_layer(hidden_states, stage, 1, **kwargs)
+            tokens, key, value = last_layer(hidden_states, stage, slice(1), **kwargs)
             unfinished = {"hidden_states": hidden_states[:, 1:], "key": key, "value": value}
         inputs = {name: state[name] for name in ("pixel_values", "embeddings") if name in state}
         return self.layernorm(tokens[:, 0]), {**inputs, "tokens": tokens, **unfinished}

@@ -1,8 +1,8 @@
 """
 The transformer block and embeddings of every plain-ViT family here, on their leading channels and heads.
 
-A `Stage` says how many; at full width this is Transformers' ViT (with a distillation token: DeiT), name by name. In the
-order in which pixels flow.
+A `Stage` says how many; at full width this is Transformers' ViT (with a distillation token: DeiT), name by name. Read
+in the order in which pixels flow.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .config_checks import as_pair
 from .configuration_nested_vit import NestedViTConfig, Stage
 from .nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
+from .packed_attention import packed_attention
 
 
 class NestedViTEmbeddings(nn.Module):
@@ -137,11 +138,24 @@ class NestedViTAttention(nn.Module):
         return key, self._split_heads(self.v_proj(hidden_states, width))
 
     def forward(
-        self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_lengths: list[int] | None = None,
+        key_lengths: list[int] | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` (batch, queries, width), normalised; key and value of all tokens."""
+        """
+        `hidden_states` (batch, queries, width), normalised; key and value of all tokens; additive mask. With lengths,
+        the batch is one row in which images lie packed one after another (`packed_attention`).
+        """
         width = hidden_states.shape[-1]
         query = self._split_heads(self.q_proj(hidden_states, width))
+        if query_lengths is not None:
+            attn_output = packed_attention(query, key, value, query_lengths, key_lengths, self.scaling)
+            return self.o_proj(attn_output.flatten(2), width), None
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -152,7 +166,7 @@ class NestedViTAttention(nn.Module):
             query,
             key,
             value,
-            None,
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -173,6 +187,10 @@ class NestedViTMLP(nn.Module):
         return self.fc2(intermediate, hidden_states.shape[-1])
 
 
+def _keep(hidden_states: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
+    return hidden_states if active is None else torch.where(active[..., None], hidden_states, 0.0)
+
+
 class NestedViTLayer(GradientCheckpointingLayer):
     """A pre-norm transformer block, on the leading channels and heads of a stage."""
 
@@ -188,33 +206,40 @@ class NestedViTLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         stage: Stage,
-        num_queries: int | None = None,
+        queries: slice | torch.Tensor | None = None,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        The whole layer, or, where not every token is needed at once, the layer in two calls: first with `num_queries`,
-        then with the other tokens and the `key` and `value` that the first call returned.
+        The whole layer, or, where not every token is needed at once, the layer in two calls: first with `queries`, then
+        with the other tokens and the `key` and `value` that the first call returned.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, tokens, stage.hidden_size)`): the tokens.
             stage (`Stage`): the sub-network.
-            num_queries (`int`, *optional*): compute only so many leading tokens; the others are their keys and values.
+            queries (`slice` or `torch.LongTensor`, *optional*):
+                Compute only these of the tokens; the others are their keys and values.
             key, value (`torch.Tensor` of shape `(batch, heads, all tokens, head_dim)`, *optional*):
                 Keys and values of all tokens, where `hidden_states` are only some.
+            active (`torch.BoolTensor` of shape `(batch, tokens)`, *optional*):
+                The other tokens enter as zeros, and enter attention and MLP as zeros again after the norms: what the
+                official A-ViT computes for halted tokens. That nobody attends to them is for the attention mask to say.
 
         Returns:
-            The computed tokens `(batch, tokens or num_queries, stage.hidden_size)`; with `num_queries`, a tuple of
-            them, the keys and the values.
+            The computed tokens `(batch, tokens or queries, stage.hidden_size)`; with `queries`, a tuple of them, the
+            keys and the values.
         """
-        normed = self.layernorm_before(hidden_states)
+        hidden_states = _keep(hidden_states, active)
+        normed = _keep(self.layernorm_before(hidden_states), active)
         if key is None:
             key, value = self.attention.project_key_value(normed)
-        if num_queries is not None:
-            hidden_states, normed = hidden_states[:, :num_queries], normed[:, :num_queries]
+        if queries is not None:
+            hidden_states, normed = hidden_states[:, queries], normed[:, queries]
         attn_output, _ = self.attention(normed, key, value, **kwargs)
         hidden_states = hidden_states + self.dropout(attn_output)
-        mlp_output = self.mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
+        normed = _keep(self.layernorm_after(hidden_states), active)
+        mlp_output = self.mlp(normed, stage.intermediate_size)
         hidden_states = hidden_states + self.dropout(mlp_output)
-        return hidden_states if num_queries is None else (hidden_states, key, value)
+        return hidden_states if queries is None else (hidden_states, key, value)

@@ -1,0 +1,109 @@
+"""A-ViT configuration."""
+
+import math
+from typing import ClassVar
+
+from .config_checks import check_integer, check_number
+from .configuration_nested_vit import NestedViTConfig, Stage
+
+
+class AViTConfig(NestedViTConfig):
+    r"""
+    Configuration of an A-ViT (arXiv 2112.07658): a DeiT in which every token halts at its own depth, and halted tokens
+    leave the computation. The defaults are the official weights' of A-ViT-Tiny.
+
+    After layer l each token k gets the halting score `sigmoid(gate_scale * t_k[gate_channel] - gate_center)` from one
+    channel of the layer's output; it halts once its scores sum to `1 - halting_epsilon`, at the latest in the last
+    layer.
+
+    Args:
+        gate_scale (`float`, *optional*, defaults to 10.0):
+            γ of the halting score.
+        gate_center (`float`, *optional*, defaults to 30.0):
+            β of the halting score: 30 in the official Tiny, 75 in the official Small (the paper's text says γ = 5,
+            β = 10).
+        gate_channel (`int`, *optional*, defaults to 0):
+            The channel that the score is read from.
+        halting_epsilon (`float`, *optional*, defaults to 0.01):
+            ε, at least 0 and below 1. A greater one halts tokens earlier.
+        ponder_loss_weight (`float`, *optional*, defaults to 5e-4):
+            Weight of the ponder loss, the mean of what the tokens have computed.
+        prior_loss_weight (`float`, *optional*, defaults to 1e-3):
+            Weight of the distributional prior, which asks for halting around `target_depth`.
+        target_depth (`float`, *optional*, defaults to 8):
+            Centre of the prior, counted in layers.
+        prior_std (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the prior, in layers.
+        distilled (`bool`, *optional*, defaults to `False`):
+            Whether there are a DeiT distillation token and head; the prediction is then the mean of both heads.
+        kwargs:
+            The ViT fields of [`NestedViTConfig`]: `hidden_size` (by default 64 channels a head), `num_hidden_layers`
+            (12), `num_attention_heads` (3), `intermediate_size`, `image_size`, `patch_size` and so on.
+
+    Raises:
+        ValueError: for values that cannot work; the message names the field.
+    """
+
+    model_type = "avit"
+    keys_to_ignore_at_inference = [
+        "cls_logits",
+        "distillation_logits",
+        "task_loss",
+        "ponder_loss",
+        "prior_loss",
+        "mean_depth",
+        "macs",
+        "token_depth",
+        "hidden_states",
+        "attentions",
+    ]
+    remote_code: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_avit.AViTConfig",
+        "AutoModel": "modeling_avit.AViTModel",
+        "AutoModelForImageClassification": "modeling_avit.AViTForImageClassification",
+    }
+
+    num_attention_heads: int = 3
+    gate_scale: float | int = 10.0
+    gate_center: float | int = 30.0
+    gate_channel: int = 0
+    halting_epsilon: float | int = 0.01
+    ponder_loss_weight: float | int = 5e-4
+    prior_loss_weight: float | int = 1e-3
+    target_depth: float | int = 8
+    prior_std: float | int = 1.0
+    distilled: bool = False
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 2 if self.distilled else 1
+
+    @property
+    def stage(self) -> Stage:
+        """The whole model, as the one stage that it is."""
+        return Stage(self.num_attention_heads, self.hidden_size, self.intermediate_size)
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("gate_scale", "gate_center"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+        check_integer("gate_channel", self.gate_channel, minimum=0)
+        if self.gate_channel >= self.hidden_size:
+            raise ValueError(f"`gate_channel` ({self.gate_channel}) must be below `hidden_size` ({self.hidden_size}).")
+        check_halting_epsilon(self.halting_epsilon)
+        for name in ("ponder_loss_weight", "prior_loss_weight", "target_depth", "prior_std"):
+            check_number(name, getattr(self, name))
+        if not self.prior_std > 0:
+            raise ValueError(f"`prior_std` must be above 0, got {self.prior_std!r}.")
+
+
+def check_halting_epsilon(value: float) -> None:
+    """Refuse an ε that is no number from 0 to below 1: at 1 no token would compute anything."""
+    check_number("halting_epsilon", value, maximum=1.0)
+    if value == 1:
+        raise ValueError("`halting_epsilon` must be below 1, got 1.")
+
+
+__all__ = ["AViTConfig"]

@@ -1,0 +1,381 @@
+"""
+PyTorch A-ViT model (arXiv 2112.07658): a DeiT whose tokens halt.
+
+Two computations with equal results. The dense one masks halted tokens: it is differentiable, and serves training and
+recorded outputs. The sparse one removes them: packed tokens of the whole batch, an image leaves with its class token
+(and distillation token), and the last layer computes only the tokens that are read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
+
+from .config_checks import check_integer
+from .configuration_avit import AViTConfig, check_halting_epsilon
+from .early_exit import check_labels, wants_recordings
+from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_vit import NestedViTAttention, NestedViTEmbeddings, NestedViTLayer
+from .token_halting import HaltingState, depth_prior, halt, halting_scores, prior_loss
+
+
+@dataclass
+class AViTModelOutput(ModelOutput):
+    """
+    Output of the bare A-ViT, which computes densely.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, tokens, hidden_size)`):
+            Halting-weighted sum of each token's outputs, after the final LayerNorm.
+        token_depth (`torch.LongTensor` of shape `(batch_size, tokens)`):
+            Layers that each token ran, from 1.
+        ponder (`torch.FloatTensor` of shape `(batch_size, tokens)`):
+            ρ: layers that each token ran, plus its remainder. Float32.
+        halting_scores (`torch.FloatTensor` of shape `(layers, batch_size, tokens)`):
+            Scores of every layer's output, float32; of tokens that had halted, what a layer makes of zeros.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*):
+            As in Transformers' ViT; rows of halted tokens mean nothing.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    token_depth: torch.Tensor | None = None
+    ponder: torch.Tensor | None = None
+    halting_scores: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class AViTImageClassifierOutput(ModelOutput):
+    """
+    Output of the A-ViT classifier.
+
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` are given):
+            The task loss; in training mode plus the weighted ponder and prior losses.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            Scores before softmax; of a distilled model, the mean of both heads.
+        cls_logits, distillation_logits (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
+            Each head's scores, for distilled models.
+        task_loss, ponder_loss, prior_loss (`torch.Tensor` of shape `(1,)`, *optional*):
+            The parts of the loss, unweighted; the latter two in training mode.
+        mean_depth (`torch.FloatTensor` of shape `(batch_size,)`):
+            Mean number of layers that the image's tokens ran. Tokens that an image takes with it when it leaves count
+            with the layers that they ran.
+        macs (`torch.LongTensor` of shape `(batch_size,)`, *optional*, not returned by the dense computation):
+            Multiply-accumulates in matrix products that the image took.
+        token_depth (`torch.LongTensor` of shape `(batch_size, tokens)`, *optional*):
+            Layers that each token runs until it halts, returned with `output_token_depth=True`, for which images stay
+            until all their tokens have halted.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*):
+            Of every token, from the dense computation; rows of halted tokens mean nothing.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
+    task_loss: torch.Tensor | None = None
+    ponder_loss: torch.Tensor | None = None
+    prior_loss: torch.Tensor | None = None
+    mean_depth: torch.Tensor | None = None
+    macs: torch.Tensor | None = None
+    token_depth: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class AViTPreTrainedModel(PreTrainedModel):
+    config: AViTConfig
+    base_model_prefix = "avit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NestedViTEmbeddings", "NestedViTLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": NestedViTLayer, "attentions": NestedViTAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NestedViTEmbeddings):
+            for name in ("cls_token", "distillation_token", "position_embeddings"):
+                if hasattr(module, name):
+                    init.trunc_normal_(getattr(module, name), mean=0.0, std=self.config.initializer_range)
+
+
+class AViTModel(AViTPreTrainedModel):
+    """The bare A-ViT. `forward` is the dense computation, for every token; `run_sparse` is the sparse one."""
+
+    def __init__(self, config: AViTConfig):
+        super().__init__(config)
+        config.validate()
+        self.stage = config.stage
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.embeddings = NestedViTEmbeddings(config)
+        self.layers = nn.ModuleList([NestedViTLayer(config, rate) for rate in rates])
+        self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+        self.embeddings.check(pixel_values, interpolate_pos_encoding)
+        return self.embeddings(pixel_values, 0, self.config.hidden_size)
+
+    def halting_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        return halting_scores(hidden_states, config.gate_scale, config.gate_center, config.gate_channel)
+
+    def resolve(self, halting_epsilon: float | None, max_depth: int | None) -> tuple[float, int]:
+        """ε and the number of layers for a call; `ValueError` for what cannot work."""
+        if halting_epsilon is None:
+            halting_epsilon = self.config.halting_epsilon
+        check_halting_epsilon(halting_epsilon)
+        if max_depth is None:
+            return halting_epsilon, self.config.num_hidden_layers
+        check_integer("max_depth", max_depth, minimum=1)
+        if max_depth > self.config.num_hidden_layers:
+            raise ValueError(
+                f"`max_depth` must be at most {self.config.num_hidden_layers}, the number of layers, got {max_depth}."
+            )
+        return halting_epsilon, max_depth
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        halting_epsilon: float | None = None,
+        max_depth: int | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AViTModelOutput:
+        r"""
+        The dense computation: halted tokens are masked, nothing is saved, everything is differentiable.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
+            halting_epsilon (`float`, *optional*): ε for this call, instead of `config.halting_epsilon`.
+            max_depth (`int`, *optional*): run at most this many layers; all tokens halt in the last of them.
+            interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
+
+        Raises:
+            ValueError: for arguments that do not fit the model.
+        """
+        epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
+        hidden_states = self.embed(pixel_values, interpolate_pos_encoding)
+        shape, device = hidden_states.shape[:2], hidden_states.device
+        state = HaltingState.start(shape, device)
+        active = torch.ones(shape, dtype=torch.bool, device=device)
+        token_depth = torch.zeros(shape, dtype=torch.long, device=device)
+        ponder = torch.zeros(shape, device=device)
+        output, scores = torch.zeros_like(hidden_states), []
+        for index, layer in enumerate(self.layers[:num_layers]):
+            mask = self._mask(active, hidden_states)
+            hidden_states = layer(hidden_states, self.stage, active=active, attention_mask=mask, **kwargs)
+            scores.append(self.halting_scores(hidden_states))
+            last = torch.ones_like(scores[-1]) if index == num_layers - 1 else scores[-1]
+            step, state = halt(state, last, epsilon, active)
+            output = output + step.weight[..., None].to(output.dtype) * hidden_states
+            ponder = ponder + active + step.remainder
+            token_depth = token_depth + active
+            active = active & ~step.halts
+        return AViTModelOutput(
+            last_hidden_state=self.layernorm(output),
+            token_depth=token_depth,
+            ponder=ponder,
+            halting_scores=torch.stack(scores),
+        )
+
+    @staticmethod
+    def _mask(active: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Additive mask of keys (batch, 1, tokens, tokens). Images without active tokens see all: they are not read."""
+        visible = active | ~active.any(dim=1, keepdim=True)
+        mask = torch.zeros(active.shape, dtype=hidden_states.dtype, device=active.device)
+        mask = mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)
+        return mask[:, None, None, :].expand(-1, 1, active.shape[1], -1)
+
+    def run_sparse(
+        self,
+        pixel_values: torch.Tensor,
+        halting_epsilon: float | None = None,
+        max_depth: int | None = None,
+        output_token_depth: bool = False,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The sparse computation.
+
+        Returns:
+            The halting-weighted prefix tokens (class, distillation) after the final LayerNorm `(batch_size, prefix
+            tokens, hidden_size)`, the layers that each token ran `(batch_size, tokens)`, and the multiply-accumulates
+            that the layers spent per image `(batch_size,)`, int64.
+        """
+        epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
+        embeddings = self.embed(pixel_values, interpolate_pos_encoding)
+        batch_size, num_tokens, width = embeddings.shape
+        num_prefix, device = self.config.num_prefix_tokens, embeddings.device
+        output = embeddings.new_zeros(batch_size, num_prefix, width)
+        token_depth = torch.zeros(batch_size * num_tokens, dtype=torch.long, device=device)
+        macs = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+        hidden_states = embeddings.flatten(0, 1)  # packed: the tokens of the whole batch, image after image
+        position = torch.arange(batch_size * num_tokens, device=device)  # where in the batch each token comes from
+        state = HaltingState.start(position.shape, device)
+        for index, layer in enumerate(self.layers[:num_layers]):
+            image, token = position // num_tokens, position % num_tokens
+            prefix = (token < num_prefix).nonzero().squeeze(1)
+            if (prefix.numel() == 0 and not output_token_depth) or position.numel() == 0:
+                break
+            lengths = torch.bincount(image, minlength=batch_size)
+            is_last = index == num_layers - 1
+            # In the last layer every token halts, so that only what is read of its output needs computing.
+            queries = prefix if is_last else None
+            query_lengths = torch.bincount(image[prefix], minlength=batch_size) if is_last else lengths
+            macs += self._layer_macs(query_lengths, lengths)
+            present = lengths.nonzero().squeeze(1)
+            computed = layer(
+                hidden_states[None],
+                self.stage,
+                queries,
+                query_lengths=query_lengths[present].tolist(),
+                key_lengths=lengths[present].tolist(),
+            )
+            token_depth[position] += 1
+            if is_last:
+                weight = state.remainder[prefix, None].to(output.dtype)
+                output[image[prefix], token[prefix]] += weight * computed[0][0]
+                break
+            hidden_states = computed[0]
+            step, state = halt(state, self.halting_scores(hidden_states), epsilon)
+            weight = step.weight[prefix, None].to(output.dtype)
+            output[image[prefix], token[prefix]] += weight * hidden_states[prefix]
+            keep = ~step.halts
+            if not output_token_depth:  # nothing can change the answer of an image without active prefix tokens
+                unfinished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+                unfinished[image[prefix[keep[prefix]]]] = True
+                keep &= unfinished[image]
+            keep = keep.nonzero().squeeze(1)
+            if keep.numel() < position.numel():
+                hidden_states, position, state = hidden_states[keep], position[keep], state.select(keep)
+        return self.layernorm(output), token_depth.view(batch_size, num_tokens), macs
+
+    def _layer_macs(self, num_queries: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        """Multiply-accumulates of a layer for images with so many queries and tokens."""
+        width = self.config.hidden_size
+        key_value = 2 * num_tokens * width**2
+        per_query = 2 * width**2 + 2 * num_tokens * width + 2 * width * self.config.intermediate_size
+        return key_value + num_queries * per_query
+
+
+class AViTForImageClassification(AViTPreTrainedModel):
+    """
+    A-ViT with an image classification head on the halting-weighted class token (and a second head on the distillation
+    token of distilled models). In evaluation mode the computation is sparse, in training mode dense.
+    """
+
+    def __init__(self, config: AViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.avit = AViTModel(config)
+        self.classifier = NestedLinear(config.hidden_size, config.num_labels)
+        if config.distilled:
+            self.distillation_classifier = NestedLinear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        halting_epsilon: float | None = None,
+        max_depth: int | None = None,
+        output_token_depth: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AViTImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Class indices; float targets for regression and multi-label classification, as in Transformers.
+            halting_epsilon (`float`, *optional*):
+                ε for this call, instead of `config.halting_epsilon`: a greater one halts tokens earlier.
+            max_depth (`int`, *optional*):
+                Run at most this many layers; all tokens halt in the last of them.
+            output_token_depth (`bool`, *optional*):
+                Return each token's depth, which keeps images running until all their tokens have halted.
+            interpolate_pos_encoding (`bool`, *optional*):
+                Accept images of another size than `config.image_size`.
+
+        Raises:
+            ValueError: for arguments that do not fit the model.
+        """
+        recorded = wants_recordings(self.config, kwargs)
+        dense = macs = None
+        if self.training or recorded:
+            dense = self.avit(
+                pixel_values,
+                halting_epsilon=halting_epsilon,
+                max_depth=max_depth,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                **kwargs,
+            )
+            prefix, token_depth = dense.last_hidden_state[:, : self.config.num_prefix_tokens], dense.token_depth
+        else:
+            prefix, token_depth, macs = self.avit.run_sparse(
+                pixel_values, halting_epsilon, max_depth, bool(output_token_depth), interpolate_pos_encoding
+            )
+            macs = macs + self._fixed_macs(token_depth.shape[1])
+        outputs = AViTImageClassifierOutput(mean_depth=token_depth.float().mean(dim=1), macs=macs)
+        outputs.logits = self.classifier(prefix[:, 0])
+        if self.config.distilled:
+            outputs.cls_logits, outputs.distillation_logits = outputs.logits, self.distillation_classifier(prefix[:, 1])
+            outputs.logits = (outputs.cls_logits + outputs.distillation_logits) / 2
+        if output_token_depth:
+            outputs.token_depth = token_depth
+        if recorded:
+            outputs.hidden_states, outputs.attentions = dense.hidden_states, dense.attentions
+        if labels is not None:
+            check_labels(labels, len(token_depth), self.config)
+            self._add_losses(outputs, labels, dense if self.training else None, **kwargs)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _fixed_macs(self, num_tokens: int) -> int:
+        """Multiply-accumulates that every image takes: patch embedding and heads."""
+        patch_embedding = (
+            num_tokens - self.config.num_prefix_tokens
+        ) * self.avit.embeddings.patch_embeddings.weight.numel()
+        return patch_embedding + self.config.num_prefix_tokens * self.classifier.weight.numel()
+
+    def _add_losses(
+        self, outputs: AViTImageClassifierOutput, labels: torch.Tensor, dense: AViTModelOutput | None, **kwargs
+    ) -> None:
+        heads = [outputs.logits]
+        if dense is not None and self.config.distilled:  # without a teacher, both heads learn from the labels
+            heads = [outputs.cls_logits, outputs.distillation_logits]
+        losses = [self.loss_function(labels, logits, self.config, **kwargs) for logits in heads]
+        outputs.task_loss = outputs.loss = sum(losses) / len(losses)
+        if dense is None:
+            return
+        config = self.config
+        num_layers = len(dense.halting_scores)
+        target = depth_prior(num_layers, config.target_depth, config.prior_std).to(outputs.loss.device)
+        outputs.ponder_loss = dense.ponder.mean()
+        outputs.prior_loss = prior_loss(dense.halting_scores.mean(dim=(1, 2)), target)
+        outputs.loss = (
+            outputs.task_loss
+            + config.ponder_loss_weight * outputs.ponder_loss
+            + config.prior_loss_weight * outputs.prior_loss
+        )
+
+
+__all__ = ["AViTForImageClassification", "AViTModel", "AViTPreTrainedModel"]
