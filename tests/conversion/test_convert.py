@@ -60,6 +60,25 @@ def test_image_processor_settings_come_from_pretrained_cfg(folder, tmp_path):
     assert model.config.id2label[7] == "class 7" and model.config.label2id["class 7"] == 7
 
 
+def test_empty_and_unknown_settings_of_a_config(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] = {"interpolation": "random"}
+    (folder / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(folder, tmp_path / "a")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "a").resample == 3
+    config.update(pretrained_cfg=None, model_args=None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="Pass `thinking_stages`"):
+        convert_checkpoint(folder, tmp_path / "b")
+
+
+def test_mixed_precision_keeps_the_wider_one(folder, tmp_path):
+    state_dict = golden_state_dict()
+    state_dict["cls_token"] = state_dict["cls_token"].half()
+    save_file(state_dict, folder / "model.safetensors")
+    assert convert_checkpoint(folder, tmp_path / "out").dtype == torch.float32
+
+
 class TestTrainingCheckpoints:
     @pytest.mark.parametrize("suffix", [".pth", ".pth.tar"])
     def test_prefers_the_averaged_weights(self, suffix, tmp_path):
@@ -169,6 +188,19 @@ class TestRefusals:
         save_file({**golden_state_dict(), "blocks.0.ls1.gamma": torch.zeros(3)}, folder / "model.safetensors")
         self.refuse(folder, tmp_path, r"Missing keys: none. Unexpected keys: blocks\.0\.ls1\.gamma")
 
+    @pytest.mark.parametrize(
+        "name, shape",
+        [
+            ("blocks.0.attn.qkv.weight", (4, 192)),
+            ("blocks.0.attn.qkv.bias", ()),
+            ("patch_embed.proj.weight", (64, 192)),
+            ("pos_embed", (17, 64)),
+        ],
+    )
+    def test_tensors_of_impossible_shapes(self, name, shape, folder, tmp_path):
+        save_file({**golden_state_dict(), name: torch.zeros(shape)}, folder / "model.safetensors")
+        self.refuse(folder, tmp_path, name)
+
     def test_misshapen_tensors(self, folder, tmp_path):
         save_file({**golden_state_dict(), "norm.weight": torch.zeros(3)}, folder / "model.safetensors")
         self.refuse(folder, tmp_path, r"norm\.weight .*expected \(64,\), got \(3,\)")
@@ -178,7 +210,11 @@ class TestRefusals:
 
     def test_an_unrelated_checkpoint(self, tmp_path):
         torch.save({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, tmp_path / "a.pth")
-        self.refuse(tmp_path / "a.pth", tmp_path, r"none of the known families.*conv1\.weight.*missing.*patch_embed")
+        self.refuse(
+            tmp_path / "a.pth",
+            tmp_path,
+            r"none of the known families.*Missing keys.*patch_embed.*Unexpected keys: conv1\.weight",
+        )
 
     @pytest.mark.parametrize("name", ["model.safetensors", "a.pth"])
     def test_a_truncated_file(self, name, folder, tmp_path):
@@ -218,7 +254,7 @@ def test_command_line(tmp_path):
     arguments = [str(GOLDEN), str(tmp_path / "out"), "--threshold", "0.5", "0.25"]
     process = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert "stages of [1, 2, 4] heads" in process.stdout
+    assert process.stdout.startswith("ThinkingViTForImageClassification, 0.17 M parameters")
     model = ThinkingViTForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.threshold == [0.5, 0.25]
     process = subprocess.run([*command, str(tmp_path / "absent"), str(tmp_path / "b")], capture_output=True, text=True)

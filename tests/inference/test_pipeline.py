@@ -71,6 +71,13 @@ def test_adaptive_pipeline_steers_and_reports_exits(folder, images, expected, ba
     assert classifier(images[0], threshold=[0.0, 10.0])[0]["exit_stage"] == 1
 
 
+def test_empty_lists_and_path_objects(folder, images, tmp_path):
+    classifier = pipeline("adaptive-image-classification", model=folder)
+    assert classifier([]) == []
+    images[0].save(tmp_path / "0.png")
+    assert classifier(tmp_path / "0.png") == classifier(images[0])
+
+
 def test_threshold_given_to_the_pipeline_holds_for_its_calls(folder, images):
     classifier = pipeline("adaptive-image-classification", model=folder, threshold=10.0)
     assert classifier(images[0])[0]["exit_stage"] == 0

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -104,12 +105,13 @@ class TestStages:
         torch.testing.assert_close(alone(pixel_values).logits, model(pixel_values, threshold=0.0).logits)
 
     @torch.no_grad()
-    def test_the_convolution_runs_once(self):
-        model = lively_model()
-        calls = []
-        model.thinkingvit.embeddings.patch_embeddings.register_forward_hook(lambda *_: calls.append(1))
-        assert model(random_images(), threshold=0.0).exit_stage.tolist() == [2] * 6
-        assert len(calls) == 1
+    def test_offloaded_weights(self):
+        model, pixel_values = lively_model(), random_images()
+        expected = model(pixel_values).logits
+        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        torch.testing.assert_close(model(pixel_values).logits, expected)
+        assert all(parameter.device.type == "meta" for parameter in model.parameters())
+        assert not any("_kept_views" in module.__dict__ for module in model.modules())
 
     @pytest.mark.parametrize("backend", ["eager", "sdpa"])
     @torch.no_grad()
@@ -421,6 +423,13 @@ class TestBadInput:
     def test_shape_of_labels(self, labels, training):
         with pytest.raises(ValueError, match=r"`labels` must have the shape.*got"):
             lively_model().train(training)(random_images(), labels=labels)
+
+    @pytest.mark.parametrize("labels", [torch.arange(6).int(), torch.arange(6).to(torch.uint8), [0, 1, 2, 3, 4, 5]])
+    def test_type_of_labels(self, labels):
+        model = lively_model()
+        with pytest.raises(ValueError, match=r"`labels` must be a tensor of class indices \(torch.long\)"):
+            model(random_images(), labels=labels)
+        assert model(random_images(), labels=torch.arange(6)).loss.isfinite()
 
     def test_unknown_classes(self):
         with pytest.raises(ValueError, match=r"`labels` must lie between 0 and 11, got \[-3, 12\]"):

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_a_new_bias_is_seen_too():
     assert_leading(layer, hidden_states, 7)
     layer.bias = torch.nn.Parameter(torch.randn(12))
     assert_leading(layer, hidden_states, 7)
+
+
+@torch.no_grad()
+def test_kept_views_do_not_travel_with_the_module():
+    layer, hidden_states = NestedLinear(64, 64), torch.randn(3, 32)
+    size = len(pickle.dumps(layer))
+    assert_leading(layer, hidden_states, 32)
+    assert "_kept_views" in layer.__dict__
+    assert len(pickle.dumps(layer)) == size
+    assert "_kept_views" not in copy.deepcopy(layer).__dict__
+    layer.load_state_dict(layer.state_dict())
+    assert "_kept_views" not in layer.__dict__
 
 
 def test_residual_dropout_is_the_identity_in_evaluation():

@@ -127,6 +127,11 @@ def test_there_and_back_changes_no_weight():
     assert all(torch.equal(back[name], tensor) for name, tensor in vit.state_dict().items())
 
 
+def test_refuses_stages_that_are_no_list():
+    with pytest.raises(ValueError, match="`thinking_stages`"):
+        ThinkingViTForImageClassification.from_vit(trained_vit(), 3)
+
+
 def test_refuses_a_source_as_wide_as_no_stage():
     with pytest.raises(ValueError, match=r"`thinking_stages` \(\[2, 6\]\) must have a stage of 3 heads"):
         ThinkingViTForImageClassification.from_vit(trained_vit(), [2, 6])
@@ -143,6 +148,36 @@ def test_refuses_other_models(tmp_path):
     trained_vit("deit_with_teacher").save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="got DeiTForImageClassificationWithTeacher"):
         ThinkingViTForImageClassification.from_vit(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"hidden_size": 96},
+        {"num_attention_heads": 12},
+        {"num_hidden_layers": 3},
+        {"image_size": 64},
+        {"qkv_bias": False},
+        {"num_labels": 7},
+        {"use_distillation_token": True},
+    ],
+)
+def test_refuses_overrides_of_what_the_weights_fix(overrides):
+    with pytest.raises(ValueError, match=f"`{next(iter(overrides))}` cannot be overridden"):
+        ThinkingViTForImageClassification.from_vit(trained_vit(), [3, 6], **overrides)
+
+
+def test_labels_may_be_renamed_but_not_added():
+    labels = {0: "a", 1: "b", 2: "c"}
+    model = ThinkingViTForImageClassification.from_vit(trained_vit(), id2label=labels)
+    assert model.config.id2label == labels
+    with pytest.raises(ValueError, match="`id2label` names 4 labels, but the source has 3"):
+        ThinkingViTForImageClassification.from_vit(trained_vit(), id2label={**labels, 3: "d"})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_takes_the_mode_of_the_source(training):
+    assert ThinkingViTForImageClassification.from_vit(trained_vit().train(training)).training == training
 
 
 @pytest.mark.parametrize("stage_index", [3, -1, 1.0, True])

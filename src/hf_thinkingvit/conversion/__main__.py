@@ -19,21 +19,19 @@ def main() -> None:
         metavar="HEADS",
         help="heads per stage, where the source does not tell",
     )
+    parser.add_argument("--gate-scale", type=float, metavar="γ", help="of an A-ViT, where the source does not tell")
+    parser.add_argument("--gate-center", type=float, metavar="β", help="of an A-ViT, where the source does not tell")
     parser.add_argument("--threshold", type=float, nargs="+", metavar="τ", help="τ to store: one, or one per exit")
     arguments = parser.parse_args()
-    overrides = {}
-    if arguments.thinking_stages is not None:
-        overrides["thinking_stages"] = arguments.thinking_stages
+    stated = {name: getattr(arguments, name) for name in ("thinking_stages", "gate_scale", "gate_center")}
+    overrides = {name: value for name, value in stated.items() if value is not None}
     if arguments.threshold is not None:
         overrides["threshold"] = arguments.threshold if len(arguments.threshold) > 1 else arguments.threshold[0]
     try:
         model = convert_checkpoint(arguments.source, arguments.output_dir, **overrides)
     except (OSError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
-    print(
-        f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, stages of "
-        f"{model.config.thinking_stages} heads, written to {arguments.output_dir}"
-    )
+    print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, written to {arguments.output_dir}")
 
 
 if __name__ == "__main__":

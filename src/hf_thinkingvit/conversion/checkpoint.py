@@ -40,7 +40,12 @@ class Checkpoint:
     def model_args(self) -> dict:
         """The arguments of the official model's constructor, as far as the files tell them."""
         from_training = self.training_args.get("model_kwargs") or {}
-        return {**self.training_args, **from_training, **self.config.get("model_args", {})}
+        return {**self.training_args, **from_training, **(self.config.get("model_args") or {})}
+
+    @property
+    def preprocessing(self) -> dict:
+        """timm's `pretrained_cfg`: input size, crop, interpolation, mean and std, as far as the files tell them."""
+        return self.config.get("pretrained_cfg") or {}
 
 
 def read_checkpoint(source: str | os.PathLike) -> Checkpoint:

@@ -1,19 +1,22 @@
 """`convert_checkpoint`: detect the family, check every tensor, and only then write anything."""
 
+import functools
 import os
 from pathlib import Path
 
+import torch
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..image_processing import evaluation_image_processor
-from . import thinkingvit
+from . import avit, thinkingvit
 from .checkpoint import Checkpoint, read_checkpoint
 
 
-# Modules with `matches`, `required_names`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`.
-FAMILIES = {"thinkingvit": thinkingvit}
+# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`.
+# The more particular one first: a ThinkingViT has all that a DeiT has.
+FAMILIES = {"thinkingvit": thinkingvit, "avit": avit}
 
 
 def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
@@ -28,8 +31,8 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
         output_dir (`str` or `os.PathLike`):
             Where to write. Nothing is written unless every tensor fits.
         config_overrides:
-            Fields of the configuration that win over what the source says, such as `threshold`, `id2label`, or
-            `thinking_stages` where a bare file does not tell them.
+            Fields of the configuration that win over what the source says, such as `threshold` or `id2label`; or that
+            it does not say: `thinking_stages` of a bare file, `gate_scale` and `gate_center` of an A-ViT.
 
     Returns:
         The converted model, in evaluation mode.
@@ -54,7 +57,11 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
 def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel:
     """The model that `checkpoint` holds, in its dtype; `ValueError` where a tensor is missing, unknown or misshapen."""
     family = _detect(checkpoint, config_overrides)
-    _require(checkpoint, family.required_names())
+    _require(checkpoint, list(family.REQUIRED))
+    for name, dimensions in family.REQUIRED.items():
+        if checkpoint.state_dict[name].dim() != dimensions:
+            shape = tuple(checkpoint.state_dict[name].shape)
+            raise ValueError(f"{checkpoint.path}: {name} must have {dimensions} dimensions, got the shape {shape}.")
     config = family.build_config(checkpoint, **config_overrides)
     model = family.MODEL_CLASS(config).eval()
 
@@ -71,22 +78,23 @@ def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel
     ]
     if misshapen:
         raise ValueError(f"{checkpoint.path} does not fit its configuration:\n" + "\n".join(misshapen))
-    model.to(next(iter(converted.values())).dtype)
+    model.to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in converted.values()}))
     model.load_state_dict(converted)
     return model
 
 
 def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> BaseImageProcessor:
     """The evaluation settings of `pretrained_cfg`, the official ones where it is silent."""
-    settings = checkpoint.config.get("pretrained_cfg", {})
+    settings = checkpoint.preprocessing
     options = {
         "crop_pct": settings.get("crop_pct"),
         "image_mean": settings.get("mean"),
         "image_std": settings.get("std"),
     }
     options = {name: value for name, value in options.items() if value is not None}
-    if settings.get("interpolation"):
-        options["resample"] = Image.Resampling[settings["interpolation"].upper()]
+    interpolation = str(settings.get("interpolation", "bicubic")).upper()
+    if interpolation in Image.Resampling.__members__:  # timm also writes "random", which evaluation takes as bicubic
+        options["resample"] = Image.Resampling[interpolation]
     return evaluation_image_processor(model.config.image_size, **options)
 
 
@@ -94,15 +102,13 @@ def _detect(checkpoint: Checkpoint, overrides: dict):
     for family in FAMILIES.values():
         if family.matches(checkpoint, overrides):
             return family
-    expected = {name: family.required_names() for name, family in FAMILIES.items()}
+    missing = {
+        name: [key for key in family.REQUIRED if key not in checkpoint.state_dict] for name, family in FAMILIES.items()
+    }
     raise ValueError(
-        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(FAMILIES)}). It has the keys "
-        f"{_shorten(sorted(checkpoint.state_dict))}; missing are, for "
-        + "; ".join(
-            f"{name}: {_shorten([key for key in keys if key not in checkpoint.state_dict])}"
-            for name, keys in expected.items()
-        )
-        + "."
+        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(FAMILIES)}). Missing keys: "
+        + "; ".join(f"for {name}, {_shorten(keys)}" for name, keys in missing.items())
+        + f". Unexpected keys: {_shorten(sorted(checkpoint.state_dict))}."
     )
 
 

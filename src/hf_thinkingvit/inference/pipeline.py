@@ -41,11 +41,15 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if "threshold" not in inspect.signature(self.model.forward).parameters:
+        if "threshold" not in inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters:
             raise ValueError(
                 f"{type(self.model).__name__} does not think in stages: its forward takes no `threshold`. "
                 'Use `pipeline("image-classification")` for it.'
             )
+
+    def __call__(self, inputs: Any, **kwargs):
+        """As `ImageClassificationPipeline`, of which an empty list is an error."""
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
         self, threshold: float | Sequence[float] | None = None, max_stages: int | None = None, **kwargs
@@ -56,10 +60,11 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
         return preprocess_params, forward_params, postprocess_params
 
     def preprocess(self, image: Any, timeout: float | None = None):
+        image = os.fspath(image) if isinstance(image, os.PathLike) else image
         try:
             return super().preprocess(image, timeout=timeout)
         except Exception as error:  # decoders raise many types, and none of them says which image it was
-            name = repr(image) if not isinstance(image, (str, os.PathLike)) else str(image)
+            name = image if isinstance(image, str) else getattr(image, "filename", "") or repr(image)
             raise ValueError(
                 f"Cannot read the image {name[:200]}: {type(error).__name__}: {error} "
                 "Expected a path, a URL or a PIL image of a file that Pillow can decode."

@@ -73,6 +73,7 @@ class NestedViTConfig(PreTrainedConfig):
         check_integer("num_attention_heads", self.num_attention_heads, minimum=1)
         if self.hidden_size is None:
             self.hidden_size = 64 * self.num_attention_heads
+        check_integer("hidden_size", self.hidden_size, minimum=1)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         kwargs.setdefault("auto_map", dict(self.remote_code))
@@ -112,6 +113,8 @@ class NestedViTConfig(PreTrainedConfig):
             check_number(name, getattr(self, name), maximum=1.0)
         check_number("layer_norm_eps", self.layer_norm_eps)
         check_number("initializer_range", self.initializer_range)
+        if not isinstance(self.qkv_bias, bool):
+            raise ValueError(f"`qkv_bias` must be true or false, got {self.qkv_bias!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
 

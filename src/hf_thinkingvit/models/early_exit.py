@@ -91,6 +91,9 @@ def resolve_max_stages(max_stages: int | None, num_stages: int) -> int:
 def check_labels(labels: torch.Tensor, batch_size: int, config) -> None:
     """`ValueError` for labels of a shape, or class indices on the CPU, that do not fit the batch and `config`."""
     num_labels, problem_type = config.num_labels, config.problem_type
+    if not isinstance(labels, torch.Tensor) or not (labels.is_floating_point() or labels.dtype == torch.long):
+        got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(f"`labels` must be a tensor of class indices (torch.long) or of float targets, got {got}.")
     is_index = not labels.is_floating_point()
     if problem_type is None and num_labels > 1:
         problem_type = "single_label_classification" if is_index else "multi_label_classification"

@@ -147,7 +147,7 @@ class ExitRule:
 
 def check_exit_fields(config) -> None:
     """Refuse exit settings that cannot work: `threshold`, `exit_criterion`, `entropy_top_k`, `stage_loss_weights`."""
-    if config.exit_criterion not in EXIT_CRITERIA:
+    if not isinstance(config.exit_criterion, str) or config.exit_criterion not in EXIT_CRITERIA:
         raise ValueError(f"`exit_criterion` must be one of {sorted(EXIT_CRITERIA)}, got {config.exit_criterion!r}.")
     check_integer("entropy_top_k", config.entropy_top_k, minimum=2)  # the entropy of one class is always 0
     resolve_thresholds(config.threshold, config.num_stages - 1)

@@ -21,7 +21,9 @@ from .configuration_avit import AViTConfig, check_halting_epsilon
 from .early_exit import check_labels, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import NestedViTAttention, NestedViTEmbeddings, NestedViTLayer
+from .packed_tokens import PackedTokens
 from .token_halting import HaltingState, depth_prior, halt, halting_scores, prior_loss
+from .vit_weights import ONE_OR_TWO_HEADS, SHARED_FIELDS, check_overrides, import_vit, load_vit
 
 
 @dataclass
@@ -221,49 +223,43 @@ class AViTModel(AViTPreTrainedModel):
         embeddings = self.embed(pixel_values, interpolate_pos_encoding)
         batch_size, num_tokens, width = embeddings.shape
         num_prefix, device = self.config.num_prefix_tokens, embeddings.device
-        output = embeddings.new_zeros(batch_size, num_prefix, width)
-        token_depth = torch.zeros(batch_size * num_tokens, dtype=torch.long, device=device)
+        output = embeddings.new_zeros(batch_size * num_prefix, width)
+        token_depth = torch.full((batch_size * num_tokens,), num_layers, device=device)
         macs = torch.zeros(batch_size, dtype=torch.long, device=device)
 
-        hidden_states = embeddings.flatten(0, 1)  # packed: the tokens of the whole batch, image after image
-        position = torch.arange(batch_size * num_tokens, device=device)  # where in the batch each token comes from
-        state = HaltingState.start(position.shape, device)
+        hidden_states = embeddings.flatten(0, 1)
+        packed = PackedTokens.whole(batch_size, num_tokens, num_prefix, device)
+        state = HaltingState.start((batch_size * num_tokens,), device)
+        layer_macs = self._layer_macs(packed.counts, packed.counts)
         for index, layer in enumerate(self.layers[:num_layers]):
-            image, token = position // num_tokens, position % num_tokens
-            prefix = (token < num_prefix).nonzero().squeeze(1)
-            if (prefix.numel() == 0 and not output_token_depth) or position.numel() == 0:
+            if packed.prefix.numel() == 0 and not (output_token_depth and packed.position.numel()):
                 break
-            lengths = torch.bincount(image, minlength=batch_size)
-            is_last = index == num_layers - 1
-            # In the last layer every token halts, so that only what is read of its output needs computing.
-            queries = prefix if is_last else None
-            query_lengths = torch.bincount(image[prefix], minlength=batch_size) if is_last else lengths
-            macs += self._layer_macs(query_lengths, lengths)
-            present = lengths.nonzero().squeeze(1)
-            computed = layer(
-                hidden_states[None],
-                self.stage,
-                queries,
-                query_lengths=query_lengths[present].tolist(),
-                key_lengths=lengths[present].tolist(),
-            )
-            token_depth[position] += 1
-            if is_last:
-                weight = state.remainder[prefix, None].to(output.dtype)
-                output[image[prefix], token[prefix]] += weight * computed[0][0]
+            if index == num_layers - 1:
+                # Every token halts here, so that only what is read of this layer's output needs computing.
+                macs += self._layer_macs(packed.prefix_counts, packed.counts)
+                lengths = {"query_lengths": packed.prefix_lengths, "key_lengths": packed.lengths}
+                prefix, *_ = layer(hidden_states[None], self.stage, packed.prefix, **lengths)
+                weight = state.remainder[packed.prefix]
+                output.index_add_(0, packed.prefix_slot, weight[:, None].to(output.dtype) * prefix[0])
                 break
-            hidden_states = computed[0]
+            macs += layer_macs
+            lengths = {"query_lengths": packed.lengths, "key_lengths": packed.lengths}
+            hidden_states = layer(hidden_states[None], self.stage, **lengths)[0]
             step, state = halt(state, self.halting_scores(hidden_states), epsilon)
-            weight = step.weight[prefix, None].to(output.dtype)
-            output[image[prefix], token[prefix]] += weight * hidden_states[prefix]
+            weight = step.weight[packed.prefix]
+            output.index_add_(0, packed.prefix_slot, weight[:, None].to(output.dtype) * hidden_states[packed.prefix])
             keep = ~step.halts
             if not output_token_depth:  # nothing can change the answer of an image without active prefix tokens
-                unfinished = torch.zeros(batch_size, dtype=torch.bool, device=device)
-                unfinished[image[prefix[keep[prefix]]]] = True
-                keep &= unfinished[image]
-            keep = keep.nonzero().squeeze(1)
-            if keep.numel() < position.numel():
-                hidden_states, position, state = hidden_states[keep], position[keep], state.select(keep)
+                unfinished = torch.zeros(batch_size, device=device).index_add_(
+                    0, packed.image[packed.prefix], keep[packed.prefix].float()
+                )
+                keep = keep & (unfinished > 0)[packed.image]
+            rows = keep.nonzero().squeeze(1)
+            if rows.numel() < keep.numel():
+                token_depth[packed.position[~keep]] = index + 1
+                hidden_states, packed, state = hidden_states[rows], packed.select(rows), state.select(rows)
+                layer_macs = self._layer_macs(packed.counts, packed.counts)
+        output = output.view(batch_size, num_prefix, width)
         return self.layernorm(output), token_depth.view(batch_size, num_tokens), macs
 
     def _layer_macs(self, num_queries: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
@@ -348,6 +344,33 @@ class AViTForImageClassification(AViTPreTrainedModel):
             self._add_losses(outputs, labels, dense if self.training else None, **kwargs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    @classmethod
+    def from_vit(cls, source, **config_overrides) -> "AViTForImageClassification":
+        r"""
+        Start from a trained plain ViT or DeiT, of which an A-ViT has exactly the parameters.
+
+        Args:
+            source (`str`, `os.PathLike`, `ViTForImageClassification`, `DeiTForImageClassification` or
+                `DeiTForImageClassificationWithTeacher`):
+                A model, or the folder or Hub id of one. A DeiT has a distillation token, so the A-ViT is distilled;
+                where it has one head only, both heads start with its weights.
+            config_overrides:
+                Further fields of [`AViTConfig`], such as `gate_center`.
+
+        Raises:
+            ValueError: if the source is no ViT or DeiT classifier, or an override changes what its weights fix.
+        """
+        check_overrides(config_overrides)
+        vit = load_vit(source, ONE_OR_TWO_HEADS)
+        names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
+        fields = {name: getattr(vit.config, name) for name in names}
+        fields["distilled"] = vit.config.model_type == "deit"
+        model = cls(AViTConfig(**{**fields, **config_overrides}))
+        import_vit(model, vit)
+        if fields["distilled"] and not hasattr(vit, "distillation_classifier"):
+            model.distillation_classifier.load_state_dict(model.classifier.state_dict())
+        return model
 
     def _fixed_macs(self, num_tokens: int) -> int:
         """Multiply-accumulates that every image takes: patch embedding and heads."""

@@ -13,7 +13,8 @@ class LeadingSliceMixin:
     `leading(...)`: weight and bias of the leading channels.
 
     Taking the views anew costs more, at batch 1 on a CPU, than some of the products that they serve. So inference keeps
-    them, and takes them again when a parameter has moved (another device, dtype or checkpoint).
+    them, and takes them again when a parameter has moved (another device, dtype or checkpoint). Views hold memory, so
+    none are kept where weights come and go between calls, and they do not travel with a copied or pickled module.
     """
 
     def leading(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -21,8 +22,12 @@ class LeadingSliceMixin:
         weight, bias = self.weight, self.bias
         if sizes == weight.shape:
             return weight, bias
-        # Sharded or quantised weights are no plain parameters, and need not tell by an address that they have moved.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
+        # Sharded or quantised weights are no plain parameters; `_hf_hook` is Accelerate's, which offloads weights.
+        keep = not torch.is_grad_enabled() and type(weight) is nn.Parameter and "_hf_hook" not in self.__dict__
+        if torch.compiler.is_compiling():
+            return _corner(weight, bias, sizes)
+        if not keep:
+            self._forget_views()
             return _corner(weight, bias, sizes)
         kept = self.__dict__.setdefault("_kept_views", {})
         addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr())
@@ -30,9 +35,19 @@ class LeadingSliceMixin:
             kept[sizes] = _corner(weight, bias, sizes), addresses
         return kept[sizes][0]
 
+    def _forget_views(self) -> None:
+        self.__dict__.pop("_kept_views", None)
+
     def _apply(self, *args, **kwargs):
-        self.__dict__.pop("_kept_views", None)  # the weights are about to move: do not keep the old ones alive
+        self._forget_views()
         return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget_views()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept_views"}
 
 
 def _corner(
@@ -59,12 +74,20 @@ class NestedLinear(LeadingSliceMixin, nn.Linear):
 
 
 class NestedConv2d(LeadingSliceMixin, nn.Conv2d):
-    """A convolution of which the leading output channels are a smaller one."""
+    """A patch embedding (a convolution with stride = kernel size) of which any range of channels can be computed."""
 
-    def forward(self, pixel_values: torch.Tensor, out_channels: int | None = None) -> torch.Tensor:
-        """`pixel_values` (batch, channels, height, width) → the first `out_channels` (all by default) of the output."""
-        weight, bias = self.leading(out_channels or self.out_channels, *self.weight.shape[1:])
-        return self._conv_forward(pixel_values, weight, bias)
+    def forward(self, pixel_values: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """`pixel_values` (batch, channels, height, width) → patches (batch, number of patches, stop - start)."""
+        if start == 0:
+            weight, bias = self.leading(stop or self.out_channels, *self.weight.shape[1:])
+            return self._conv_forward(pixel_values, weight, bias).flatten(2).transpose(1, 2)
+        # Later channels are for the images that go on, maybe few: a product with their patches is the same, and quicker
+        # for few images than setting up a convolution.
+        rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], self.kernel_size))
+        patches = pixel_values[..., : rows * self.kernel_size[0], : columns * self.kernel_size[1]]
+        patches = patches.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
+        weight, bias = self.weight[start:stop].flatten(1), self.bias[start:stop]
+        return nn.functional.linear(patches.flatten(3).flatten(1, 2), weight, bias)
 
 
 class NestedLayerNorm(LeadingSliceMixin, nn.LayerNorm):

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .config_checks import as_pair
 from .configuration_nested_vit import NestedViTConfig, Stage
 from .nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
-from .packed_attention import packed_attention
+from .packed_tokens import packed_attention
 
 
 class NestedViTEmbeddings(nn.Module):
@@ -56,21 +56,10 @@ class NestedViTEmbeddings(nn.Module):
         """`pixel_values` (batch_size, num_channels, height, width) → channels (batch_size, tokens, stop - start)."""
         tokens = [self.cls_token, self.distillation_token] if self.num_prefix_tokens == 2 else [self.cls_token]
         tokens = [token[..., start:stop].expand(pixel_values.shape[0], -1, -1) for token in tokens]
-        tokens.append(self._embed_patches(pixel_values.to(self.cls_token.dtype), start, stop))
+        tokens.append(self.patch_embeddings(pixel_values.to(self.cls_token.dtype), start, stop))
         patch_grid = (pixel_values.shape[2] // self.patch_size[0], pixel_values.shape[3] // self.patch_size[1])
         position_embeddings = self.interpolate_pos_encoding(self.position_embeddings[..., start:stop], patch_grid)
         return self.dropout(torch.cat(tokens, dim=1) + position_embeddings)
-
-    def _embed_patches(self, pixel_values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        if start == 0:
-            return self.patch_embeddings(pixel_values, stop).flatten(2).transpose(1, 2)
-        # Later channels are for the images that go on, maybe few: a product with their patches is the same, and quicker
-        # for few images than setting up a convolution.
-        rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], self.patch_size))
-        patches = pixel_values[..., : rows * self.patch_size[0], : columns * self.patch_size[1]]
-        patches = patches.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
-        weight, bias = self.patch_embeddings.weight, self.patch_embeddings.bias
-        return nn.functional.linear(patches.flatten(3).flatten(1, 2), weight[start:stop].flatten(1), bias[start:stop])
 
     def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
         """`ValueError` for images that do not fit: channels, or a size that is not to be interpolated to."""
@@ -143,8 +132,8 @@ class NestedViTAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        query_lengths: list[int] | None = None,
-        key_lengths: list[int] | None = None,
+        query_lengths: tuple[int, ...] | None = None,
+        key_lengths: tuple[int, ...] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """

@@ -1,5 +1,5 @@
 """
-Plain Transformers ViT / DeiT classifiers → ThinkingViT, and a stage of a ThinkingViT → a plain classifier.
+Plain Transformers ViT / DeiT classifiers → models of this package, and a stage of a ThinkingViT → a plain classifier.
 
 Both ways are one operation, because a stage is the leading corner of every weight: parameters pair up by name, and the
 smaller of the two is the leading corner of the larger.
@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -41,13 +41,18 @@ SHARED_FIELDS = (
 )
 
 
-def load_vit(source: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
+ONE_HEAD = (ViTForImageClassification, DeiTForImageClassification)
+ONE_OR_TWO_HEADS = (*ONE_HEAD, DeiTForImageClassificationWithTeacher)
+
+
+def load_vit(
+    source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...] = ONE_HEAD
+) -> PreTrainedModel:
     """
-    A ViT or DeiT image classifier from a model, a folder or a Hub id.
+    A ViT or DeiT image classifier, of one of the `accepted` classes, from a model, a folder or a Hub id.
 
     Raises:
-        ValueError: if it is another kind of model (a DeiT with teacher too: no single head can stand for its two), or
-            its checkpoint lacks weights, such as those of the classifier.
+        ValueError: if it is of another class, or its checkpoint lacks weights, such as those of the classifier.
     """
     if isinstance(source, (str, os.PathLike)):
         model, loading = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
@@ -58,13 +63,37 @@ def load_vit(source: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
             )
     else:
         model = source
-    if not isinstance(model, (ViTForImageClassification, DeiTForImageClassification)):
-        raise ValueError(
-            f"Expected a `ViTForImageClassification` or `DeiTForImageClassification`, got {type(model).__name__}."
-        )
-    if not isinstance(model.classifier, nn.Linear):
+    if not isinstance(model, accepted):
+        names = " or ".join(f"`{expected.__name__}`" for expected in accepted)
+        raise ValueError(f"Expected a {names}, got {type(model).__name__}.")
+    if not model.config.num_labels:
         raise ValueError(f"The {type(model).__name__} has no classification head (`num_labels` = 0).")
     return model
+
+
+# Fields that the source's weights fix: another value would leave weights out, or put them in the wrong place.
+FIXED_FIELDS = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_hidden_layers",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "num_labels",
+    "use_distillation_token",
+    "distilled",
+)
+
+
+def check_overrides(overrides: dict) -> None:
+    """`ValueError` for overrides of what the source's weights fix; labels may be renamed, not added or removed."""
+    fixed = [name for name in FIXED_FIELDS if name in overrides]
+    if fixed:
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in fixed)} cannot be overridden: the weights of the source fix them."
+        )
 
 
 def thinkingvit_config_from_vit(
@@ -74,11 +103,13 @@ def thinkingvit_config_from_vit(
     The configuration of a ThinkingViT with the head size of the ViT or DeiT `config`, as wide as its widest stage.
 
     Raises:
-        ValueError: if none of `thinking_stages` has as many heads as the source.
+        ValueError: if none of `thinking_stages` has as many heads as the source, or an override changes what the
+            source's weights fix.
     """
+    check_overrides(overrides)
     source_heads = config.num_attention_heads
-    thinking_stages = list(thinking_stages) if thinking_stages is not None else [source_heads, 2 * source_heads]
-    if source_heads not in thinking_stages:
+    thinking_stages = [source_heads, 2 * source_heads] if thinking_stages is None else thinking_stages
+    if not isinstance(thinking_stages, (list, tuple)) or source_heads not in thinking_stages:
         raise ValueError(
             f"`thinking_stages` ({thinking_stages}) must have a stage of {source_heads} heads, as wide as the source."
         )
@@ -95,10 +126,11 @@ def thinkingvit_config_from_vit(
 
 
 def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(parameter of the ThinkingViT, the ViT's parameter of the same role), for every parameter of the ViT."""
+    """(parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
     nested = dict(model.named_parameters())
     for name, parameter in vit.named_parameters():
         name = name.replace(f"{vit.base_model_prefix}.", f"{model.base_model_prefix}.", 1)
+        name = name.removeprefix("cls_") if name.startswith("cls_classifier.") else name
         yield nested[name.replace("patch_embeddings.projection.", "patch_embeddings.")], parameter
 
 
@@ -108,8 +140,13 @@ def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 @torch.no_grad()
 def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> None:
-    """Put the weights of `vit` into the leading channels and heads of `model`, which takes their dtype and device."""
-    model.to(device=vit.device, dtype=vit.dtype)
+    """Put the weights of `vit` into the leading channels and heads of `model`, which takes on its dtype and mode."""
+    if model.config.num_labels != vit.config.num_labels:
+        raise ValueError(
+            f"`id2label` names {model.config.num_labels} labels, but the source has {vit.config.num_labels}: their "
+            "number cannot change here."
+        )
+    model.to(device=vit.device, dtype=vit.dtype).train(vit.training)
     for nested, parameter in _pairs(model, vit):
         _leading(nested, parameter.shape).copy_(parameter)
 
@@ -134,4 +171,12 @@ def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
     return vit.train(model.training)
 
 
-__all__ = ["SHARED_FIELDS", "export_stage", "import_vit", "load_vit", "thinkingvit_config_from_vit"]
+__all__ = [
+    "ONE_OR_TWO_HEADS",
+    "SHARED_FIELDS",
+    "check_overrides",
+    "export_stage",
+    "import_vit",
+    "load_vit",
+    "thinkingvit_config_from_vit",
+]

@@ -1,0 +1,81 @@
+"""
+Images with different numbers of tokens, packed one after another without padding: which token is whose, and attention
+of each image over its own tokens.
+"""
+
+import torch
+from torch import nn
+
+
+class PackedTokens:
+    """
+    Where the packed tokens of a batch come from. Made anew only when tokens leave.
+
+    Args:
+        position (`torch.LongTensor` of shape `(tokens,)`): index of each token in the flattened `(batch, num_tokens)`.
+        batch_size, num_tokens (`int`): of the batch before any token left.
+        num_prefix (`int`): the first so many tokens of each image are its prefix (class, distillation).
+
+    Attributes:
+        image (`torch.LongTensor` of shape `(tokens,)`): whose token it is.
+        prefix (`torch.LongTensor`): which of the packed tokens are prefix tokens.
+        prefix_slot (`torch.LongTensor`): index of each of those in the flattened `(batch, num_prefix)`.
+        counts (`torch.LongTensor` of shape `(batch,)`): tokens per image.
+        lengths, prefix_lengths (`tuple[int]`): tokens and prefix tokens per image, without images that have none left.
+    """
+
+    def __init__(self, position: torch.Tensor, batch_size: int, num_tokens: int, num_prefix: int):
+        self.position = position
+        self.batch_size, self.num_tokens, self.num_prefix = batch_size, num_tokens, num_prefix
+        self.image = position // num_tokens
+        token = position - self.image * num_tokens
+        self.prefix = (token < num_prefix).nonzero().squeeze(1)
+        prefix_image = self.image[self.prefix]
+        self.prefix_slot = prefix_image * num_prefix + token[self.prefix]
+        self.counts = torch.bincount(self.image, minlength=batch_size)
+        self.prefix_counts = torch.bincount(prefix_image, minlength=batch_size)
+        # One copy to the host for both.
+        lengths = torch.stack([self.counts, self.prefix_counts], dim=1).tolist()
+        self.lengths, self.prefix_lengths = zip(*([pair for pair in lengths if pair[0]] or [(0, 0)]))
+
+    @classmethod
+    def whole(cls, batch_size: int, num_tokens: int, num_prefix: int, device: torch.device) -> "PackedTokens":
+        return cls(torch.arange(batch_size * num_tokens, device=device), batch_size, num_tokens, num_prefix)
+
+    def select(self, rows: torch.Tensor) -> "PackedTokens":
+        return PackedTokens(self.position[rows], self.batch_size, self.num_tokens, self.num_prefix)
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    scaling: float,
+) -> torch.Tensor:
+    """
+    Args:
+        query (`torch.Tensor` of shape `(1, heads, all queries, head_dim)`): the images' queries, one after another.
+        key, value (`torch.Tensor` of shape `(1, heads, all keys, head_dim)`): likewise.
+        query_lengths, key_lengths (`tuple[int]`): how many each image has; an image may have no queries.
+
+    Returns:
+        `torch.Tensor` of shape `(1, all queries, heads, head_dim)`.
+    """
+    attend = nn.functional.scaled_dot_product_attention
+    if len(set(query_lengths)) == len(set(key_lengths)) == 1:  # a plain batch
+        query, key, value = (
+            packed.squeeze(0).unflatten(1, (len(lengths), lengths[0])).transpose(0, 1)
+            for packed, lengths in ((query, query_lengths), (key, key_lengths), (value, key_lengths))
+        )
+        return attend(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1).unsqueeze(0)
+    output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    parts = zip(query.split(query_lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2))
+    start = 0
+    for image_query, image_key, image_value in parts:
+        stop = start + image_query.shape[2]
+        if stop > start:
+            output[:, start:stop] = attend(image_query, image_key, image_value, scale=scaling).transpose(1, 2)
+        start = stop
+    return output
