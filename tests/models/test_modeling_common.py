@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, ThinkingViTModel
+from hf_thinkingvit import (
+    AViTConfig,
+    AViTForImageClassification,
+    AViTModel,
+    ThinkingViTConfig,
+    ThinkingViTForImageClassification,
+    ThinkingViTModel,
+)
 from tests.transformers_common import load_model_tester_mixin
 
 
@@ -88,3 +95,32 @@ class PlainViTModelTest(ThinkingViTModelTest):
     def setUp(self):
         super().setUp()
         self.model_tester = ThinkingViTModelTester(self, thinking_stages=(4,))
+
+
+class AViTModelTester(ThinkingViTModelTester):
+    """The same for A-ViT. Tokens halt nowhere, since the tests compare rows of outputs that halting would change."""
+
+    def __init__(self, parent):
+        super().__init__(parent, thinking_stages=(4,))
+
+    def get_config(self):
+        return AViTConfig(
+            num_attention_heads=4,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=self.num_hidden_layers,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_labels=self.num_labels,
+            target_depth=1,
+        )
+
+
+class AViTModelTest(ThinkingViTModelTest):
+    all_model_classes = (AViTModel, AViTForImageClassification)
+
+    def setUp(self):
+        self.model_tester = AViTModelTester(self)
+        names = unittest.mock.patch.dict(MODEL_MAPPING_NAMES, {"avit": AViTModel.__name__})
+        names.start()
+        self.addCleanup(names.stop)

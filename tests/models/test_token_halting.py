@@ -59,3 +59,10 @@ def test_prior_loss_is_the_definition():
     share = (scores / scores.sum()).clamp(0.01, 0.99)
     expected = (target * (target.log() - share.log())).sum() / 6
     torch.testing.assert_close(prior_loss(scores, target), expected)
+
+
+def test_prior_loss_is_finite_when_no_token_halts():
+    scores = torch.zeros(6, requires_grad=True)
+    loss = prior_loss(scores, depth_prior(6, 3, 1.0))
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all()

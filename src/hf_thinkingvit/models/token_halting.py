@@ -91,5 +91,6 @@ def prior_loss(mean_scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         mean_scores (`torch.Tensor` of shape `(layers,)`): halting scores, averaged over tokens and images.
         target (`torch.Tensor` of shape `(layers,)`): from `depth_prior`.
     """
-    share = (mean_scores / mean_scores.sum()).clamp(0.01, 0.99)
+    # Scores may all underflow to 0: then every share is 0, not NaN, and nothing is learnt from the prior yet.
+    share = (mean_scores / mean_scores.sum().clamp(min=1e-20)).clamp(0.01, 0.99)
     return torch.nn.functional.kl_div(share.log(), target, reduction="sum") / len(target)

@@ -1,0 +1,6 @@
+"""Training objectives beyond those that the models compute themselves."""
+
+from .distillation import DistillationLoss, teacher_loss
+
+
+__all__ = ["DistillationLoss", "teacher_loss"]
