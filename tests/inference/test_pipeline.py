@@ -9,6 +9,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import AdaptiveImageClassificationPipeline
 from hf_thinkingvit.image_processing import evaluation_image_processor
+from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model
 
 
@@ -115,3 +116,15 @@ def test_refuses_a_model_without_stages():
     )
     with pytest.raises(ValueError, match="ViTForImageClassification does not think in stages"):
         AdaptiveImageClassificationPipeline(model=vit, image_processor=evaluation_image_processor(32))
+
+
+def test_avit_in_the_standard_pipeline(images, tmp_path):
+    model = lively_avit()
+    model.save_pretrained(tmp_path)
+    evaluation_image_processor(32).save_pretrained(tmp_path)
+    classifier = pipeline("image-classification", model=str(tmp_path))
+    results = classifier(images, batch_size=3, top_k=1)
+    pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        labels = model(pixel_values).logits.argmax(-1)
+    assert [result[0]["label"] for result in results] == [f"LABEL_{label}" for label in labels]

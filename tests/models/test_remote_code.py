@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_thinkingvit import ThinkingViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
+from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model, middle_threshold, random_images
 
 
@@ -29,33 +30,39 @@ except ModuleNotFoundError:
 else:
     sys.exit("the package is importable")
 
+import json
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
-folder, inputs, results, saved_again = sys.argv[1:]
-given = load_file(inputs)
-threshold = given["threshold"].item()
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, threshold=threshold)
+folder, inputs, results, saved_again, overrides = sys.argv[1:]
+pixel_values = load_file(inputs)["pixel_values"]
+overrides = json.loads(overrides)
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, **overrides)
 with torch.no_grad():
-    outputs = model(given["pixel_values"])
-    tokens = AutoModel.from_pretrained(folder, trust_remote_code=True)(given["pixel_values"]).last_hidden_state
-save_file({"logits": outputs.logits, "exit_stage": outputs.exit_stage, "tokens": tokens}, results)
+    outputs = dict(model(pixel_values))
+    outputs["tokens"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(pixel_values).last_hidden_state
+save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, results)
 model.save_pretrained(saved_again)
 classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
 print(type(classifier.model).__module__)
 """
 
 
-def test_loads_without_the_package_and_gives_equal_logits(tmp_path):
-    model, pixel_values = lively_model(), random_images()
-    threshold = torch.tensor(middle_threshold(model, pixel_values))
+@pytest.mark.parametrize("family", ["thinkingvit", "avit"])
+def test_loads_without_the_package_and_gives_equal_outputs(family, tmp_path):
+    pixel_values = random_images()
+    if family == "thinkingvit":
+        model = lively_model()
+        overrides = {"threshold": middle_threshold(model, pixel_values)}
+    else:
+        model, overrides = lively_avit(), {"halting_epsilon": 0.02}
     folder, inputs, results = tmp_path / "model", tmp_path / "inputs.safetensors", tmp_path / "results.safetensors"
     model.save_pretrained(folder)
     evaluation_image_processor(32).save_pretrained(folder)
-    save_file({"pixel_values": pixel_values, "threshold": threshold}, inputs)
+    save_file({"pixel_values": pixel_values}, inputs)
 
-    arguments = [str(folder), str(inputs), str(results), str(tmp_path / "again")]
+    arguments = [str(folder), str(inputs), str(results), str(tmp_path / "again"), json.dumps(overrides)]
     # -I: no site packages of the user, no PYTHONPATH, no working directory on the path
     environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": ""}
     command = [sys.executable, "-I", "-c", SCRIPT, *arguments]
@@ -65,14 +72,16 @@ def test_loads_without_the_package_and_gives_equal_logits(tmp_path):
 
     found = load_file(results)
     with torch.no_grad():
-        expected = model(pixel_values, threshold=float(threshold))
-        tokens = model.thinkingvit(pixel_values).last_hidden_state
-    assert len(expected.exit_stage.unique()) > 1
-    assert torch.equal(found["exit_stage"], expected.exit_stage)
-    torch.testing.assert_close(found["logits"], expected.logits)
-    torch.testing.assert_close(found["tokens"], tokens)
+        expected = dict(model(pixel_values, **overrides))
+        expected["tokens"] = model.base_model(pixel_values).last_hidden_state
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=lambda m: f"{name}: {m}")
+    assert len(expected["exit_stage" if family == "thinkingvit" else "macs"].unique()) > 1
     # What it saves in turn is complete again.
-    for name in ("modeling_thinkingvit.py", "configuration_thinkingvit.py", "early_exit.py", "nested_layers.py"):
+    names = {path.name for path in folder.glob("*.py")}
+    assert {f"modeling_{family}.py", f"configuration_{family}.py", "nested_vit.py"} <= names
+    for name in names:
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
 
 

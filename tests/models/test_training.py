@@ -12,10 +12,14 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from tests.models import train_distributed
+from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model, random_images
 
 
-def test_trainer_without_a_subclass(tmp_path):
+@pytest.mark.parametrize(
+    "model", [lively_model(num_labels=4, threshold=0.3), lively_avit(num_labels=4)], ids=lambda m: m.config.model_type
+)
+def test_trainer_without_a_subclass(model, tmp_path):
     pixel_values = random_images(48)
     labels = torch.arange(48) % 4
     pixel_values += labels[:, None, None, None].float()
@@ -41,7 +45,6 @@ def test_trainer_without_a_subclass(tmp_path):
         disable_tqdm=True,
         seed=0,
     )
-    model = lively_model(num_labels=4, threshold=0.3)
     trainer = Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset, compute_metrics=compute_metrics)
     before = trainer.evaluate()
     trainer.train()
@@ -52,22 +55,30 @@ def test_trainer_without_a_subclass(tmp_path):
     assert losses[-1] < losses[0]
 
     (checkpoint,) = tmp_path.glob("checkpoint-*")
-    assert (checkpoint / "modeling_thinkingvit.py").is_file()
+    assert (checkpoint / f"modeling_{model.config.model_type}.py").is_file()
     loaded = type(model).from_pretrained(checkpoint).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixel_values).logits, model.eval()(pixel_values).logits)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"thinking_stages": [4]}, {"thinking_stages": [2, 2], "hidden_size": 16}])
-def test_two_distributed_processes_train_as_one(overrides, tmp_path):
+@pytest.mark.parametrize(
+    "family, overrides",
+    [
+        ("thinkingvit", {}),
+        ("thinkingvit", {"thinking_stages": [2, 2], "hidden_size": 16}),
+        # The prior compares averages over a batch, which two half batches do not share.
+        ("avit", {"distilled": True, "prior_loss_weight": 0.0}),
+    ],
+)
+def test_two_distributed_processes_train_as_one(family, overrides, tmp_path):
     weights, script = tmp_path / "weights.pt", Path(train_distributed.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    arguments = [str(script), str(weights), json.dumps(overrides)]
+    arguments = [str(script), str(weights), family, json.dumps(overrides)]
     process = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
 
-    model = lively_model(**overrides).train()
+    model = train_distributed.FAMILIES[family](**overrides).train()
     train_distributed.train(model, slice(0, 8))
     distributed_weights = torch.load(weights, weights_only=True)
     for name, tensor in model.state_dict().items():

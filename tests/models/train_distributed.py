@@ -1,7 +1,7 @@
 """
 A few training steps under DistributedDataParallel, started by `test_training.py` as
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/models/train_distributed.py WEIGHTS CONFIG_JSON
+    python -m torch.distributed.run --nproc-per-node 2 tests/models/train_distributed.py WEIGHTS FAMILY CONFIG_JSON
 """
 
 import json
@@ -11,7 +11,11 @@ import torch
 import torch.distributed as distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model, random_images
+
+
+FAMILIES = {"thinkingvit": lively_model, "avit": lively_avit}
 
 
 def train(model: torch.nn.Module, rows: slice) -> None:
@@ -29,7 +33,7 @@ if __name__ == "__main__":
     share = 8 // distributed.get_world_size()
     start = distributed.get_rank() * share
     # The default, find_unused_parameters=False, raises in the second step if a parameter got no gradient.
-    wrapped = DistributedDataParallel(lively_model(**json.loads(sys.argv[2])).train())
+    wrapped = DistributedDataParallel(FAMILIES[sys.argv[2]](**json.loads(sys.argv[3])).train())
     train(wrapped, slice(start, start + share))
     if distributed.get_rank() == 0:
         torch.save(wrapped.module.state_dict(), sys.argv[1])
