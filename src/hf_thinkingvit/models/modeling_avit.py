@@ -9,9 +9,6 @@ recorded outputs. The sparse one removes them: packed tokens of the whole batch,
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -20,7 +17,7 @@ from .config_checks import check_integer
 from .configuration_avit import AViTConfig, check_halting_epsilon
 from .early_exit import check_labels, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
-from .nested_vit import NestedViTAttention, NestedViTEmbeddings, NestedViTLayer
+from .nested_vit import NestedViTEmbeddings, NestedViTPreTrainedModel, build_layers
 from .packed_tokens import PackedTokens
 from .token_halting import HaltingState, depth_prior, halt, halting_scores, prior_loss
 from .vit_weights import ONE_OR_TWO_HEADS, SHARED_FIELDS, check_overrides, import_vit, load_vit
@@ -92,25 +89,9 @@ class AViTImageClassifierOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class AViTPreTrainedModel(PreTrainedModel):
+class AViTPreTrainedModel(NestedViTPreTrainedModel):
     config: AViTConfig
     base_model_prefix = "avit"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["NestedViTEmbeddings", "NestedViTLayer"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": NestedViTLayer, "attentions": NestedViTAttention}
-    _input_embed_layer = "patch_embeddings"
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, NestedViTEmbeddings):
-            for name in ("cls_token", "distillation_token", "position_embeddings"):
-                if hasattr(module, name):
-                    init.trunc_normal_(getattr(module, name), mean=0.0, std=self.config.initializer_range)
 
 
 class AViTModel(AViTPreTrainedModel):
@@ -120,9 +101,8 @@ class AViTModel(AViTPreTrainedModel):
         super().__init__(config)
         config.validate()
         self.stage = config.stage
-        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.embeddings = NestedViTEmbeddings(config)
-        self.layers = nn.ModuleList([NestedViTLayer(config, rate) for rate in rates])
+        self.layers = build_layers(config)
         self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 

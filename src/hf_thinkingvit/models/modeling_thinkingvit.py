@@ -7,7 +7,6 @@ stage at a time, and the classifier, whose loop over stages is `early_exit.Stage
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
@@ -18,7 +17,13 @@ from .configuration_nested_vit import Stage
 from .configuration_thinkingvit import ThinkingViTConfig
 from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
-from .nested_vit import NestedViTAttention, NestedViTEmbeddings, NestedViTLayer
+from .nested_vit import (
+    NestedViTAttention,
+    NestedViTEmbeddings,
+    NestedViTLayer,
+    NestedViTPreTrainedModel,
+    build_layers,
+)
 from .vit_weights import export_stage, import_vit, load_vit, thinkingvit_config_from_vit
 
 
@@ -42,28 +47,17 @@ def _record(target_class: type[nn.Module]) -> OutputRecorder:
     return recorder
 
 
-class ThinkingViTPreTrainedModel(PreTrainedModel):
+class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
     config: ThinkingViTConfig
     base_model_prefix = "thinkingvit"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["NestedViTEmbeddings", "NestedViTLayer"]
-    _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": _record(NestedViTLayer), "attentions": NestedViTAttention}
-    _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, NestedViTEmbeddings):
-            for name in ("cls_token", "distillation_token", "position_embeddings"):
-                if hasattr(module, name):
-                    init.trunc_normal_(getattr(module, name), mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, ThinkingViTRecycler):
+        if isinstance(module, ThinkingViTRecycler):
             init.zeros_(module.alpha)
 
 
@@ -76,10 +70,9 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
     def __init__(self, config: ThinkingViTConfig):
         super().__init__(config)
         config.validate()
-        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.stages = config.stages
         self.embeddings = NestedViTEmbeddings(config)
-        self.layers = nn.ModuleList([NestedViTLayer(config, rate) for rate in rates])
+        self.layers = build_layers(config)
         self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recyclers = nn.ModuleList([ThinkingViTRecycler(config, stage) for stage in self.stages[:-1]])
         self.post_init()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -232,3 +234,31 @@ class NestedViTLayer(GradientCheckpointingLayer):
         mlp_output = self.mlp(normed, stage.intermediate_size)
         hidden_states = hidden_states + self.dropout(mlp_output)
         return hidden_states if queries is None else (hidden_states, key, value)
+
+
+class NestedViTPreTrainedModel(PreTrainedModel):
+    """What Transformers needs to know of a model made of these blocks."""
+
+    config: NestedViTConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NestedViTEmbeddings", "NestedViTLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": NestedViTLayer, "attentions": NestedViTAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NestedViTEmbeddings):
+            for name in ("cls_token", "distillation_token", "position_embeddings"):
+                if hasattr(module, name):
+                    init.trunc_normal_(getattr(module, name), mean=0.0, std=self.config.initializer_range)
+
+
+def build_layers(config: NestedViTConfig) -> nn.ModuleList:
+    """The layers, with stochastic depth that rises linearly to `config.drop_path_rate`."""
+    rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+    return nn.ModuleList([NestedViTLayer(config, rate) for rate in rates])
