@@ -25,7 +25,7 @@ def test_equals_the_definition_token_by_token(epsilon):
         last = torch.ones_like(scores[layer]) if layer == 5 else scores[layer]
         step, state = halt(state, last, epsilon, active)
         weights.append(step.weight)
-        ponder, depth = ponder + active + step.remainder, depth + active
+        ponder, depth = ponder + active + torch.where(step.halts, step.weight, 0.0), depth + active
         active = active & ~step.halts
     assert not active.any()
     weights = torch.stack(weights)

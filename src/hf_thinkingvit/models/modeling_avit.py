@@ -165,7 +165,7 @@ class AViTModel(AViTPreTrainedModel):
             last = torch.ones_like(scores[-1]) if index == num_layers - 1 else scores[-1]
             step, state = halt(state, last, epsilon, active)
             output = output + step.weight[..., None].to(output.dtype) * hidden_states
-            ponder = ponder + active + step.remainder
+            ponder = ponder + active + torch.where(step.halts, step.weight, 0.0)
             token_depth = token_depth + active
             active = active & ~step.halts
         return AViTModelOutput(
@@ -228,17 +228,17 @@ class AViTModel(AViTPreTrainedModel):
             step, state = halt(state, self.halting_scores(hidden_states), epsilon)
             weight = step.weight[packed.prefix]
             output.index_add_(0, packed.prefix_slot, weight[:, None].to(output.dtype) * hidden_states[packed.prefix])
+            if not step.halts.any():
+                continue
             keep = ~step.halts
             if not output_token_depth:  # nothing can change the answer of an image without active prefix tokens
-                unfinished = torch.zeros(batch_size, device=device).index_add_(
-                    0, packed.image[packed.prefix], keep[packed.prefix].float()
-                )
+                unfinished = torch.zeros(batch_size, device=device)
+                unfinished.index_add_(0, packed.image[packed.prefix], keep[packed.prefix].float())
                 keep = keep & (unfinished > 0)[packed.image]
+            token_depth[packed.position[~keep]] = index + 1
             rows = keep.nonzero().squeeze(1)
-            if rows.numel() < keep.numel():
-                token_depth[packed.position[~keep]] = index + 1
-                hidden_states, packed, state = hidden_states[rows], packed.select(rows), state.select(rows)
-                layer_macs = self._layer_macs(packed.counts, packed.counts)
+            hidden_states, packed, state = hidden_states[rows], packed.select(rows), state.select(rows)
+            layer_macs = self._layer_macs(packed.counts, packed.counts)
         output = output.view(batch_size, num_prefix, width)
         return self.layernorm(output), token_depth.view(batch_size, num_tokens), macs
 

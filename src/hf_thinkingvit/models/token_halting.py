@@ -36,13 +36,12 @@ class HaltingStep(NamedTuple):
 
     Attributes:
         halts: bool, which tokens halt after this layer.
-        weight: share of this layer's output in the token's halting-weighted output; 0 where it was not active.
-        remainder: the remainder of tokens that halt, which the ponder loss counts; 0 elsewhere.
+        weight: share of this layer's output in the token's halting-weighted output; 0 where it was not active. Where a
+            token halts, it is its remainder, which the ponder loss counts.
     """
 
     halts: torch.Tensor
     weight: torch.Tensor
-    remainder: torch.Tensor
 
 
 def halting_scores(hidden_states: torch.Tensor, scale: float, center: float, channel: int) -> torch.Tensor:
@@ -68,9 +67,9 @@ def halt(
     halts = cumulative >= 1.0 - epsilon
     if active is not None:
         halts = halts & active
-    remainder = torch.where(halts, state.remainder, 0.0)
-    step = HaltingStep(halts, torch.where(halts, state.remainder, scores), remainder)
-    return step, HaltingState(cumulative, state.remainder - torch.where(halts, 0.0, scores))
+    weight = torch.where(halts, state.remainder, scores)
+    # What a halted token's remainder becomes is never read.
+    return HaltingStep(halts, weight), HaltingState(cumulative, state.remainder - scores)
 
 
 def depth_prior(num_layers: int, target_depth: float, std: float, mass: float = 0.98) -> torch.Tensor:
