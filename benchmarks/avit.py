@@ -10,15 +10,12 @@ that nothing halts. The goal is 0.9 of what the arithmetic allows: dense over sp
 """
 
 import argparse
-import platform
 import statistics
-import time
 
 import torch
-import transformers
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.inference import measure
+from benchmarks.inference import describe_run, measure
 from hf_thinkingvit import AViTConfig, AViTForImageClassification
 
 
@@ -88,11 +85,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(
-        f"{hardware}, {torch.get_num_threads()} CPU threads, {arguments.dtype}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}\n"
-    )
+    print(describe_run(device, arguments.dtype))
     print(
         "| size | batch | mean depth | MACs: plain / spent | sparse, ms per image | masked | plain | plain / sparse |"
     )

@@ -41,6 +41,15 @@ def threshold_for_share(entropies: torch.Tensor, share: float) -> float:
     return float((entropies[exits - 1] + entropies[exits]) / 2)
 
 
+def describe_run(device: torch.device, dtype: str) -> str:
+    """What a table of measurements needs above it: hardware, threads, dtype, versions and date."""
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return (
+        f"{hardware}, {torch.get_num_threads()} CPU threads, {dtype}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}\n"
+    )
+
+
 def measure(rivals: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call of each rival, taken in turns."""
     seconds = {name: [] for name in rivals}
@@ -114,11 +123,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(
-        f"{hardware}, {arguments.threads} CPU threads, {arguments.dtype}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}\n"
-    )
+    print(describe_run(device, arguments.dtype))
     print("| batch | comparison | ms per image | rival's | ratio of times: median (quartiles) |\n|---|---|---|---|---|")
     for batch_size in arguments.batch_size:
         compare(batch_size, arguments.repeats, device, getattr(torch, arguments.dtype))

@@ -116,10 +116,9 @@ def _require(checkpoint: Checkpoint, needed: list[str], check_unexpected: bool =
     missing = [name for name in needed if name not in checkpoint.state_dict]
     unexpected = [name for name in checkpoint.state_dict if name not in needed] if check_unexpected else []
     if missing or unexpected:
-        raise ValueError(
-            f"{checkpoint.path} does not hold the expected weights. Missing keys: {_shorten(missing)}. "
-            f"Unexpected keys: {_shorten(unexpected)}."
-        )
+        message = f"{checkpoint.path} does not hold the expected weights. Missing keys: {_shorten(missing)}."
+        # Without the sizes, which the first call requires, nobody knows yet what would be unexpected.
+        raise ValueError(message + (f" Unexpected keys: {_shorten(unexpected)}." if check_unexpected else ""))
 
 
 def _shorten(names: list[str], limit: int = 30) -> str:

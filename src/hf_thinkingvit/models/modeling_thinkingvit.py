@@ -81,7 +81,12 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         """The state with which stage 0 starts. Pixels stay in it while a later stage is wider and will need them."""
         self.embeddings.check(pixel_values, interpolate_pos_encoding)
         hidden_states = self.embeddings(pixel_values, 0, self.stages[0].hidden_size)
-        return {"pixel_values": pixel_values, "embeddings": hidden_states, "hidden_states": hidden_states}
+        pixels = {"pixel_values": pixel_values} if self._needs_pixels(hidden_states) else {}
+        return {**pixels, "embeddings": hidden_states, "hidden_states": hidden_states}
+
+    def _needs_pixels(self, embeddings: torch.Tensor) -> bool:
+        """Whether a later stage reads channels that `embeddings` lacks."""
+        return embeddings.shape[-1] < self.stages[-1].hidden_size
 
     def run_stage(self, stage_index: int, state: State, *, all_tokens: bool, **kwargs) -> tuple[torch.Tensor, State]:
         """
@@ -120,7 +125,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         if width > embeddings.shape[-1]:
             wider = self.embeddings(state["pixel_values"], embeddings.shape[-1], width)
             embeddings = torch.cat([embeddings, wider], dim=-1)
-        pixels = {"pixel_values": state["pixel_values"]} if width < self.stages[-1].hidden_size else {}
+        pixels = {"pixel_values": state["pixel_values"]} if self._needs_pixels(embeddings) else {}
         return {**pixels, "embeddings": embeddings, "hidden_states": self.recyclers[stage_index](embeddings, tokens)}
 
     @capture_outputs(tie_last_hidden_states=False)
