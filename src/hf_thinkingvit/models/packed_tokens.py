@@ -3,8 +3,11 @@ Images with different numbers of tokens, packed one after another without paddin
 of each image over its own tokens.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 
 class PackedTokens:
@@ -46,6 +49,23 @@ class PackedTokens:
         return PackedTokens(self.position[rows], self.batch_size, self.num_tokens, self.num_prefix)
 
 
+def has_variable_length_kernel(query: torch.Tensor) -> bool:
+    """Whether `torch.nn.attention.varlen` runs here: flash attention, so NVIDIA from Ampere on, in half precision."""
+    return (
+        query.is_cuda
+        and torch.version.hip is None
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where each image begins among the packed tokens, and where the last one ends: int32 `(images + 1,)`."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -70,6 +90,11 @@ def packed_attention(
             for packed, lengths in ((query, query_lengths), (key, key_lengths), (value, key_lengths))
         )
         return attend(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1).unsqueeze(0)
+    if query.shape[2] and has_variable_length_kernel(query):
+        query, key, value = (packed.squeeze(0).transpose(0, 1) for packed in (query, key, value))
+        query_offsets, key_offsets = (_offsets(lengths, query.device) for lengths in (query_lengths, key_lengths))
+        longest = max(query_lengths), max(key_lengths)
+        return varlen_attn(query, key, value, query_offsets, key_offsets, *longest, scale=scaling).unsqueeze(0)
     output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     parts = zip(query.split(query_lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2))
     start = 0
