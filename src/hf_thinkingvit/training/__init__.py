@@ -1,6 +1,25 @@
-"""Training objectives beyond those that the models compute themselves."""
+"""
+Training: objectives beyond those that the models compute themselves, and runs on Accelerate.
+
+`train` and `parse_config` need the packages of the extra `hf-thinkingvit[train]` (timm among them).
+"""
 
 from .distillation import DistillationLoss, teacher_loss
 
 
-__all__ = ["DistillationLoss", "teacher_loss"]
+__all__ = ["DistillationLoss", "TrainingConfig", "TrainingRun", "parse_config", "teacher_loss", "train"]
+
+_LAZY = {"TrainingConfig": "config", "parse_config": "config", "TrainingRun": "loop", "train": "loop"}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name in ("timm", "torchvision", "yaml", "tqdm"):
+            raise ImportError(f'Training needs {error.name}: pip install "hf-thinkingvit[train]".') from error
+        raise

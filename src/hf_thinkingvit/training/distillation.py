@@ -41,6 +41,8 @@ class DistillationLoss(nn.Module):
             Share of the teacher in the task loss, from 0 to 1.
         temperature (`float`, *optional*, defaults to 3.0):
             Of soft distillation.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of the labels' part that is spread over all labels.
 
     Example:
 
@@ -56,6 +58,7 @@ class DistillationLoss(nn.Module):
         kind: Literal["hard", "soft"] = "hard",
         weight: float = 0.5,
         temperature: float = 3.0,
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
         if kind not in ("hard", "soft"):
@@ -64,8 +67,11 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"`weight` must be between 0 and 1, got {weight!r}.")
         if not temperature > 0.0:
             raise ValueError(f"`temperature` must be above 0, got {temperature!r}.")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"`label_smoothing` must be between 0 and 1, got {label_smoothing!r}.")
         self.teacher = teacher.eval().requires_grad_(False)
         self.kind, self.weight, self.temperature = kind, weight, temperature
+        self.label_smoothing = label_smoothing
 
     def train(self, mode: bool = True) -> "DistillationLoss":
         """The teacher stays in evaluation mode."""
@@ -91,7 +97,7 @@ class DistillationLoss(nn.Module):
                 f"The teacher has {teacher_logits.shape[-1]} labels, the student "
                 f"{outputs.distillation_logits.shape[-1]}: they must be the same."
             )
-        from_labels = F.cross_entropy(outputs.cls_logits, labels)
+        from_labels = F.cross_entropy(outputs.cls_logits, labels, label_smoothing=self.label_smoothing)
         from_teacher = teacher_loss(outputs.distillation_logits, teacher_logits, self.kind, self.temperature)
         task_loss = (1.0 - self.weight) * from_labels + self.weight * from_teacher
         return outputs.loss - outputs.task_loss + task_loss

@@ -1,0 +1,255 @@
+"""
+One training run as data: read from a YAML file, every field also a command-line flag.
+
+    python examples/train.py --config examples/configs/thinkingvit_cifar10.yaml --epochs 5 --model.patch_size 2
+
+Fields of the model's own configuration stand under `model` in the file, and are flags with `model.` in front.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..auto import FAMILIES
+
+
+MODEL_CONFIGS = {config_class.model_type: config_class for config_class, _, _ in FAMILIES}
+
+
+def _help(text: str, default: Any = None, **metadata) -> Any:
+    metadata["help"] = text
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainingConfig:
+    """
+    Everything that a run depends on. The defaults are the published ThinkingViT recipe (arXiv 2507.10800, appendix),
+    which is DeiT's.
+
+    Raises:
+        ValueError: from `check`, for values that cannot work together.
+    """
+
+    dataset: str = _help("Hub id, folder (images or Parquet), Parquet file, or sklearn-digits", "ILSVRC/imagenet-1k")
+    output_dir: str = _help("checkpoints, logs, and the best and last model", "outputs/train")
+
+    model_type: str = _help("architecture to train", "thinkingvit", choices=sorted(MODEL_CONFIGS))
+    model: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
+    from_pretrained: str | None = _help("start from a model of this package: folder or Hub id; `model` overrides it")
+    from_vit: str | None = _help("start from a plain ViT or DeiT: folder or Hub id")
+    freeze: list[str] = _help("parameters to leave as they are: names with wildcards, such as '*.alpha'", [])
+    attn_implementation: str | None = _help("attention backend: eager, sdpa, flash_attention_2, ...")
+
+    train_split: str = _help("split to train on", "train")
+    eval_split: str | None = _help("split to evaluate on; 'validation', else 'test', where not given")
+    image_column: str | None = _help("column of images; found by its type where not given")
+    label_column: str | None = _help("column of labels; found by its type where not given")
+    streaming: bool = _help("read the data as a stream instead of downloading it first", False)
+    shuffle_buffer: int = _help("images that a stream is shuffled within; 1 keeps the order", 10_000)
+    shuffle: bool = _help("reshuffle the training images every epoch", True)
+    max_train_samples: int | None = _help("train on the first so many images only")
+    images_per_epoch: int | None = _help("length of an epoch, where a stream does not say how long it is")
+    max_eval_samples: int | None = _help("evaluate on the first so many images only")
+    num_workers: int = _help("processes that read images, per training process", 8)
+
+    epochs: int = _help("passes over the training images, without cooldown", 300)
+    cooldown_epochs: int = _help("further epochs at the smallest learning rate", 10)
+    warmup_epochs: float = _help("epochs of linear warm-up", 5.0)
+    max_steps: int | None = _help("stop after so many optimizer steps, whatever the epochs say")
+    batch_size: int = _help("images per optimizer step, over all processes", 1024)
+    gradient_accumulation_steps: int = _help("parts that a step's batch is computed in", 1)
+    learning_rate: float = _help("at a batch of learning_rate_batch images; scaled by the batch size", 5e-4)
+    learning_rate_batch: int = _help("see learning_rate", 512)
+    warmup_learning_rate: float = _help("where the warm-up starts; not scaled", 1e-6)
+    min_learning_rate: float = _help("where the cosine ends; not scaled", 1e-5)
+    weight_decay: float = _help("of AdamW; none on norms, biases, class token and position embeddings", 0.05)
+    adam_beta1: float = _help("of AdamW", 0.9)
+    adam_beta2: float = _help("of AdamW", 0.999)
+    clip_grad: float | None = _help("greatest norm of the gradients")
+    ema_decay: float = _help("of the moving average of the weights; 0 for none", 0.99996)
+
+    image_mean: list[float] = _help("of each channel", list(IMAGENET_DEFAULT_MEAN))
+    image_std: list[float] = _help("of each channel", list(IMAGENET_DEFAULT_STD))
+    crop_scale: list[float] = _help("smallest and greatest share of the image that a random crop keeps", [0.08, 1.0])
+    crop_ratio: list[float] = _help("smallest and greatest aspect ratio of a random crop", [3 / 4, 4 / 3])
+    horizontal_flip: float = _help("probability of a flip", 0.5)
+    color_jitter: float = _help("strength, where there is no auto_augment", 0.3)
+    auto_augment: str | None = _help("timm's policy; none for none", "rand-m9-mstd0.5-inc1")
+    random_erasing: float = _help("probability of erasing a rectangle", 0.25)
+    mixup: float = _help("alpha of mixup; 0 for none", 0.8)
+    cutmix: float = _help("alpha of cutmix; 0 for none", 1.0)
+    mixup_switch_prob: float = _help("probability of cutmix where both are on", 0.5)
+    crop_pct: float = _help("share of the shorter side that evaluation crops", 0.9)
+
+    label_smoothing: float = _help("share of the target spread over all labels", 0.1)
+    stage_sampling: str = _help(
+        "all stages' losses in each step, or those of the first, the last and random ones between",
+        "all",
+        choices=["all", "sandwich"],
+    )
+    sandwich_samples: int = _help("random stages between, with stage_sampling sandwich", 1)
+    inplace_distillation: float = _help("share of the last stage's answer in the earlier stages' targets", 0.0)
+    teacher: str | None = _help("image classifier to distil from: folder or Hub id")
+    distillation: str = _help("from the teacher's answer or its distribution", "hard", choices=["hard", "soft"])
+    distillation_weight: float = _help("share of the teacher in the loss", 0.5)
+    distillation_temperature: float = _help("of soft and in-place distillation", 3.0)
+
+    mixed_precision: str = _help("of the computation", "no", choices=["no", "fp16", "bf16"])
+    compile: bool = _help("compile the model (torch.compile)", False)
+    cpu: bool = _help("train on the CPU even where there is a GPU", False)
+    seed: int = _help("of everything random", 0)
+
+    save_steps: int = _help("optimizer steps between checkpoints, besides those at each epoch", 1000)
+    keep_checkpoints: int = _help("newest checkpoints to keep", 2)
+    resume: str | None = _help("'auto': from output_dir's newest complete checkpoint, if any; or a checkpoint's folder")
+    eval_epochs: int = _help("epochs between evaluations; the last epoch is always evaluated", 1)
+    eval_batch_size: int = _help("images per process and forward pass in evaluation", 256)
+    log_steps: int = _help("optimizer steps between logged losses", 10)
+    trackers: list[str] = _help("where to log: tensorboard, wandb, ...", [])
+    model_license: str | None = _help("licence to state in the model card, such as apache-2.0")
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        return self.learning_rate * self.batch_size / self.learning_rate_batch
+
+    @property
+    def uses_mixup(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def check(self) -> None:
+        positive = ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate_batch", "save_steps")
+        positive += ("keep_checkpoints", "eval_epochs", "eval_batch_size", "log_steps", "shuffle_buffer")
+        positive += ("sandwich_samples", "distillation_temperature")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+        not_negative = ("cooldown_epochs", "warmup_epochs", "learning_rate", "warmup_learning_rate", "num_workers")
+        for name in (*not_negative, "min_learning_rate", "weight_decay", "mixup", "cutmix", "color_jitter"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)!r}.")
+        shares = ("label_smoothing", "inplace_distillation", "distillation_weight", "horizontal_flip", "random_erasing")
+        for name in (*shares, "mixup_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)!r}.")
+        for name in ("max_steps", "max_train_samples", "max_eval_samples", "images_per_epoch", "clip_grad"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay!r}.")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+            raise ValueError(f"`warmup_epochs` ({self.warmup_epochs}) must be fewer than `epochs` ({self.epochs}).")
+        for name in ("crop_scale", "crop_ratio"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"`{name}` must be two numbers, got {getattr(self, name)!r}.")
+        if self.from_pretrained and self.from_vit:
+            raise ValueError("`from_pretrained` and `from_vit` are two ways to start: give one of them.")
+        if self.model_type == "avit" and self.uses_mixup:
+            raise ValueError(
+                "A-ViT is trained without mixup and cutmix (arXiv 2112.07658, section 4): set `mixup` and `cutmix` to "
+                "0."
+            )
+        if self.uses_mixup and (self.batch_size // self.gradient_accumulation_steps) % 2:
+            raise ValueError("mixup and cutmix pair images: the batch of each process must be even.")
+        known = [entry.name for entry in dataclasses.fields(MODEL_CONFIGS[self.model_type])]
+        for name in self.model:
+            if name not in known:
+                raise ValueError(_unknown(f"model.{name}", [f"model.{entry}" for entry in known]))
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """As YAML, which `--config` reads back."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    suggestion = f" Did you mean `{nearest[0]}`?" if nearest else ""
+    return f"There is no field `{name}`.{suggestion} `--help` lists all fields."
+
+
+def _flags(name: str, value: Any) -> list[str]:
+    """A field of the file as command-line words, so that both go through one parser and one check of types."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)] if value else []
+    default = TrainingConfig.__dataclass_fields__[name].default
+    if value is None and default is None:
+        return []
+    if value is False and isinstance(default, str):  # YAML reads an unquoted `no` as False
+        return [f"--{name}", "no"]
+    return [f"--{name}", "none" if value is None else str(value)]
+
+
+def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
+    """
+    The configuration of a command line: the file named by `--config`, and flags that override it.
+
+    Raises:
+        SystemExit: for flags and fields that do not exist, with the nearest that does, and for values of a wrong type.
+        ValueError: for values that cannot work together.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    chosen, words = files.parse_known_args(arguments)
+    parser = HfArgumentParser(
+        TrainingConfig, allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file of the fields below; flags override it")
+    names = [entry.name for entry in dataclasses.fields(TrainingConfig)]
+    model: dict[str, Any] = {}
+    if chosen.config is not None:
+        if not chosen.config.is_file():
+            parser.error(f"there is no configuration file {chosen.config}")
+        fields = yaml.safe_load(chosen.config.read_text(encoding="utf-8")) or {}
+        if not isinstance(fields, dict):
+            parser.error(f"{chosen.config} must hold `field: value` lines")
+        for name in fields:
+            if name not in names:
+                parser.error(f"{chosen.config}: {_unknown(name, names)}")
+        model = fields.pop("model", None) or {}
+        if not isinstance(model, dict):
+            parser.error(f"{chosen.config}: `model` must hold `field: value` lines of the model's configuration")
+        words = [word for name, value in fields.items() for word in _flags(name, value)] + words
+    config, _, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    for name in names:
+        if getattr(config, name) == "none":
+            setattr(config, name, None)
+    try:
+        config.model = {**model, **_model_flags(rest, names)}
+        config.check()
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def _model_flags(words: list[str], names: list[str]) -> dict[str, Any]:
+    """`--model.name value ...`, the values read as YAML."""
+    fields: dict[str, list] = {}
+    values: list = []
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            if not name.startswith("model."):
+                raise ValueError(_unknown(name, names))
+            values = fields.setdefault(name.removeprefix("model."), [])
+            values.extend([yaml.safe_load(value)] if value else [])
+        elif not fields:
+            raise ValueError(f"`{word}` belongs to no flag.")
+        else:
+            values.append(yaml.safe_load(word))
+    for name, given in fields.items():
+        if not given:
+            raise ValueError(f"`--model.{name}` needs a value.")
+    return {name: given[0] if len(given) == 1 else given for name, given in fields.items()}
