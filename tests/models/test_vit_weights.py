@@ -132,9 +132,16 @@ def test_refuses_stages_that_are_no_list():
         ThinkingViTForImageClassification.from_vit(trained_vit(), 3)
 
 
-def test_refuses_a_source_as_wide_as_no_stage():
-    with pytest.raises(ValueError, match=r"`thinking_stages` \(\[2, 6\]\) must have a stage of 3 heads"):
-        ThinkingViTForImageClassification.from_vit(trained_vit(), [2, 6])
+def test_refuses_a_source_wider_than_every_stage():
+    with pytest.raises(ValueError, match=r"`thinking_stages` \(\[1, 2\]\) must have a stage of 3 heads or more"):
+        ThinkingViTForImageClassification.from_vit(trained_vit(), [1, 2])
+
+
+def test_a_source_between_two_stages_fills_the_leading_channels():
+    vit = trained_vit()
+    model = ThinkingViTForImageClassification.from_vit(vit, [2, 6])
+    weight = vit.classifier.weight
+    assert torch.equal(model.classifier.weight[:, : weight.shape[1]], weight)
 
 
 def test_refuses_other_models(tmp_path):

@@ -200,9 +200,9 @@ class ThinkingViTForImageClassification(StagedImageClassifierMixin, ThinkingViTP
         r"""
         Start from a trained plain ViT (the plug-in upgrade of the ThinkingViT paper).
 
-        A source as wide as one of the stages goes into the leading channels and heads of the new model, of which the
-        rest is freshly initialised; so with a source as wide as stage 0, stage 0 gives the source's logits. A source of
-        full width fills the whole model.
+        The source goes into the leading channels and heads of the new model, of which the rest is freshly initialised;
+        so with a source as wide as stage 0, stage 0 gives the source's logits. A source of full width fills the whole
+        model. One between the widths of two stages is a start for training only: no stage gives its logits.
 
         Args:
             source (`str`, `os.PathLike`, `ViTForImageClassification` or `DeiTForImageClassification`):
@@ -213,7 +213,7 @@ class ThinkingViTForImageClassification(StagedImageClassifierMixin, ThinkingViTP
                 Further fields of [`ThinkingViTConfig`], such as `threshold`.
 
         Raises:
-            ValueError: if the source is no ViT or DeiT classifier, or is as wide as none of the stages.
+            ValueError: if the source is no ViT or DeiT classifier, or is wider than every stage.
         """
         vit = load_vit(source)
         model = cls(thinkingvit_config_from_vit(vit.config, thinking_stages, **config_overrides))

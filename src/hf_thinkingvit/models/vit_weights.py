@@ -103,15 +103,16 @@ def thinkingvit_config_from_vit(
     The configuration of a ThinkingViT with the head size of the ViT or DeiT `config`, as wide as its widest stage.
 
     Raises:
-        ValueError: if none of `thinking_stages` has as many heads as the source, or an override changes what the
+        ValueError: if all of `thinking_stages` have fewer heads than the source, or an override changes what the
             source's weights fix.
     """
     check_overrides(overrides)
     source_heads = config.num_attention_heads
     thinking_stages = [source_heads, 2 * source_heads] if thinking_stages is None else thinking_stages
-    if not isinstance(thinking_stages, (list, tuple)) or source_heads not in thinking_stages:
+    if not isinstance(thinking_stages, (list, tuple)) or max(thinking_stages, default=0) < source_heads:
         raise ValueError(
-            f"`thinking_stages` ({thinking_stages}) must have a stage of {source_heads} heads, as wide as the source."
+            f"`thinking_stages` ({thinking_stages}) must have a stage of {source_heads} heads or more: the source has "
+            f"{source_heads}."
         )
     heads = max(thinking_stages)
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}

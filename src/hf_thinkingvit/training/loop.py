@@ -22,6 +22,8 @@ from ..auto import FAMILIES
 from ..evaluation.accuracy import evaluate_accuracy
 from ..hub import model_card
 from ..image_processing import evaluation_image_processor
+from ..models.config_checks import as_pair
+from ..models.vit_weights import FIXED_FIELDS
 from .checkpoints import Checkpoints, list_checkpoints, replace_folder
 from .config import MODEL_CONFIGS, TrainingConfig
 from .data import Place, evaluation_batches, load_data, num_train_images, train_batches
@@ -62,7 +64,14 @@ def build_model(config: TrainingConfig, id2label: dict[int, str]) -> PreTrainedM
     classifier = CLASSIFIERS[config.model_type]
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if config.from_vit:
-        model = classifier.from_vit(config.from_vit, **config.model)
+        given = {name: value for name, value in config.model.items() if name not in FIXED_FIELDS}
+        model = classifier.from_vit(config.from_vit, **given)
+        for name in config.model.keys() & set(FIXED_FIELDS):
+            if as_pair(getattr(model.config, name)) != as_pair(config.model[name]):
+                raise ValueError(
+                    f"`model.{name}` is {config.model[name]}, but starting from `{config.from_vit}` it is "
+                    f"{getattr(model.config, name)}."
+                )
         model = _with_labels(model, labels)
         if attention:
             model.set_attn_implementation(config.attn_implementation)
