@@ -159,8 +159,6 @@ class TrainingConfig:
                 "A-ViT is trained without mixup and cutmix (arXiv 2112.07658, section 4): set `mixup` and `cutmix` to "
                 "0."
             )
-        if self.uses_mixup and (self.batch_size // self.gradient_accumulation_steps) % 2:
-            raise ValueError("mixup and cutmix pair images: the batch of each process must be even.")
         known = [entry.name for entry in dataclasses.fields(MODEL_CONFIGS[self.model_type])]
         for name in self.model:
             if name not in known:
@@ -204,7 +202,11 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     files.add_argument("--config", type=Path)
     chosen, words = files.parse_known_args(arguments)
     parser = HfArgumentParser(
-        TrainingConfig, allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        TrainingConfig,
+        usage="%(prog)s [--config FILE] [--FIELD VALUE ...] [--model.FIELD VALUE ...]",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of the fields below; flags override it")
     names = [entry.name for entry in dataclasses.fields(TrainingConfig)]
@@ -227,11 +229,21 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         if getattr(config, name) == "none":
             setattr(config, name, None)
     try:
-        config.model = {**model, **_model_flags(rest, names)}
+        config.model = {name: _as_number(value) for name, value in {**model, **_model_flags(rest, names)}.items()}
         config.check()
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+def _as_number(value: Any) -> Any:
+    """YAML reads 5e-4 as text."""
+    if isinstance(value, list):
+        return [_as_number(entry) for entry in value]
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _model_flags(words: list[str], names: list[str]) -> dict[str, Any]:
@@ -243,8 +255,8 @@ def _model_flags(words: list[str], names: list[str]) -> dict[str, Any]:
             name, _, value = word[2:].partition("=")
             if not name.startswith("model."):
                 raise ValueError(_unknown(name, names))
-            values = fields.setdefault(name.removeprefix("model."), [])
-            values.extend([yaml.safe_load(value)] if value else [])
+            # As everywhere on a command line, a flag given twice means the second.
+            values = fields[name.removeprefix("model.")] = [yaml.safe_load(value)] if value else []
         elif not fields:
             raise ValueError(f"`{word}` belongs to no flag.")
         else:

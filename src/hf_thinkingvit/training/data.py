@@ -119,7 +119,9 @@ def _load_splits(config: TrainingConfig) -> dict[str, datasets.Dataset | dataset
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={"train": str(path)}, streaming=config.streaming)
         return datasets.load_dataset(config.dataset, streaming=config.streaming)
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except ConnectionError as error:
+        raise ValueError(f"`{config.dataset}` is no folder here, and the Hub cannot be reached: {error}.") from error
+    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         if "gated" in str(error):
             raise ValueError(
                 f"`{config.dataset}` is gated: accept its terms at https://huggingface.co/datasets/{config.dataset}, "

@@ -218,6 +218,10 @@ class TrainingRun:
         self.accelerator.print(f"resuming from {checkpoint}, step {self.progress.step} of {self.num_steps}")
 
     def save(self) -> Path:
+        """A checkpoint of the finished step; of weights that are finite only."""
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
+        if not self.accelerator.reduce(finite.int(), reduction="sum") == self.accelerator.num_processes:
+            raise self._diverged(f"the weights are no longer finite at step {self.progress.step}")
         return self.checkpoints.save(
             self.progress.step,
             {
@@ -351,11 +355,9 @@ class TrainingRun:
         *means, skipped, stop = self.accelerator.reduce(local, reduction="sum").tolist()
         means = {name: value / self.accelerator.num_processes for name, value in zip(names, means)}
         if not all(math.isfinite(value) for value in means.values()):
-            good = self.checkpoints.last_good
-            raise TrainingDivergedError(
+            raise self._diverged(
                 f"the loss was {means['loss']} at step {self.progress.step} or up to {self.config.log_steps - 1} steps "
-                f"before ({means}); "
-                + (f"the last good checkpoint is {good}" if good else "there is no checkpoint before it")
+                f"before ({means})"
             )
         self.progress.skipped_images += int(skipped)
         self.progress.seconds += seconds
@@ -367,6 +369,12 @@ class TrainingRun:
             values |= {"train/learning_rate": learning_rate, "train/images_per_second": images}
             self.accelerator.log(values, step=self.progress.step)
         return stop > 0
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        good = self.checkpoints.last_good
+        return TrainingDivergedError(
+            f"{what}; " + (f"the last good checkpoint is {good}" if good else "there is no checkpoint before it")
+        )
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,31 @@
+from importlib.util import find_spec
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from tests.training.tiny_runs import write_images
+
+
+# Training needs the extra `train`; the other tests do not.
+collect_ignore = (
+    [] if find_spec("timm") else [f"test_{name}.py" for name in ("config", "data", "loop", "losses", "recipe")]
+)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of Parquet files: 24 images to train on, 10 to evaluate on, 3 labels."""
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """`datasets` sleeps for seconds after each pass over a shuffled stream."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def one_run_at_a_time():
+    """Accelerate keeps one state per process."""
+    yield
+    AcceleratorState._reset_state(True)

@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_thinkingvit.training import TrainingConfig, parse_config
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+
+
+def write(path: Path, text: str) -> list[str]:
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_parse(path):
+    config = parse_config(["--config", str(path)])
+    assert config.model.keys() == yaml.safe_load(path.read_text())["model"].keys()
+
+
+def test_flags_override_the_file(tmp_path):
+    file = write(tmp_path / "run.yaml", "epochs: 7\nseed: 3\nmodel: {patch_size: 4, threshold: 0.5}\n")
+    config = parse_config([*file, "--epochs", "9", "--model.threshold", "0.1", "--model.threshold", "0.4", "0.6"])
+    assert (config.epochs, config.seed) == (9, 3)
+    assert config.model == {"patch_size": 4, "threshold": [0.4, 0.6]}
+
+
+def test_yaml_spellings(tmp_path):
+    file = write(
+        tmp_path / "run.yaml",
+        "mixed_precision: no\nlearning_rate: 1e-3\nauto_augment: null\nstreaming: true\nfreeze: []\nteacher: null\n"
+        "model: {layer_norm_eps: 5e-4}\n",
+    )
+    config = parse_config(file)
+    assert config.mixed_precision == "no"
+    assert config.learning_rate == 1e-3
+    assert config.auto_augment is None
+    assert config.streaming is True
+    assert config.freeze == []
+    assert config.teacher is None
+    assert config.model == {"layer_norm_eps": 5e-4}
+
+
+def test_a_saved_configuration_reads_back_as_it_was(tmp_path):
+    config = parse_config(["--model.thinking_stages", "[2, 3]", "--crop_scale", "0.5", "1", "--auto_augment", "none"])
+    config.save(tmp_path / "run.yaml")
+    assert parse_config(["--config", str(tmp_path / "run.yaml")]) == config
+
+
+def test_the_learning_rate_scales_with_the_global_batch():
+    assert (
+        TrainingConfig(batch_size=1024).scaled_learning_rate == 2 * TrainingConfig(batch_size=512).scaled_learning_rate
+    )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--epoch", "7"], "no field `epoch`. Did you mean `epochs`?"),
+        (["--model.patchsize", "7"], "no field `model.patchsize`. Did you mean `model.patch_size`?"),
+        (
+            ["--model_type", "avit", "--mixup", "0", "--cutmix", "0", "--model.thinking_stages", "[3]"],
+            "no field `model.",
+        ),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
+        (["--model_type", "avit"], "A-ViT is trained without mixup and cutmix"),
+        (["--epochs", "3", "--warmup_epochs", "3"], "`warmup_epochs` (3.0) must be fewer than `epochs` (3)"),
+        (["--batch_size", "0"], "`batch_size` must be above 0, got 0"),
+        (["--ema_decay", "1"], "`ema_decay` must be at least 0 and below 1"),
+        (["--label_smoothing", "nan"], "`label_smoothing` must be between 0 and 1"),
+        (["--from_vit", "a", "--from_pretrained", "b"], "two ways to start"),
+        (["--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
+        (["stray"], "`stray` belongs to no flag"),
+    ],
+)
+def test_refuses_what_cannot_work(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(words)
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_unknown_fields_of_a_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(write(tmp_path / "run.yaml", "learning_rat: 1\n"))
+    assert "Did you mean `learning_rate`?" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from hf_thinkingvit import AViTConfig, AViTForImageClassification, ThinkingViTForImageClassification
+from hf_thinkingvit.training import TrainingConfig
+from hf_thinkingvit.training.recipe import build_mixup, build_optimizer, build_schedule, train_transform
+from tests.utils import tiny_config
+
+
+MODELS = {
+    "thinkingvit": lambda: ThinkingViTForImageClassification(tiny_config(use_distillation_token=True)),
+    "avit": lambda: AViTForImageClassification(AViTConfig(num_attention_heads=1, num_hidden_layers=1, distilled=True)),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_only_matrices_decay(family):
+    model = MODELS[family]()
+    optimizer = build_optimizer(TrainingConfig(), model)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    tokens = ("cls_token", "distillation_token", "position_embeddings")
+    for name, parameter in model.named_parameters():
+        expected = 0.0 if parameter.dim() <= 1 or name.endswith(tokens) else 0.05
+        assert decays[id(parameter)] == expected, name
+
+
+def test_the_published_schedule():
+    """300 epochs and 10 of cooldown, 5 of linear warm-up from 1e-6, cosine to 1e-5, at a batch of 1024."""
+    config = TrainingConfig()
+    optimizer = build_optimizer(config, torch.nn.Linear(2, 2))
+    schedule = build_schedule(config, optimizer, steps_per_epoch=10)
+
+    def learning_rate(epoch: float) -> float:
+        schedule.step_update(round(epoch * 10))
+        return optimizer.param_groups[0]["lr"]
+
+    assert learning_rate(0) == pytest.approx(1e-6)
+    assert learning_rate(2.5) == pytest.approx((1e-6 + 1e-3) / 2)
+    assert learning_rate(150) == pytest.approx((1e-5 + 1e-3) / 2)
+    assert learning_rate(300) == learning_rate(309.9) == pytest.approx(1e-5)
+
+
+def test_the_published_augmentation():
+    steps = str(train_transform(TrainingConfig(), 224))
+    for part in ("scale=(0.08, 1.0)", "bicubic", "RandomHorizontalFlip(p=0.5)", "RandAugment", "RandomErasing"):
+        assert part in steps, part
+    mixup = build_mixup(TrainingConfig(), num_labels=1000)
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.switch_prob, mixup.label_smoothing) == (0.8, 1.0, 0.5, 0.1)
+    assert build_mixup(TrainingConfig(mixup=0.0, cutmix=0.0), num_labels=1000) is None

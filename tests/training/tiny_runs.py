@@ -1,0 +1,63 @@
+"""A run that takes a second: data, flags, and how to start it."""
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+
+LABELS = ["cat", "dog", "owl"]
+
+
+def encoded_image(seed: int, size: int = 16) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_images(
+    folder: Path, num_train: int = 24, num_test: int = 10, broken: dict[str, list[int]] | None = None
+) -> Path:
+    """Parquet files of random images; those whose index is listed in `broken` are cut short."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
+    for split, count, seed in (("train", num_train, 0), ("test", num_test, 1000)):
+        files = [encoded_image(seed + index) for index in range(count)]
+        for index in (broken or {}).get(split, []):
+            files[index] = files[index][:60]
+        rows = {
+            "image": [{"bytes": file, "path": f"{split}-{index}.png"} for index, file in enumerate(files)],
+            "label": [index % len(LABELS) for index in range(count)],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def flags(dataset: Path, output_dir: Path, **overrides) -> list[str]:
+    """Command-line words of a tiny run on the CPU without anything random across processes."""
+    fields = {
+        "dataset": dataset,
+        "output_dir": output_dir,
+        "cpu": True,
+        "model.thinking_stages": "[1, 2]",
+        "model.hidden_size": 16,
+        "model.num_hidden_layers": 2,
+        "model.image_size": 16,
+        "model.patch_size": 8,
+        "epochs": 3,
+        "cooldown_epochs": 0,
+        "warmup_epochs": 1,
+        "batch_size": 8,
+        "learning_rate": 0.05,
+        "ema_decay": 0.9,
+        "mixup": 0,
+        "cutmix": 0,
+        "num_workers": 0,
+        "log_steps": 1,
+    }
+    words = []
+    for name, value in {**fields, **overrides}.items():
+        words += [f"--{name}", *([str(entry) for entry in value] if isinstance(value, list) else [str(value)])]
+    return words
