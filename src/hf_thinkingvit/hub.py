@@ -15,23 +15,30 @@ USAGE = """## Use
 import hf_thinkingvit  # or trust_remote_code=True, without the package
 from transformers import pipeline
 
-classifier = pipeline("image-classification", model="{name}")
+classifier = pipeline("image-classification", model="{source}")
 classifier("image.jpg")
 ```"""
 
 
 def model_card(
-    model: PreTrainedModel, name: str, dataset: str, results: dict[str, Any], training: dict[str, Any], **card_data: Any
+    model: PreTrainedModel,
+    name: str,
+    dataset: str,
+    results: dict[str, Any],
+    training: dict[str, Any],
+    source: str = "path/to/this/folder",
+    **card_data: Any,
 ) -> ModelCard:
     """
     A card for a trained classifier.
 
     Args:
         model (`PreTrainedModel`): whose configuration the card describes.
-        name (`str`): of the model, or its repository.
+        name (`str`): of the model.
         dataset (`str`): what it was evaluated on.
         results (`dict`): of one model, from [`~hf_thinkingvit.evaluation.evaluate_accuracy`].
         training (`dict`): facts of the run, one line each.
+        source (`str`): what a user loads it from: a folder, or the id of its repository.
         card_data: further metadata, such as `license`.
     """
     top1, top5 = results["top1"], results["top5"]
@@ -59,7 +66,7 @@ def model_card(
             [
                 f"---\n{data.to_yaml()}\n---",
                 f"# {name}",
-                USAGE.format(name=name),
+                USAGE.format(source=source),
                 f"## Measured\n\nOn {results['images']} images of `{dataset}`.\n\n{_table(model, results)}",
                 "## Training\n\n" + "\n".join(f"* {key}: {value}" for key, value in training.items()),
                 "## Architecture\n\n```json\n" + json.dumps(_shape(model), indent=2) + "\n```\n",

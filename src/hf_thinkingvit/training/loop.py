@@ -6,35 +6,32 @@ import logging
 import math
 import shutil
 import signal
+import threading
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..auto import FAMILIES
 from ..evaluation.accuracy import evaluate_accuracy
 from ..hub import model_card
 from ..image_processing import evaluation_image_processor
-from ..models.config_checks import as_pair
-from ..models.vit_weights import FIXED_FIELDS
 from .checkpoints import Checkpoints, list_checkpoints, replace_folder
-from .config import MODEL_CONFIGS, TrainingConfig
+from .config import TrainingConfig
 from .data import Place, evaluation_batches, load_data, num_train_images, train_batches
 from .losses import TrainingLoss
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
 from .seeding import seeded
+from .starting_point import build_model
 
 
 logger = logging.getLogger(__name__)
 
-CLASSIFIERS = {config_class.model_type: classifier for config_class, _, classifier in FAMILIES}
 # What may differ between a run and its continuation without making it another run.
 FREE_TO_CHANGE = {
     *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
@@ -56,57 +53,6 @@ class Progress:
     skipped_images: int = 0
     seconds: float = 0.0
     best_top1: float = -1.0
-
-
-def build_model(config: TrainingConfig, id2label: dict[int, str]) -> PreTrainedModel:
-    """The model to train, for these labels. Raises `ValueError` for fields that do not fit."""
-    labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
-    classifier = CLASSIFIERS[config.model_type]
-    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    if config.from_vit:
-        given = {name: value for name, value in config.model.items() if name not in FIXED_FIELDS}
-        model = classifier.from_vit(config.from_vit, **given)
-        for name in config.model.keys() & set(FIXED_FIELDS):
-            if as_pair(getattr(model.config, name)) != as_pair(config.model[name]):
-                raise ValueError(
-                    f"`model.{name}` is {config.model[name]}, but starting from `{config.from_vit}` it is "
-                    f"{getattr(model.config, name)}."
-                )
-        model = _with_labels(model, labels)
-        if attention:
-            model.set_attn_implementation(config.attn_implementation)
-    elif config.from_pretrained:
-        start = AutoConfig.from_pretrained(config.from_pretrained)
-        if start.model_type != config.model_type:
-            raise ValueError(
-                f"`from_pretrained` is a {start.model_type} model, but `model_type` is {config.model_type}."
-            )
-        model = classifier.from_pretrained(
-            config.from_pretrained, **config.model, **labels, **attention, ignore_mismatched_sizes=True
-        )
-    else:
-        model = classifier(MODEL_CONFIGS[config.model_type](**config.model, **labels, **attention))
-    for pattern in config.freeze:
-        frozen = [parameter for name, parameter in model.named_parameters() if fnmatch(name, pattern)]
-        if not frozen:
-            raise ValueError(f"`freeze`: no parameter is called {pattern!r}.")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    return model
-
-
-def _with_labels(model: PreTrainedModel, labels: dict[str, dict]) -> PreTrainedModel:
-    """The same weights with a head for other labels, freshly initialised if there are more or fewer of them."""
-    num_labels = len(labels["id2label"])
-    fresh = None
-    if num_labels != model.config.num_labels:
-        fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **labels}))
-        heads = ("classifier.", "distillation_classifier.")
-        body = {name: value for name, value in model.state_dict().items() if not name.startswith(heads)}
-        fresh.load_state_dict(body, strict=False)
-        return fresh
-    model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]
-    return model
 
 
 class TrainingRun:
@@ -132,6 +78,11 @@ class TrainingRun:
             cpu=config.cpu,
             dynamo_backend="inductor" if config.compile else None,
         )
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "FSDP is not supported: it shards weights that do not fit on one device, and these models do. Use "
+                "plain multi-GPU (DDP): `accelerate launch --multi_gpu`."
+            )
         self._check_output_dir()
         world_size = self.accelerator.num_processes
         parts = world_size * config.gradient_accumulation_steps
@@ -145,7 +96,7 @@ class TrainingRun:
             raise ValueError(
                 f"mixup and cutmix pair images: {self.batch_of_process} images a process cannot be paired."
             )
-        with self.accelerator.main_process_first():  # one process downloads, the others find it there
+        with self.accelerator.local_main_process_first():  # one process downloads, the others find it there
             self.data = load_data(config)
         self.num_images = num_train_images(config, self.data)
         self.steps_per_epoch = self.num_images // config.batch_size
@@ -289,7 +240,9 @@ class TrainingRun:
                 k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.config.to_dict().items()
             }
             self.accelerator.init_trackers("hf-thinkingvit", flat)
-        previous = signal.signal(signal.SIGTERM, self._on_signal)
+        # Python lets only the main thread listen to signals; elsewhere whoever runs this must stop it.
+        listens = threading.current_thread() is threading.main_thread()
+        previous = signal.signal(signal.SIGTERM, self._on_signal) if listens else None
         self.model.train()
         self.schedule.step_update(self.progress.step)
         bar = tqdm(
@@ -306,7 +259,8 @@ class TrainingRun:
                 self.evaluate()
         finally:
             bar.close()
-            signal.signal(signal.SIGTERM, previous)
+            if listens:
+                signal.signal(signal.SIGTERM, previous)
             self.accelerator.end_training()
         return self._results()
 
