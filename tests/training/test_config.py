@@ -73,6 +73,7 @@ def test_the_learning_rate_scales_with_the_global_batch():
         (["--label_smoothing", "nan"], "`label_smoothing` must be between 0 and 1"),
         (["--from_vit", "a", "--from_pretrained", "b"], "two ways to start"),
         (["--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
+        (["--model.thinking_stages", "[3,", "6]"], "`[3,` is no value: quote lists"),
         (["stray"], "`stray` belongs to no flag"),
     ],
 )

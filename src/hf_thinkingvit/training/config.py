@@ -236,6 +236,13 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     return config
 
 
+def _read(word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        raise ValueError(f"`{word}` is no value: quote lists ('[3, 6]'), or leave out the brackets (3 6).") from None
+
+
 def _as_number(value: Any) -> Any:
     """YAML reads 5e-4 as text."""
     if isinstance(value, list):
@@ -256,11 +263,11 @@ def _model_flags(words: list[str], names: list[str]) -> dict[str, Any]:
             if not name.startswith("model."):
                 raise ValueError(_unknown(name, names))
             # As everywhere on a command line, a flag given twice means the second.
-            values = fields[name.removeprefix("model.")] = [yaml.safe_load(value)] if value else []
+            values = fields[name.removeprefix("model.")] = [_read(value)] if value else []
         elif not fields:
             raise ValueError(f"`{word}` belongs to no flag.")
         else:
-            values.append(yaml.safe_load(word))
+            values.append(_read(word))
     for name, given in fields.items():
         if not given:
             raise ValueError(f"`--model.{name}` needs a value.")
