@@ -5,9 +5,10 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from hf_thinkingvit.data import evaluation_batches
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingConfig
-from hf_thinkingvit.training.data import Place, evaluation_batches, load_data, num_train_images, train_batches
+from hf_thinkingvit.training.data import Place, load_data, num_train_images, train_batches
 from hf_thinkingvit.training.recipe import train_transform
 from hf_thinkingvit.training.seeding import seeded
 from tests.training.tiny_runs import LABELS, encoded_image, write_images
@@ -24,7 +25,7 @@ def place(**overrides) -> Place:
 
 def read(config: TrainingConfig, **overrides) -> list[dict]:
     transform = train_transform(config, 16)
-    return list(train_batches(config, load_data(config), transform, place(**overrides)))
+    return list(train_batches(config, load_data(config).train, transform, place(**overrides)))
 
 
 def plain(dataset, **overrides) -> TrainingConfig:
@@ -119,7 +120,7 @@ class TestBrokenImages:
 
     def test_evaluation_names_them(self, tmp_path):
         settings = config(write_images(tmp_path, broken={"test": [3]}))
-        batches = evaluation_batches(settings, load_data(settings), evaluation_image_processor(16))
+        batches = evaluation_batches(load_data(settings).evaluation, evaluation_image_processor(16), batch_size=4)
         with pytest.raises(ValueError, match=r"test-3\.png.*cannot be decoded"):
             list(batches)
 
@@ -136,7 +137,7 @@ class TestSources:
                     (tmp_path / split / label / f"{index}.png").write_bytes(encoded_image(index))
         data = load_data(config(tmp_path))
         assert data.id2label == {0: "ant", 1: "bee"}
-        assert (len(data.train), len(data.evaluation)) == (4, 4)
+        assert (len(data.train.rows), len(data.evaluation.rows)) == (4, 4)
         assert len(read(plain(tmp_path), stop=1)[0]["labels"]) == 4
 
     def test_labels_without_names_are_given_some(self, tmp_path):
@@ -146,28 +147,30 @@ class TestSources:
             Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
         data = load_data(config(tmp_path))
         assert data.id2label == {0: "a", 1: "b"}
-        assert data.train[0]["label"] == 1
+        assert data.train.rows[0]["label"] == 1
         with pytest.raises(ValueError, match="have no names"):
             load_data(config(tmp_path, streaming=True))
 
     def test_grey_images_become_rgb(self):
         settings = config("sklearn-digits", crop_pct=1.0)
         data = load_data(settings)
-        assert (len(data.train), len(data.evaluation), len(data.id2label)) == (1257, 540, 10)
-        batch = next(iter(evaluation_batches(settings, data, evaluation_image_processor(8, crop_pct=1.0))))
+        assert (len(data.train.rows), len(data.evaluation.rows), len(data.id2label)) == (1257, 540, 10)
+        batch = next(
+            iter(evaluation_batches(data.evaluation, evaluation_image_processor(8, crop_pct=1.0), batch_size=4))
+        )
         assert batch["pixel_values"].shape[1:] == (3, 8, 8)
 
     def test_parts_of_the_data(self, images):
         data = load_data(config(images, max_train_samples=5, max_eval_samples=3))
-        assert (len(data.train), len(data.evaluation)) == (5, 3)
+        assert (len(data.train.rows), len(data.evaluation.rows)) == (5, 3)
 
     def test_a_stream_must_say_how_long_it_is(self, tmp_path):
         images = write_images(tmp_path)  # of its own: `datasets` remembers the length of those it has read
         settings = config(images, streaming=True)
         with pytest.raises(ValueError, match="set `images_per_epoch`"):
-            num_train_images(settings, load_data(settings))
+            num_train_images(settings, load_data(settings).train)
         settings = config(images, streaming=True, images_per_epoch=24)
-        assert num_train_images(settings, load_data(settings)) == 24
+        assert num_train_images(settings, load_data(settings).train) == 24
 
     @pytest.mark.parametrize(
         "overrides, message",

@@ -18,12 +18,13 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
 from ..hub import model_card
 from ..image_processing import evaluation_image_processor
 from .checkpoints import Checkpoints, list_checkpoints, replace_folder
 from .config import TrainingConfig
-from .data import Place, evaluation_batches, load_data, num_train_images, train_batches
+from .data import Place, load_data, num_train_images, train_batches
 from .losses import TrainingLoss
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
 from .seeding import seeded
@@ -98,7 +99,7 @@ class TrainingRun:
             )
         with self.accelerator.local_main_process_first():  # one process downloads, the others find it there
             self.data = load_data(config)
-        self.num_images = num_train_images(config, self.data)
+        self.num_images = num_train_images(config, self.data.train)
         self.steps_per_epoch = self.num_images // config.batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"`batch_size` ({config.batch_size}) is more than there are images ({self.num_images}).")
@@ -118,7 +119,9 @@ class TrainingRun:
             model.config.image_size, config.crop_pct, config.image_mean, config.image_std
         )
         self.transform = train_transform(config, model.config.image_size)
-        self.evaluation = self.accelerator.prepare(evaluation_batches(config, self.data, self.processor))
+        self.evaluation = self.accelerator.prepare(
+            evaluation_batches(self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers)
+        )
         self.checkpoints = Checkpoints(
             self.output_dir / "checkpoints", self.accelerator, self.ema, config.keep_checkpoints
         )
@@ -196,7 +199,7 @@ class TrainingRun:
             start=self.progress.step_in_epoch * accumulation,
             stop=self.steps_per_epoch * accumulation,
         )
-        return train_batches(self.config, self.data, self.transform, place)
+        return train_batches(self.config, self.data.train, self.transform, place)
 
     def train_batch(self, batch: dict[str, torch.Tensor], part: int) -> dict[str, torch.Tensor]:
         """Forward and backward of one part of a step; with the last part, the step. Its losses, detached."""

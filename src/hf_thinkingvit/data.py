@@ -1,0 +1,177 @@
+"""
+Images and labels from anything that `datasets` reads: a Hub id, a folder of images or of Parquet files, a stream.
+
+Images stay encoded until they are used, so that a broken one is met where its name is known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+
+DIGITS = "sklearn-digits"
+Rows = datasets.Dataset | datasets.IterableDataset
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """
+    A split of encoded images with labels.
+
+    Attributes:
+        rows: of the two columns.
+        image_column, label_column: their names.
+        label_names: name of each label; `None` where the labels are not indices with names.
+        name: what the data are called, for messages and model cards.
+    """
+
+    rows: Rows
+    image_column: str
+    label_column: str
+    label_names: list[str] | None
+    name: str
+
+    def take(self, count: int | None) -> "ImageSplit":
+        return self if count is None else replace(self, rows=self.rows.take(count))
+
+
+def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:
+    """
+    Args:
+        dataset (`str`): Hub id, folder of images (one folder a label) or of Parquet files, Parquet file, or
+            "sklearn-digits".
+        streaming (`bool`): read as a stream instead of downloading first.
+
+    Raises:
+        ValueError: if there is none; the message says how to log in where that is what is missing.
+    """
+    if dataset == DIGITS:
+        splits = load_digits()
+        return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
+    path = Path(dataset)
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files={"train": str(path)}, streaming=streaming)
+        return datasets.load_dataset(dataset, streaming=streaming)
+    except ConnectionError as error:
+        raise ValueError(f"`{dataset}` is no folder here, and the Hub cannot be reached: {error}.") from error
+    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        if "gated" in str(error):
+            raise ValueError(
+                f"`{dataset}` is gated: accept its terms at https://huggingface.co/datasets/{dataset}, "
+                "then log in with `hf auth login` (or set HF_TOKEN) on this machine."
+            ) from error
+        raise ValueError(
+            f"There is no dataset `{dataset}`: it must be a Hub id, a folder of images (one folder a label) or "
+            f"of Parquet files, a Parquet file, or {DIGITS!r}. If it is private, log in with `hf auth login`."
+        ) from error
+
+
+def find_split(splits: dict[str, Rows], name: str | None, dataset: str, candidates: Sequence[str] = ()) -> Rows:
+    """The split called `name`, or the first of `candidates` that is there. `ValueError` that says what there is."""
+    wanted = name or next((candidate for candidate in candidates if candidate in splits), None)
+    if wanted is None:
+        raise ValueError(f"`{dataset}` has none of the splits {list(candidates)}: it has {list(splits)}. Name one.")
+    if wanted not in splits:
+        raise ValueError(f"`{dataset}` has no split {wanted!r}: it has {list(splits)}.")
+    return splits[wanted]
+
+
+def as_image_split(
+    rows: Rows, name: str, image_column: str | None = None, label_column: str | None = None
+) -> ImageSplit:
+    """
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): with a column of images and one of labels.
+        name (`str`): what the data are called.
+        image_column, label_column (`str`, *optional*): found by their types where not given.
+
+    Raises:
+        ValueError: if a column is missing, or several could be meant.
+    """
+    features = rows.features
+    if features is None:
+        raise ValueError(f"`{name}` does not state its columns, which streaming needs: download it instead.")
+    images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = labels or [column for column in ("label", "labels", "fine_label") if column in features]
+    found = {}
+    for argument, given, candidates in (
+        ("image_column", image_column, images),
+        ("label_column", label_column, labels),
+    ):
+        if given is None and len(candidates) != 1:
+            what = "several columns" if candidates else "no column"
+            raise ValueError(f"`{name}` has {what} for `{argument}` among {list(features)}: name it.")
+        found[argument] = given or candidates[0]
+        if found[argument] not in features:
+            raise ValueError(f"`{name}` has no column {given!r}: it has {list(features)}.")
+    image_column, label_column = found["image_column"], found["label_column"]
+    kind = features[label_column]
+    rows = rows.select_columns([image_column, label_column]).cast_column(image_column, datasets.Image(decode=False))
+    names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    return ImageSplit(rows, image_column, label_column, names, name)
+
+
+def load_digits() -> datasets.DatasetDict:
+    """scikit-learn's 8 × 8 handwritten digits, 1257 to train on and 540 to test on, as RGB."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits = load()
+    images = [Image.fromarray((pixels * 255 / 16).astype(np.uint8)).convert("RGB") for pixels in digits.images]
+    parts = train_test_split(images, digits.target.tolist(), test_size=0.3, random_state=0, stratify=digits.target)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    return datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict({"image": part, "label": labels}, features=features)
+            for name, part, labels in (("train", parts[0], parts[2]), ("test", parts[1], parts[3]))
+        }
+    )
+
+
+def decode(image: dict[str, Any]) -> Image.Image:
+    """An encoded image of `datasets` as RGB."""
+    return datasets.Image().decode_example(image).convert("RGB")
+
+
+@dataclass
+class ImageCollator:
+    """Encoded rows to `pixel_values` and `labels`. A broken image is an error."""
+
+    split: ImageSplit
+    processor: Any
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        images = [self._decode(row[self.split.image_column]) for row in rows]
+        pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": torch.tensor([row[self.split.label_column] for row in rows])}
+
+    def _decode(self, image: dict[str, Any]) -> Image.Image:
+        try:
+            return decode(image)
+        except Exception as error:  # Pillow raises whatever its decoders do
+            path = (image or {}).get("path") or "without a name"
+            raise ValueError(
+                f"An evaluation image ({path}) of `{self.split.name}` cannot be decoded: {error}. Leaving it out would "
+                "change what is measured, so mend or remove it."
+            ) from error
+
+
+def evaluation_batches(split: ImageSplit, processor: Any, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Every image once, in order: `pixel_values` and `labels`; for `Accelerator.prepare` to share out."""
+    return DataLoader(
+        split.rows,
+        batch_size=batch_size,
+        num_workers=0 if isinstance(split.rows, datasets.IterableDataset) else num_workers,
+        collate_fn=ImageCollator(split, processor),
+    )
