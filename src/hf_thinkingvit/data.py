@@ -146,7 +146,10 @@ def decode(image: dict[str, Any]) -> Image.Image:
 
 @dataclass
 class ImageCollator:
-    """Encoded rows to `pixel_values` and `labels`. A broken image is an error."""
+    """
+    Encoded rows to `pixel_values` and `labels`: `(batch,)`, or, where images have several labels or none,
+    `(batch, most)` filled with -1. A broken image is an error.
+    """
 
     split: ImageSplit
     processor: Any
@@ -154,7 +157,11 @@ class ImageCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         images = [self._decode(row[self.split.image_column]) for row in rows]
         pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "labels": torch.tensor([row[self.split.label_column] for row in rows])}
+        labels = [row[self.split.label_column] for row in rows]
+        if any(isinstance(label, list) for label in labels):  # several right answers, or none
+            most = max(1, *map(len, labels))
+            labels = [label + [-1] * (most - len(label)) for label in labels]
+        return {"pixel_values": pixel_values, "labels": torch.tensor(labels)}
 
     def _decode(self, image: dict[str, Any]) -> Image.Image:
         try:

@@ -1,7 +1,22 @@
-"""What a model costs and how well it does."""
+"""What a model costs, how well it does at every τ, and which τ to choose."""
 
 from .accuracy import evaluate_accuracy
+from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds
+from .labels import LabelMap
 from .macs import published_stage_macs, stage_macs
+from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
 
-__all__ = ["evaluate_accuracy", "published_stage_macs", "stage_macs"]
+__all__ = [
+    "Calibration",
+    "LabelMap",
+    "StageAnswers",
+    "calibrate_budget",
+    "calibrate_risk",
+    "collect_stage_answers",
+    "evaluate_accuracy",
+    "evaluate_thresholds",
+    "measure_stage_milliseconds",
+    "published_stage_macs",
+    "stage_macs",
+]

@@ -139,10 +139,14 @@ class ExitRule:
         criterion = EXIT_CRITERIA[self.criterion]
         score = criterion.score(logits, self.entropy_top_k)
         entropies = score if criterion.is_entropy else topk_entropy(logits, self.entropy_top_k)
+        return entropies, self.exits(stage_index, score)
+
+    def exits(self, stage_index: int, score: torch.Tensor) -> torch.Tensor:
+        """Which images exit at a stage, bool, from the criterion's scores of its answers, float32, of any shape."""
         if stage_index >= len(self.thresholds):
-            return entropies, torch.ones_like(score, dtype=torch.bool)
+            return torch.ones_like(score, dtype=torch.bool)
         threshold = self.thresholds[stage_index]
-        return entropies, score < threshold if criterion.exits_below else score > threshold
+        return score < threshold if EXIT_CRITERIA[self.criterion].exits_below else score > threshold
 
 
 def check_exit_fields(config) -> None:

@@ -1,0 +1,290 @@
+"""
+τ from what a user wants: a budget, or a promise about accuracy that holds for new images of the same kind.
+
+The promise is by Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in "Fast yet Safe: Early-Exiting with
+Risk Control" (Jazbec et al., NeurIPS 2024): thresholds are tested from the safest on, each by an exact binomial test of
+"the risk is above ε" at level δ, until the first that does not pass. The order is fixed before the images are seen, so
+that δ bounds the whole sequence.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..models.exit_criteria import EXIT_CRITERIA
+from .sweep import StageAnswers, Threshold
+
+
+Risk = Literal["accuracy_drop", "error"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    A threshold and the facts that it was chosen on.
+
+    Attributes:
+        threshold: τ, one or one per exit.
+        target: "accuracy_drop", "error", "macs" or "milliseconds".
+        statement: what was found, in a sentence.
+        dataset, images: what it was found on; `images` are those that were tested or counted.
+        epsilon, delta: of a promise; `None` for a budget.
+        budget: GMACs or milliseconds per image; `None` for a promise.
+        achieved: the risk (a fraction), GMACs or milliseconds per image on these images.
+        top1, gmacs: accuracy (%) and cost at this τ on these images.
+    """
+
+    threshold: float | list[float]
+    target: str
+    statement: str
+    dataset: str
+    images: int
+    achieved: float
+    top1: float
+    gmacs: float
+    epsilon: float | None = None
+    delta: float | None = None
+    budget: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def apply(self, model_or_config: PreTrainedModel | PreTrainedConfig) -> None:
+        """Set `threshold`, and these facts as `calibration`, in the configuration; `save_pretrained` keeps both."""
+        config = getattr(model_or_config, "config", model_or_config)
+        config.threshold = self.threshold
+        config.calibration = self.to_dict()
+
+
+def binomial_p_value(failures: int, images: int, epsilon: float) -> float:
+    """
+    P(Binomial(images, epsilon) ≤ failures): how likely so few failures are where the risk is ε. A valid p-value of "the
+    risk is at least ε", since a greater risk makes them less likely.
+    """
+    if epsilon >= 1 or failures >= images:
+        return 1.0
+    if epsilon <= 0:
+        return 1.0
+    counts = np.arange(failures + 1)
+    log_choose = math.lgamma(images + 1) - np.array([math.lgamma(k + 1) + math.lgamma(images - k + 1) for k in counts])
+    logs = log_choose + counts * math.log(epsilon) + (images - counts) * math.log1p(-epsilon)
+    return min(float(np.exp(logs).sum()), 1.0)
+
+
+def least_images(epsilon: float, delta: float) -> int:
+    """How many images a promise takes at the least: so many without a failure."""
+    return math.ceil(math.log(delta) / math.log1p(-epsilon))
+
+
+def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
+    """From the τ at which nothing exits early to the one at which everything does, over the criterion's range."""
+    if not EXIT_CRITERIA[answers.criterion].exits_below:
+        return np.linspace(1.0, 0.0, steps + 1).tolist()
+    classes = (
+        min(answers.entropy_top_k, answers.num_labels) if answers.criterion == "topk_entropy" else answers.num_labels
+    )
+    limit = math.log(max(classes, 2))  # the greatest entropy that there is
+    return np.linspace(0.0, limit + limit / steps, steps + 2).tolist()
+
+
+def _failures(answers: StageAnswers, threshold: Threshold, risk: Risk) -> torch.Tensor:
+    """Which images fail under a τ, bool `(images,)`."""
+    right = answers.at(answers.top1, answers.exit_stages(threshold))
+    return ~right & answers.top1[:, -1] if risk == "accuracy_drop" else ~right
+
+
+def _grid(answers: StageAnswers, per_exit: bool, levels: int) -> list[Threshold]:
+    num_exits = answers.num_stages - 1
+    if not per_exit or num_exits == 1:
+        return threshold_grid(answers)
+    steps = max(2, min(levels, int(20_000 ** (1 / num_exits)) - 1))
+    return [list(values) for values in itertools.product(threshold_grid(answers, steps), repeat=num_exits)]
+
+
+def calibrate_risk(
+    answers: StageAnswers,
+    epsilon: float,
+    delta: float = 0.05,
+    risk: Risk = "accuracy_drop",
+    per_exit: bool = False,
+    candidates: Sequence[Threshold] | None = None,
+) -> Calibration:
+    """
+    The cheapest τ whose risk is at most ε, with probability at least 1 - δ over the calibration images.
+
+    Args:
+        answers (`StageAnswers`): to the calibration images, drawn like those to come.
+        epsilon (`float`): greatest risk, a fraction between 0 and 1.
+        delta (`float`): how often the promise may fail.
+        risk (`str`): `"accuracy_drop"`: an image fails if the last stage is right and the answer at its exit is not; so
+            accuracy falls by at most ε, and by less where early answers mend late ones. `"error"`: an image fails if
+            its answer is wrong.
+        per_exit (`bool`): one τ per exit. Half of the images then choose the order in which thresholds are tested
+            (Pareto testing, arXiv 2210.07913), and the promise is tested on the other half.
+        candidates (`list`, *optional*): thresholds in the order in which to test them, fixed without looking at these
+            images, from the safest on. By default the criterion's range in 1000 steps.
+
+    Returns:
+        [`Calibration`]. If no τ keeps the promise but the one at which nothing exits early, its statement says so.
+
+    Raises:
+        ValueError: if there are too few images for any promise (the message says how many it takes), or if not even
+            the last stage keeps it; for ε and δ that are no probabilities.
+    """
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        if not 0 < value < 1:
+            raise ValueError(f"`{name}` must be above 0 and below 1, got {value!r}.")
+    if risk not in ("accuracy_drop", "error"):
+        raise ValueError(f'`risk` must be "accuracy_drop" or "error", got {risk!r}.')
+    order, tested = list(candidates or []), answers
+    if not order and per_exit and answers.num_stages > 2:
+        half = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0)) < len(answers) // 2
+        order, tested = _pareto_order(answers.select(half), risk), answers.select(~half)
+    elif not order:
+        order = _grid(answers, per_exit, levels=1000)
+    if len(tested) < least_images(epsilon, delta):
+        raise ValueError(
+            f"{len(tested)} images are too few to promise a risk of at most {epsilon} with probability {1 - delta}: it "
+            f"takes {least_images(epsilon, delta)} at the least"
+            + (", twice as many with `per_exit`." if tested is not answers else ".")
+        )
+    kept: Threshold | None = None
+    for threshold in order:
+        failures = int(_failures(tested, threshold, risk).sum())
+        # With as many failures as ε allows on average, no test passes at a level that anybody asks for.
+        if failures >= epsilon * len(tested) or binomial_p_value(failures, len(tested), epsilon) > delta:
+            break
+        kept = threshold
+    if kept is None:
+        raise ValueError(
+            f"No τ keeps an {'error' if risk == 'error' else 'accuracy drop'} of at most {epsilon} with probability "
+            f"{1 - delta} on these {len(tested)} images, not even the last stage for every image."
+        )
+    early = bool((tested.exit_stages(kept) < tested.num_stages - 1).any())
+    what = {
+        "accuracy_drop": f"at most {epsilon:.2%} of images are right at the last stage and wrong where they exit",
+        "error": f"at most {epsilon:.2%} of images are classified wrongly",
+    }[risk]
+    statement = (
+        f"With probability at least {1 - delta:.0%} over the choice of {len(tested)} calibration images, {what}."
+    )
+    if not early:
+        statement += " No τ at which an image exits early keeps this promise."
+    row = tested.row(kept)
+    return Calibration(
+        threshold=kept,
+        target=risk,
+        statement=statement,
+        dataset=answers.dataset,
+        images=len(tested),
+        achieved=_failures(tested, kept, risk).double().mean().item(),
+        top1=row["top1"],
+        gmacs=row["gmacs"],
+        epsilon=epsilon,
+        delta=delta,
+    )
+
+
+def _pareto_order(answers: StageAnswers, risk: Risk) -> list[Threshold]:
+    """Thresholds that no other beats in both risk and cost, from the least risk on."""
+    points = []
+    for threshold in _grid(answers, per_exit=True, levels=24):
+        stages = answers.exit_stages(threshold)
+        cost = torch.tensor(answers.macs)[stages].double().mean().item()
+        points.append((_failures(answers, threshold, risk).double().mean().item(), cost, threshold))
+    order, cheapest = [], math.inf
+    for _, cost, threshold in sorted(points, key=lambda point: point[:2]):
+        if cost < cheapest:
+            order.append(threshold)
+            cheapest = cost
+    return order
+
+
+def calibrate_budget(
+    answers: StageAnswers,
+    gmacs: float | None = None,
+    milliseconds: float | None = None,
+    stage_milliseconds: Sequence[float] | None = None,
+    per_exit: bool = False,
+) -> Calibration:
+    """
+    The τ of greatest accuracy whose mean cost on these images is within a budget. No promise about other images.
+
+    Args:
+        answers (`StageAnswers`): to images like those to come.
+        gmacs (`float`, *optional*): mean multiply-accumulates per image, in 10⁹.
+        milliseconds (`float`, *optional*): mean time per image, instead of `gmacs`.
+        stage_milliseconds (`list[float]`, *optional*): time of an image that exits at each stage, as from
+            [`measure_stage_milliseconds`]; needed with `milliseconds`.
+        per_exit (`bool`): one τ per exit.
+
+    Raises:
+        ValueError: if not exactly one budget is given, or none can be kept.
+    """
+    if (gmacs is None) == (milliseconds is None):
+        raise ValueError("Give one budget: `gmacs` or `milliseconds`.")
+    if milliseconds is not None and (stage_milliseconds is None or len(stage_milliseconds) != answers.num_stages):
+        raise ValueError(f"`milliseconds` needs `stage_milliseconds`, {answers.num_stages} of them, one per stage.")
+    unit, budget = ("GMACs", gmacs) if milliseconds is None else ("ms", milliseconds)
+    costs = torch.tensor([macs / 1e9 for macs in answers.macs] if milliseconds is None else list(stage_milliseconds))
+    best: tuple[float, float, Threshold] | None = None
+    for threshold in _grid(answers, per_exit, levels=24):
+        stages = answers.exit_stages(threshold)
+        cost = costs[stages].double().mean().item()
+        accuracy = answers.at(answers.top1, stages).double().mean().item()
+        if cost <= budget and (best is None or (accuracy, -cost) > (best[0], -best[1])):
+            best = accuracy, cost, threshold
+    if best is None:
+        raise ValueError(
+            f"No τ costs at most {budget} {unit} per image: the first stage alone takes {costs[0].item():.4g} {unit}."
+        )
+    accuracy, cost, threshold = best
+    return Calibration(
+        threshold=threshold,
+        target="macs" if milliseconds is None else "milliseconds",
+        statement=f"On {len(answers)} images, {cost:.4g} {unit} per image on average, within {budget:g}.",
+        dataset=answers.dataset,
+        images=len(answers),
+        achieved=cost,
+        top1=100 * accuracy,
+        gmacs=answers.row(threshold)["gmacs"],
+        budget=budget,
+    )
+
+
+@torch.no_grad()
+def measure_stage_milliseconds(model: PreTrainedModel, pixel_values: torch.Tensor, repeats: int = 10) -> list[float]:
+    """
+    Median time of an image that exits at each stage, on the device and in the batch size of `pixel_values`.
+
+    Args:
+        model (`PreTrainedModel`): that thinks in stages.
+        pixel_values (`torch.Tensor`): one batch.
+        repeats (`int`): timed forward passes per stage, taken in turns, after two that warm up.
+    """
+
+    def seconds(max_stages: int) -> float:
+        if pixel_values.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        model(pixel_values, threshold=never, max_stages=max_stages)
+        if pixel_values.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    # The τ at which nothing exits early.
+    never = 0.0 if EXIT_CRITERIA[model.config.exit_criterion].exits_below else 1.0
+    was_training = model.training
+    model.eval()
+    try:
+        runs = [[seconds(stage + 1) for stage in range(model.config.num_stages)] for _ in range(repeats + 2)]
+    finally:
+        model.train(was_training)
+    return [1e3 / len(pixel_values) * float(np.median(column)) for column in zip(*runs[2:])]

@@ -1,0 +1,120 @@
+"""
+What a sweep found, as pictures: told apart by line style and marker as well as by colour, in colours that the
+colour-blind can tell apart (Okabe and Ito's), so that they read in grey too. Needs matplotlib.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .sweep import StageAnswers
+
+
+BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+STYLES = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (BLACK, "-", "v")]
+
+
+def _figure(**options) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot, no window system and no global state
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained", **options)
+    axes = figure.add_subplot()
+    axes.grid(color="0.88", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: Any, path: Path) -> list[Path]:
+    """Write `path` as PNG and as SVG; the files."""
+    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file in files:
+        figure.savefig(file, dpi=150)
+    return files
+
+
+def plot_accuracy_against_macs(
+    answers: StageAnswers, rows: Sequence[dict[str, Any]], marked: Sequence[float] = ()
+) -> Any:
+    """
+    Accuracy over mean cost as τ varies, and each stage alone beside it.
+
+    Args:
+        answers (`StageAnswers`): of the sweep.
+        rows (`list[dict]`): of the sweep, each with one τ; in any order.
+        marked (`list[float]`): τ to write beside their points; by default about six, evenly spread in cost.
+
+    Returns:
+        A matplotlib `Figure`.
+    """
+    figure, axes = _figure()
+    rows = sorted(rows, key=lambda row: (row["gmacs"], row["top1"]))
+    scale, unit = _unit(answers)
+    costs, accuracies = [row["gmacs"] * scale for row in rows], [row["top1"] for row in rows]
+    axes.plot(costs, accuracies, color=BLUE, linewidth=2, label="τ varies")
+    low, high = (costs[0], costs[-1]) if rows else (0.0, 1.0)
+    if not marked:
+        goals = [low + (high - low) * part / 5 for part in range(6)]
+        marked = (
+            [min(rows, key=lambda row: abs(row["gmacs"] * scale - goal))["threshold"] for goal in goals] if rows else []
+        )
+    for row in rows:
+        if row["threshold"] in marked:
+            point = row["gmacs"] * scale, row["top1"]
+            axes.plot(*point, "o", color=BLUE, markersize=6)
+            axes.annotate(f"τ = {row['threshold']:.2g}", point, xytext=(6, -13), textcoords="offset points", fontsize=9)
+    for stage, row in enumerate(answers.stage_rows()):
+        color, _, marker = STYLES[(stage + 1) % len(STYLES)]
+        point = row["gmacs"] * scale, row["top1"]
+        label = f"stage {stage} for every image"
+        axes.plot(*point, marker, color=color, markersize=9, markeredgecolor=BLACK, linestyle="none", label=label)
+    axes.set_xlabel(f"mean {unit} per image")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_title(f"{answers.dataset}, {len(answers)} images", fontsize=10)
+    axes.margins(x=0.1, y=0.12)
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) -> Any:
+    """How the exit criterion's scores of a stage are spread over right and wrong answers. A matplotlib `Figure`."""
+    figure, axes = _figure()
+    scores, right = answers.scores[:, stage].numpy(), answers.top1[:, stage].numpy()
+    limits = (float(scores.min()), max(float(scores.max()), float(scores.min()) + 1e-6))
+    axes.hist(scores[right], bins=bins, range=limits, color=BLUE, alpha=0.55, label="right")
+    axes.hist(
+        scores[~right],
+        bins=bins,
+        range=limits,
+        histtype="step",
+        hatch="////",
+        color=ORANGE,
+        linewidth=1.5,
+        label="wrong",
+    )
+    axes.set_xlabel(f"{answers.criterion} of stage {stage}")
+    axes.set_ylabel("images")
+    axes.set_title(f"{answers.dataset}, {len(answers)} images", fontsize=10)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> Any:
+    """Share of images that leave at each stage, over τ (one for all exits). A matplotlib `Figure`."""
+    figure, axes = _figure()
+    rows = sorted(rows, key=lambda row: row["threshold"])
+    for stage in range(answers.num_stages):
+        color, line, marker = STYLES[stage % len(STYLES)]
+        shares = [100 * row["exit_shares"][stage] for row in rows]
+        options = {"marker": marker, "markevery": max(1, len(rows) // 10), "linewidth": 2, "color": color}
+        axes.plot([row["threshold"] for row in rows], shares, line, label=f"leave after stage {stage}", **options)
+    axes.set_xlabel("τ")
+    axes.set_ylabel("share of images (%)")
+    axes.set_ylim(-2, 102)
+    axes.set_title(f"{answers.dataset}, {len(answers)} images", fontsize=10)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _unit(answers: StageAnswers) -> tuple[float, str]:
+    return (1.0, "GMACs") if answers.macs[-1] >= 1e8 else (1e3, "MMACs")

@@ -1,0 +1,223 @@
+"""
+Every τ from one pass: each stage runs once per image, and what is kept of its answers tells where any τ would have
+let the image go, and whether it would have been right.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..data import as_image_split, evaluation_batches, find_split, load_splits
+from ..models.exit_criteria import EXIT_CRITERIA, ExitRule, resolve_thresholds
+from .labels import LabelMap
+from .macs import stage_macs
+
+
+Threshold = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class StageAnswers:
+    """
+    What is kept of every stage's answer to every image.
+
+    Attributes:
+        scores (`torch.FloatTensor` of shape `(images, stages)`): of the exit criterion, float32.
+        top1, top5 (`torch.BoolTensor` of shape `(images, stages)`): whether the right class is among the best.
+        macs (`tuple[int]`): multiply-accumulates of an image that exits at each stage.
+        criterion (`str`), entropy_top_k, num_labels (`int`): as in the model's configuration.
+        dataset (`str`): what the images are of.
+    """
+
+    scores: torch.Tensor
+    top1: torch.Tensor
+    top5: torch.Tensor
+    macs: tuple[int, ...]
+    criterion: str
+    entropy_top_k: int
+    num_labels: int
+    dataset: str
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def num_stages(self) -> int:
+        return self.scores.shape[1]
+
+    def select(self, rows: torch.Tensor) -> "StageAnswers":
+        """The answers to some of the images."""
+        return replace(self, scores=self.scores[rows], top1=self.top1[rows], top5=self.top5[rows])
+
+    def exit_stages(self, threshold: Threshold) -> torch.Tensor:
+        """
+        Where each image leaves under a τ (one, or one per exit): int64 `(images,)`. `ValueError` for a τ that is none.
+        """
+        rule = ExitRule(self.criterion, resolve_thresholds(threshold, self.num_stages - 1), self.entropy_top_k)
+        exits = torch.stack([rule.exits(stage, self.scores[:, stage]) for stage in range(self.num_stages)], dim=1)
+        return exits.int().argmax(dim=1)
+
+    def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
+        """Of `(images, stages)`, each image's entry at its exit."""
+        return values.gather(1, exit_stages[:, None]).squeeze(1)
+
+    def row(self, threshold: Threshold) -> dict[str, Any]:
+        """Accuracy (%), cost and exits under a τ; accuracies of exits that no image takes are `None`."""
+        stages = self.exit_stages(threshold)
+        right = self.at(self.top1, stages)
+        took = [stages == stage for stage in range(self.num_stages)]
+        return {
+            "threshold": list(threshold) if isinstance(threshold, Sequence) else threshold,
+            "top1": 100 * right.double().mean().item(),
+            "top5": 100 * self.at(self.top5, stages).double().mean().item(),
+            "gmacs": torch.tensor(self.macs)[stages].double().mean().item() / 1e9,
+            "exit_shares": [mask.double().mean().item() for mask in took],
+            "exit_top1": [100 * right[mask].double().mean().item() if mask.any() else None for mask in took],
+        }
+
+    def stage_rows(self) -> list[dict[str, float]]:
+        """What each stage alone would do for all images."""
+        return [
+            {
+                "top1": 100 * self.top1[:, stage].double().mean().item(),
+                "top5": 100 * self.top5[:, stage].double().mean().item(),
+                "gmacs": macs / 1e9,
+            }
+            for stage, macs in enumerate(self.macs)
+        ]
+
+    def results(self, thresholds: Sequence[Threshold]) -> dict[str, Any]:
+        """Everything measured, as plain data: the results file of [`~hf_thinkingvit.hub.push`]."""
+        return {
+            "dataset": self.dataset,
+            "images": len(self),
+            "criterion": self.criterion,
+            "stages": self.stage_rows(),
+            "sweep": [self.row(threshold) for threshold in thresholds],
+        }
+
+
+@torch.no_grad()
+def collect_stage_answers(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    labels: LabelMap,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> StageAnswers:
+    """
+    Run every stage once on every image. Every process calls it; each gets all answers.
+
+    Args:
+        model (`PreTrainedModel`): that thinks in stages, on the accelerator's device; left in the mode it was in.
+        batches: `pixel_values` and `labels`, prepared by `accelerator` where there is one.
+        labels (`LabelMap`): for right and wrong.
+        accelerator (`Accelerator`, *optional*): gathers what several processes compute.
+        progress (`bool`): show a progress bar, on the main process.
+
+    Raises:
+        ValueError: if the model does not think in stages, or there are no images with labels.
+    """
+    if not hasattr(model.config, "exit_criterion"):
+        raise ValueError(f"{type(model).__name__} does not think in stages: there is no τ to evaluate.")
+    config, columns, image_size = model.config, [], None
+    criterion = EXIT_CRITERIA[config.exit_criterion]
+    show = progress and (accelerator is None or accelerator.is_main_process)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not show):
+            pixel_values = batch["pixel_values"].to(model.device, model.dtype)
+            truth = batch["labels"].to(model.device)
+            image_size = pixel_values.shape[-2:]
+            known = {"interpolate_pos_encoding": True} if list(image_size) != _size(config) else {}
+            stage_logits = model(pixel_values, output_stage_logits=True, **known).stage_logits
+            rows = torch.stack(
+                [criterion.score(logits, config.entropy_top_k) for logits in stage_logits]
+                + [labels.hits(logits, truth, 1).float() for logits in stage_logits]
+                + [labels.hits(logits, truth, 5).float() for logits in stage_logits]
+                + [labels.counted(truth).float()],
+                dim=1,
+            )
+            columns.append((rows if accelerator is None else accelerator.gather_for_metrics(rows)).cpu())
+    finally:
+        model.train(was_training)
+    rows = torch.cat(columns) if columns else torch.zeros(0, 1)
+    rows = rows[rows[:, -1] > 0]
+    if not len(rows):
+        raise ValueError(f"{labels.name} has no images with labels to evaluate on.")
+    scores, top1, top5 = rows[:, :-1].chunk(3, dim=1)
+    cumulative = torch.tensor(stage_macs(config, tuple(image_size))).cumsum(0).tolist()
+    return StageAnswers(
+        scores=scores.contiguous(),
+        top1=top1 > 0,
+        top5=top5 > 0,
+        macs=tuple(cumulative),
+        criterion=config.exit_criterion,
+        entropy_top_k=config.entropy_top_k,
+        num_labels=config.num_labels,
+        dataset=labels.name,
+    )
+
+
+def _size(config: Any) -> list[int]:
+    size = config.image_size
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+def evaluate_thresholds(
+    model: PreTrainedModel,
+    dataset: Any,
+    processor: Any,
+    thresholds: Sequence[Threshold] = (),
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    label_map: Any = None,
+    restrict: bool | None = None,
+    streaming: bool = False,
+    max_samples: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> tuple[StageAnswers, list[dict[str, Any]]]:
+    """
+    Evaluate any number of thresholds in one pass over the images.
+
+    Args:
+        model (`PreTrainedModel`): that thinks in stages.
+        dataset (`str`, `datasets.Dataset` or `datasets.IterableDataset`): Hub id, folder or Parquet file; or a split.
+        processor (`BaseImageProcessor`): the model's.
+        thresholds (`list`): each one τ, or a list with one per exit; in any order.
+        split (`str`, *optional*): of a dataset given by name; "validation", else "test" by default.
+        image_column, label_column (`str`, *optional*): found by their types where not given.
+        label_map, restrict: see [`LabelMap`].
+        streaming, max_samples, batch_size, num_workers: how to read the images.
+        accelerator (`Accelerator`, *optional*): a default one, so that `accelerate launch` on several processes works.
+
+    Returns:
+        The answers, from which further τ cost nothing ([`StageAnswers`]), and one row per τ: `threshold`, `top1` and
+        `top5` (%), `gmacs`, `exit_shares` and `exit_top1` per stage.
+
+    Raises:
+        ValueError: for a τ that is none, before anything runs; for data without labels or without images.
+    """
+    for threshold in thresholds:
+        ExitRule.from_config(model.config, threshold)
+    accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+    name = dataset if isinstance(dataset, str) else "the dataset"
+    if isinstance(dataset, str):
+        dataset = find_split(load_splits(dataset, streaming), split, dataset, ("validation", "test", "val", "train"))
+    images = as_image_split(dataset, name, image_column, label_column).take(max_samples)
+    labels = LabelMap(model.config, images.label_names, label_map, restrict, name)
+    model.to(accelerator.device)
+    batches = accelerator.prepare(evaluation_batches(images, processor, batch_size, num_workers))
+    answers = collect_stage_answers(model, batches, labels, accelerator, progress)
+    return answers, [answers.row(threshold) for threshold in thresholds]
