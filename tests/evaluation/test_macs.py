@@ -3,7 +3,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_thinkingvit import ThinkingViTConfig
-from hf_thinkingvit.evaluation import published_stage_macs, stage_macs
+from hf_thinkingvit.evaluation import halting_macs, published_stage_macs, stage_macs
+from tests.models.test_modeling_avit import GATES, lively_avit
 from tests.utils import lively_model, random_images
 
 
@@ -58,3 +59,16 @@ def test_published_figures():
     assert tiny / 1e9 == pytest.approx(1.25, abs=0.005) and small / 1e9 == pytest.approx(4.60, abs=0.005)
     assert (tiny + small) / 1e9 == pytest.approx(5.85, abs=0.005)
     assert sum(stage_macs(ThinkingViTConfig(num_labels=1000))) < tiny + small
+
+
+@pytest.mark.parametrize("gate", ["mixed", "none", "all"])
+@pytest.mark.parametrize("size", [32, (48, 24)])
+@torch.no_grad()
+def test_macs_of_halting_tokens_from_their_depths(gate, size):
+    model = lively_avit(distilled=True, **GATES[gate])
+    images = random_images(12, size)
+    depths = model(images, output_token_depth=True, interpolate_pos_encoding=True).token_depth
+    spent = model(images, interpolate_pos_encoding=True).macs
+    assert torch.equal(halting_macs(model.config, depths, size), spent)
+    with pytest.raises(ValueError, match="`token_depth` has 3 tokens"):
+        halting_macs(model.config, depths[:, :3], size)

@@ -3,7 +3,7 @@
 from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds
 from .labels import LabelMap
-from .macs import published_stage_macs, stage_macs
+from .macs import halting_macs, published_stage_macs, stage_macs
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
 
@@ -16,6 +16,7 @@ __all__ = [
     "collect_stage_answers",
     "evaluate_accuracy",
     "evaluate_thresholds",
+    "halting_macs",
     "measure_stage_milliseconds",
     "published_stage_macs",
     "stage_macs",

@@ -1,16 +1,19 @@
 """
 Multiply-accumulates in matrix products, from a configuration alone.
 
-Two countings. `stage_macs` counts what this package computes: of the last layer only what is read, each recycling
-projection only as wide as the next stage, each channel of the patch embedding once. `published_stage_macs` counts as
-the paper's tables do: every stage a complete plain ViT. Both per stage: an image that exits after stage s has cost the
-sum of the first s + 1 entries.
+For ThinkingViT two countings. `stage_macs` counts what this package computes: of the last layer only what is read, each
+recycling projection only as wide as the next stage, each channel of the patch embedding once. `published_stage_macs`
+counts as the paper's tables do: every stage a complete plain ViT. Both per stage: an image that exits after stage s has
+cost the sum of the first s + 1 entries. For A-ViT, `halting_macs` counts from the depths of an image's tokens.
 """
 
 from collections.abc import Sequence
 
+import torch
+
 from ..models.config_checks import as_pair
-from ..models.configuration_nested_vit import Stage
+from ..models.configuration_avit import AViTConfig
+from ..models.configuration_nested_vit import NestedViTConfig, Stage
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 
 
@@ -53,23 +56,59 @@ def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[i
     ]
 
 
-def _num_patches_and_tokens(config: ThinkingViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
+def halting_macs(
+    config: AViTConfig, token_depth: torch.Tensor, image_size: int | Sequence[int] | None = None
+) -> torch.Tensor:
+    """
+    MACs that an A-ViT spends on each image, from how deep its tokens go in a call without `max_depth`. It is what the
+    output's `macs` says where depths are not asked for, so that an image stops as soon as its class token has halted.
+
+    Args:
+        config (`AViTConfig`): the model.
+        token_depth (`torch.LongTensor` of shape `(batch_size, tokens)`): layers that each token runs, from 1; the class
+            token (and distillation token) first.
+        image_size (`int` or `(height, width)`, *optional*): input in pixels, `config.image_size` by default.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`.
+
+    Raises:
+        ValueError: if the depths are of another number of tokens.
+    """
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    if token_depth.shape[1] != num_tokens:
+        raise ValueError(f"`token_depth` has {token_depth.shape[1]} tokens, an image of this size {num_tokens}.")
+    stage, prefix = config.stage, token_depth[:, : config.num_prefix_tokens]
+    fixed = _patch_embedding(config, num_patches, stage.hidden_size)
+    fixed += config.num_prefix_tokens * stage.hidden_size * config.num_labels
+    macs = torch.full((len(token_depth),), fixed)
+    for layer in range(1, config.num_hidden_layers + 1):
+        unfinished = (prefix >= layer).any(dim=1)
+        active = (token_depth >= layer).sum(dim=1)
+        queries = (prefix >= layer).sum(dim=1) if layer == config.num_hidden_layers else active
+        macs += unfinished * (_key_value(stage, active) + _tokens_of_layer(stage, queries, active))
+    return macs
+
+
+def _num_patches_and_tokens(config: NestedViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
     height, width = as_pair(config.image_size if image_size is None else image_size)
     patch_height, patch_width = as_pair(config.patch_size)
     num_patches = (height // patch_height) * (width // patch_width)
     return num_patches, num_patches + config.num_prefix_tokens
 
 
-def _patch_embedding(config: ThinkingViTConfig, num_patches: int, width: int) -> int:
+def _patch_embedding(config: NestedViTConfig, num_patches: int, width: int) -> int:
     patch_height, patch_width = as_pair(config.patch_size)
     return num_patches * config.num_channels * patch_height * patch_width * width
 
 
-def _key_value(stage: Stage, num_tokens: int) -> int:
+def _key_value(stage: Stage, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
     return 2 * num_tokens * stage.hidden_size**2
 
 
-def _tokens_of_layer(stage: Stage, num_queries: int, num_tokens: int) -> int:
+def _tokens_of_layer(
+    stage: Stage, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
+) -> int | torch.Tensor:
     """A layer for `num_queries` tokens that attend to `num_tokens`, whose keys and values are there already."""
     query_and_output = 2 * stage.hidden_size**2
     attention = 2 * num_tokens * stage.hidden_size

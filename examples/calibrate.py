@@ -1,0 +1,96 @@
+"""
+Choose τ by what it must keep:
+
+    python examples/calibrate.py --model MODEL --dataset uoft-cs/cifar10 --max-drop 0.01 --delta 0.05
+    python examples/calibrate.py --model MODEL --dataset uoft-cs/cifar10 --gmacs 0.03
+
+A share of the images (`--check`) is set aside and never calibrated on; what τ does there is printed beside. The model
+with its new τ, and the facts it was chosen on, go to `--output-dir`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_thinkingvit.auto import AutoImageProcessor
+from hf_thinkingvit.evaluation import (
+    calibrate_budget,
+    calibrate_risk,
+    evaluate_thresholds,
+    measure_stage_milliseconds,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
+    parser.add_argument("--split", help="by default validation, else test")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--max-drop", type=float, help="greatest fall of accuracy below the last stage's, a fraction")
+    goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
+    goal.add_argument("--gmacs", type=float, help="mean multiply-accumulates per image, in 10^9")
+    goal.add_argument("--milliseconds", type=float, help="mean time per image, on this device in this batch size")
+    parser.add_argument("--delta", type=float, default=0.05, help="how often the promise may fail")
+    parser.add_argument("--per-exit", action="store_true", help="one τ per exit")
+    parser.add_argument("--check", type=float, default=0.5, help="share of the images to check on")
+    parser.add_argument("--seed", type=int, default=0, help="of which images those are")
+    parser.add_argument("--max-samples", type=int)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/calibrated"))
+    arguments = parser.parse_args()
+    if not 0 <= arguments.check < 1:
+        parser.error("--check must be at least 0 and below 1")
+
+    model = AutoModelForImageClassification.from_pretrained(arguments.model)
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    answers, _ = evaluate_thresholds(
+        model.to(device),
+        arguments.dataset,
+        processor,
+        split=arguments.split,
+        max_samples=arguments.max_samples,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+    )
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed))
+    held_out = round(arguments.check * len(answers))
+    check, calibration = answers.select(order[:held_out]), answers.select(order[held_out:])
+    if arguments.gmacs is not None:
+        found = calibrate_budget(calibration, gmacs=arguments.gmacs, per_exit=arguments.per_exit)
+    elif arguments.milliseconds is not None:
+        size = processor.crop_size
+        batch = torch.randn(arguments.batch_size, model.config.num_channels, size["height"], size["width"])
+        times = measure_stage_milliseconds(model, batch.to(device, model.dtype))
+        found = calibrate_budget(
+            calibration, milliseconds=arguments.milliseconds, stage_milliseconds=times, per_exit=arguments.per_exit
+        )
+    else:
+        risk = "accuracy_drop" if arguments.max_error is None else "error"
+        epsilon = arguments.max_drop if arguments.max_error is None else arguments.max_error
+        found = calibrate_risk(calibration, epsilon, arguments.delta, risk, arguments.per_exit)
+    print(f"τ = {found.threshold}\n{found.statement}")
+    facts = found.to_dict()
+    for name, part in (("calibration", calibration), ("check", check)):
+        if len(part):
+            row = part.row(found.threshold)
+            last = part.stage_rows()[-1]
+            facts[f"{name}_images"] = {"images": len(part), "last_stage_top1": last["top1"], **row}
+            print(
+                f"{name:>12}: {len(part)} images, top-1 {row['top1']:.2f} % (last stage {last['top1']:.2f} %), "
+                f"{row['gmacs']:.4g} GMACs (last stage {last['gmacs']:.4g})"
+            )
+    found.apply(model)
+    model.save_pretrained(arguments.output_dir)
+    processor.save_pretrained(arguments.output_dir)
+    (arguments.output_dir / "calibration.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    print(f"model: {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

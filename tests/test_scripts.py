@@ -1,0 +1,68 @@
+"""The example scripts as a user runs them, on a tiny model and random images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from hf_thinkingvit.image_processing import evaluation_image_processor
+from tests.training.tiny_runs import LABELS, write_images
+from tests.utils import lively_model
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
+    lively_model(thinking_stages=[1, 4], num_labels=3, **names).save_pretrained(folder / "model")
+    evaluation_image_processor(32).save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    write_images(folder / "images", num_train=4, num_test=120)
+    return folder
+
+
+def run(script: str, folders: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, EXAMPLES / script, "--model", folders / "model", "--dataset", folders / "images"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*map(str, command), *words], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_sweep_thresholds(folders, tmp_path):
+    done = run("sweep_thresholds.py", folders, "--output-dir", str(tmp_path), "--thresholds", "0", "0.5", "2")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["threshold"] for row in results["sweep"]] == [0.0, 0.5, 2.0]
+    assert results["images"] == 120
+    first = results["sweep"][0]
+    assert f"{first['top1']:.2f}" in done.stdout
+    for name in ("sweep", "exit_shares", "scores_stage_0"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_calibrate_by_budget(folders, tmp_path):
+    goal = 0.0002
+    done = run("calibrate.py", folders, "--output-dir", str(tmp_path), "--gmacs", str(goal))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "calibration.json").read_text())
+    assert facts["gmacs"] <= goal
+    assert facts["check_images"]["images"] == facts["calibration_images"]["images"] == 60
+    config = AutoModelForImageClassification.from_pretrained(tmp_path).config
+    assert config.threshold == facts["threshold"]
+    assert config.calibration["budget"] == goal
+
+
+def test_calibrate_by_promise(folders, tmp_path):
+    few = run("calibrate.py", folders, "--output-dir", str(tmp_path), "--max-drop", "0.01")
+    assert few.returncode != 0
+    assert "60 images are too few" in few.stderr
+    done = run("calibrate.py", folders, "--output-dir", str(tmp_path), "--max-drop", "0.4", "--delta", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert "With probability at least 90%" in done.stdout
