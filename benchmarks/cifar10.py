@@ -4,6 +4,8 @@ The papers' claims, on CIFAR-10 with small models: trains one after another, the
     python -m benchmarks.cifar10 --output-dir outputs/cifar10
     python -m benchmarks.cifar10 --output-dir outputs/cifar10 --table
 
+    python -m benchmarks.cifar10 --output-dir outputs/cifar10 --export examples/checkpoints
+
 First plain nets of both widths. Then, from the narrow one and for equally many epochs: ThinkingViT 3 → 6, the same
 without recycling (α held at 0), naive iteration 3 → 3, and the narrow net alone. From the wide one, likewise: A-ViT,
 and the same net without halting. Runs that are there already are not trained again; one that was interrupted resumes.

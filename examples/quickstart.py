@@ -1,10 +1,11 @@
 """
-ThinkingViT on real handwritten digits, from nothing to a picture, on a CPU, without network:
+Adaptive models at work, on a CPU, without network:
 
     python examples/quickstart.py
 
-trains a tiny two-stage model on scikit-learn's digits, saves it, loads it through `pipeline`, and shows how τ trades
-accuracy for compute.
+classifies ten photographs with the small models that this repository trained on CIFAR-10. Then it trains a tiny
+two-stage ThinkingViT on scikit-learn's digits, saves it, loads it through `pipeline`, and shows how τ trades accuracy
+for compute.
 """
 
 import argparse
@@ -32,8 +33,25 @@ from hf_thinkingvit.image_processing import evaluation_image_processor
 
 
 THRESHOLDS = [0.0, 0.1, 0.2, 0.4, 0.8, 1.2, 2.5]
+EXAMPLES = Path(__file__).parent
 IMAGE_SIZE = 8  # pixels: the digits as they are
 BATCH_SIZE = 32
+
+
+def classify_photographs() -> None:
+    """What the shipped models say of one photograph of each class of CIFAR-10's test set."""
+    files = sorted((EXAMPLES / "images").glob("*.png"))
+    images = [Image.open(file) for file in files]
+    adaptive = pipeline("adaptive-image-classification", model=str(EXAMPLES / "checkpoints" / "thinkingvit-cifar10"))
+    halting = pipeline("image-classification", model=str(EXAMPLES / "checkpoints" / "avit-cifar10"))
+    answers = zip(files, adaptive(images, top_k=1), halting(images, top_k=1))
+    print(f"{'photograph':<16}{'ThinkingViT says':<18}{'score':>6}{'exit stage':>12}{'entropy':>9}   A-ViT says")
+    for file, (staged,), (halted,) in answers:
+        print(
+            f"{file.name:<16}{staged['label']:<18}{staged['score']:>6.2f}{staged['exit_stage']:>12}"
+            f"{staged['entropy']:>9.2f}   {halted['label']} ({halted['score']:.2f})"
+        )
+    print()
 
 
 def load_images() -> tuple[list[Image.Image], list[Image.Image], list[int], list[int]]:
@@ -106,6 +124,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
+    classify_photographs()
     train_images, test_images, train_labels, test_labels = load_images()
     config = ThinkingViTConfig(
         thinking_stages=[1, 6],

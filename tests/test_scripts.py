@@ -28,8 +28,12 @@ def folders(tmp_path_factory):
     return folder
 
 
-def run(script: str, folders: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, EXAMPLES / script, "--model", folders / "model", "--dataset", folders / "images"]
+def run(script: str, folders: Path, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+        command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    command += [EXAMPLES / script, "--model", folders / "model", "--dataset", folders / "images"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([*map(str, command), *words], capture_output=True, text=True, env=environment, check=False)
 
@@ -45,6 +49,19 @@ def test_sweep_thresholds(folders, tmp_path):
     for name in ("sweep", "exit_shares", "scores_stage_0"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_several_processes_sweep_what_one_does(folders, tmp_path):
+    """117 images in batches of 8: what is repeated to fill the last batches counts once."""
+    words = ["--thresholds", "0", "0.5", "1", "2", "--max-samples", "117", "--batch-size", "8"]
+    for processes in (1, 2):
+        done = run(
+            "sweep_thresholds.py", folders, "--output-dir", str(tmp_path / str(processes)), *words, processes=processes
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / str(count) / "results.json").read_text()) for count in (1, 2))
+    assert one["images"] == 117
+    assert one == two
 
 
 def test_calibrate_by_budget(folders, tmp_path):
