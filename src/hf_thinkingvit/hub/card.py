@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -72,7 +73,7 @@ def model_card(
         ValueError: if the results are of another model, or not in that form.
     """
     config = model.config
-    results = {} if results is None else read_results(results, config)[0]
+    results = {} if results is None else read_results(results, config)
     figures = _eval_results(config, results)
     data = ModelCardData(
         library_name="transformers",
@@ -127,6 +128,7 @@ def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[
     calibration = results.get("calibration") or {}
     return {
         "results": results,
+        "plot": Path(results["plot"]).name if results.get("plot") else None,
         "accuracy": _accuracy_table(results),
         "sweep": _sweep_table(shown),
         "sweep_picked": f"{len(shown)} of {len(sweep)}" if len(shown) < len(sweep) else None,

@@ -77,7 +77,7 @@ def push(
     ```"""
     _check_repo_id(repo_id)
     _check_model(model)
-    found, plot = (None, None) if results is None else read_results(results, model.config)
+    found = None if results is None else read_results(results, model.config)
     card = model_card(
         model, found, name=repo_id.split("/")[1], source=repo_id, license=license, datasets=datasets, **card_data
     )
@@ -86,10 +86,12 @@ def push(
         model.save_pretrained(folder)  # its code as well: the classes are registered for the Auto classes
         processor.save_pretrained(folder)
         card.save(folder / "README.md")
-        if found is not None:
-            (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        if plot is not None:
-            shutil.copyfile(plot, folder / plot.name)
+        if found is None:
+            return
+        published = dict(found)
+        if found.get("plot") is not None:
+            published["plot"] = Path(shutil.copy(found["plot"], folder)).name
+        (folder / RESULTS).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
 
     if dry_run is not None:
         folder = Path(dry_run)

@@ -9,8 +9,9 @@ What a model card may say: measured results, as a mapping or as a JSON file of t
      "training": {"epochs": 100, ...}}
 
 `stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per exit;
-`plot` is a picture beside the file. Top-1 and top-5 are percentages, exit shares fractions. A model without stages has
-`top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and `sweep`.
+`plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A model
+without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and
+`sweep`.
 """
 
 import json
@@ -58,19 +59,16 @@ def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], datase
     return results | {name: value for name, value in facts.items() if value is not None}
 
 
-def read_results(
-    results: Mapping[str, Any] | str | os.PathLike, config: PreTrainedConfig
-) -> tuple[dict[str, Any], Path | None]:
+def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrainedConfig) -> dict[str, Any]:
     """
-    Results that fit a model, and where their plot is.
+    Results that fit a model.
 
     Args:
         results (`dict` or path): the mapping, or the JSON file that holds it.
         config (`PreTrainedConfig`): of the model that they must be of.
 
     Returns:
-        The results, their `plot` reduced to a file name, and the path of that file, if there is a plot. Beside a
-        results file, or relative to the working directory for a mapping.
+        `dict`, with `plot`, if there is one, as a path from the working directory.
 
     Raises:
         ValueError: if the file cannot be read, a value is not what it should be, or the results are of another model;
@@ -80,16 +78,14 @@ def read_results(
     if not isinstance(results, Mapping):
         folder = Path(results).parent
         results = _read_json(Path(results))
-    results = dict(results)
     check_results(results, config)
-    if results.get("plot") is None:
-        return results, None
-    plot = folder / results["plot"]
-    if plot.suffix.lower() not in PLOT_SUFFIXES or not plot.is_file():
-        raise ValueError(
-            f"`plot` must name a picture ({', '.join(PLOT_SUFFIXES)}) beside the results file; there is none at {plot}."
-        )
-    return results | {"plot": plot.name}, plot
+    results = dict(results)
+    if results.get("plot") is not None:
+        plot = folder / results["plot"]
+        if plot.suffix.lower() not in PLOT_SUFFIXES or not plot.is_file():
+            raise ValueError(f"`plot` must name a picture ({', '.join(PLOT_SUFFIXES)}); there is none at {plot}.")
+        results["plot"] = str(plot)
+    return results
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +113,7 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
     if count is None:
         if stages or sweep:
             raise ValueError(
-                f"The results are of a model that thinks in stages, but a {config.model_type} does not: give `top1`, "
+                f"The results are of a model that thinks in stages, which `{config.model_type}` does not: give `top1`, "
                 "`top5`, `mean_depth` and `macs` instead of `stages` and `sweep`."
             )
         return
