@@ -168,6 +168,7 @@ class TestBadResults:
             ({"sweep": [{"threshold": [1, 2], "top1": 50}]}, r"`sweep\[0\]` .* a list of 1, one per exit"),
             ({"sweep": [{"threshold": 1, "top1": 5, "exit_shares": [1]}]}, "must have 2 entries, one per stage"),
             ({"sweep": [{"threshold": 1, "top1": 5, "exit_shares": [0.5, 0.4]}]}, "must sum to 1"),
+            ({"calibration": {"threshold": "0.5"}}, "`calibration` of the results: `threshold` must be a number"),
             ({"criterion": "margin"}, "measured with the criterion 'margin', but the model's `exit_criterion` is"),
             ({"plot": "missing.png"}, "`plot` must name a picture"),
             ({"plot": "config.json"}, "`plot` must name a picture"),

@@ -116,7 +116,8 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
     if num_stages(config) > 1:  # one stage has no exit, and so no τ
         description["override"] = f"threshold={config.threshold}"
         description["threshold"] = _threshold(config.threshold)
-        description["criterion"] = CRITERIA[config.exit_criterion].format(top_k=config.entropy_top_k)
+        criterion = CRITERIA.get(config.exit_criterion, f"`{config.exit_criterion}`")
+        description["criterion"] = criterion.format(top_k=config.entropy_top_k)
         description["side"] = "below" if EXIT_CRITERIA[config.exit_criterion].exits_below else "above"
     return description
 
@@ -134,7 +135,7 @@ def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[
         "sweep_picked": f"{len(shown)} of {len(sweep)}" if len(shown) < len(sweep) else None,
         "calibration": calibration,
         "calibration_facts": [
-            f"* {words}: {_threshold(calibration[fact]) if fact == 'threshold' else calibration[fact]}"
+            f"* {words}: {_readable(calibration[fact])}"
             for fact, words in CALIBRATION_FACTS.items()
             if calibration.get(fact) is not None
         ],
@@ -175,6 +176,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+
+def _readable(value: Any) -> str:
+    return _threshold(value) if isinstance(value, (float, list, tuple)) else str(value)
 
 
 def _threshold(value: float | Sequence[float]) -> str:

@@ -109,6 +109,9 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
             raise ValueError(f"`{name}` of the results must be a {kind.__name__.lower()}, got {results[name]!r}.")
     _check_figures("results", results)
     count = num_stages(config)
+    calibrated = (results.get("calibration") or {}).get("threshold")
+    if calibrated is not None and count is not None:
+        _check_threshold("calibration", calibrated, count)
     stages, sweep = results.get("stages") or [], results.get("sweep") or []
     if count is None:
         if stages or sweep:
@@ -131,10 +134,7 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
     for index, row in enumerate(sweep):
         where = f"sweep[{index}]"
         _check_figures(where, row, needs="top1")
-        try:
-            resolve_thresholds(row.get("threshold"), count - 1)
-        except ValueError as error:
-            raise ValueError(f"`{where}` of the results: {error}") from None
+        _check_threshold(where, row.get("threshold"), count)
         shares = row.get("exit_shares")
         if shares is None:
             continue
@@ -144,6 +144,13 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
             check_number(f"{where}.exit_shares", share, maximum=1.0)
         if abs(sum(shares) - 1) > 0.01:  # shares may be rounded
             raise ValueError(f"`{where}.exit_shares` must sum to 1, got {shares!r}.")
+
+
+def _check_threshold(where: str, threshold: Any, count: int) -> None:
+    try:
+        resolve_thresholds(threshold, count - 1)
+    except ValueError as error:
+        raise ValueError(f"`{where}` of the results: {error}") from None
 
 
 def _check_figures(where: str, row: Mapping[str, Any], needs: str | None = None) -> None:
