@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
-from ..hub import model_card
+from ..hub import accuracy_results, model_card
 from ..image_processing import evaluation_image_processor
 from .checkpoints import Checkpoints, list_checkpoints, replace_folder
 from .config import TrainingConfig
@@ -383,9 +383,10 @@ class TrainingRun:
             "learning rate": f"{config.scaled_learning_rate:g} at that batch size",
             "seed": config.seed,
         }
-        license_ = {"license": config.model_license} if config.model_license else {}
-        name = f"{config.model_type}-{Path(config.dataset).name}"
-        model_card(model, name, Path(config.dataset).name, result, training, **license_).save(temporary / "README.md")
+        dataset = Path(config.dataset).name
+        results = accuracy_results(model, result, dataset, split=config.eval_split, training=training)
+        card = model_card(model, results, name=f"{config.model_type}-{dataset}", license=config.model_license)
+        card.save(temporary / "README.md")
         replace_folder(temporary, folder)
 
     def _results(self) -> dict:

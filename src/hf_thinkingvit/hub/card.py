@@ -1,0 +1,228 @@
+"""Model cards, made from what was measured: a card cannot disagree with the run."""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..evaluation.macs import stage_macs
+from ..models.config_checks import as_pair
+from ..models.exit_criteria import EXIT_CRITERIA, resolve_thresholds
+from .results import num_stages, read_results
+
+
+SWEEP_ROWS = 12  # what a reader takes in; the results file has every row
+
+CRITERIA = {
+    "topk_entropy": "the entropy of the {top_k} largest probabilities (renormalised, in nats)",
+    "entropy": "the entropy of all probabilities (in nats)",
+    "max_probability": "the largest probability",
+    "margin": "the difference of the two largest probabilities",
+}
+METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
+COLUMNS = {
+    "top1": ("top-1 (%)", "{:.2f}"),
+    "top5": ("top-5 (%)", "{:.2f}"),
+    "mean_depth": ("mean depth in layers", "{:.2f}"),
+    "gmacs": ("GMACs", "{:.4g}"),
+}
+CALIBRATION_FACTS = {
+    "target": "target",
+    "threshold": "τ",
+    "risk": "risk",
+    "epsilon": "ε, the greatest risk asked for",
+    "delta": "δ, the probability with which the promise may fail",
+    "dataset": "calibrated on",
+    "images": "images",
+    "achieved": "achieved on them",
+}
+
+
+def model_card(
+    model: PreTrainedModel,
+    results: Mapping[str, Any] | str | os.PathLike | None = None,
+    *,
+    name: str,
+    source: str = "path/to/this/folder",
+    license: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    **card_data: Any,
+) -> ModelCard:
+    """
+    A card for a trained classifier. Every measured number is one of `results`; what they lack, the card leaves out.
+
+    Args:
+        model (`PreTrainedModel`): whose configuration the card describes.
+        results (`dict` or path, *optional*): measured results, or the JSON file that holds them, in the form that
+            `hf_thinkingvit.hub.results` describes.
+        name (`str`): of the model.
+        source (`str`): what a user loads it from: a folder, or the id of its repository.
+        license (`str`, *optional*): of the weights, as the Hub writes it, such as `"apache-2.0"`.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on.
+        card_data: further metadata of `ModelCardData`, such as `base_model`.
+
+    Returns:
+        `ModelCard`, to be saved as `README.md`.
+
+    Raises:
+        ValueError: if the results are of another model, or not in that form.
+    """
+    config = model.config
+    results = {} if results is None else read_results(results, config)
+    figures = _eval_results(config, results)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license=license,
+        datasets=[datasets] if isinstance(datasets, str) else list(datasets or []) or None,
+        tags=["vision", "adaptive-inference", config.model_type],
+        # Without figures there must be no model index, and the name is of the index.
+        **({"model_name": name, "eval_results": figures} if figures else {}),
+        **card_data,
+    )
+    template = files("hf_thinkingvit").joinpath("templates", "model_card.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(
+        data,
+        template_str=f"{template}\n",  # Jinja takes one newline from the end
+        **_description(model),
+        **_measurements(config, results),
+        name=name,
+        source=source,
+    )
+
+
+def _description(model: PreTrainedModel) -> dict[str, Any]:
+    """What the configuration alone says."""
+    config = model.config
+    description = {
+        "config": config,
+        "image_size": " × ".join(str(side) for side in as_pair(config.image_size)),
+        "patch_size": " × ".join(str(side) for side in as_pair(config.patch_size)),
+        "parameters": f"{model.num_parameters() / 1e6:.2f} M",
+    }
+    if num_stages(config) is None:
+        return description | {"override": f"halting_epsilon={config.halting_epsilon}"}
+    spent = accumulate(stage_macs(config))
+    rows = [
+        [f"stage {index}", str(stage.num_attention_heads), str(stage.hidden_size), f"{macs / 1e9:.4g}"]
+        for index, (stage, macs) in enumerate(zip(config.stages, spent))
+    ]
+    description["schedule"] = _table(["", "heads", "width", "GMACs up to here"], rows)
+    if num_stages(config) > 1:  # one stage has no exit, and so no τ
+        description["override"] = f"threshold={config.threshold}"
+        description["threshold"] = _threshold(config.threshold)
+        criterion = CRITERIA.get(config.exit_criterion, f"`{config.exit_criterion}`")
+        description["criterion"] = criterion.format(top_k=config.entropy_top_k)
+        description["side"] = "below" if EXIT_CRITERIA[config.exit_criterion].exits_below else "above"
+    return description
+
+
+def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results say, as tables and lines; nothing for what they lack."""
+    sweep = list(results.get("sweep") or [])
+    shown = _evenly_picked(sweep, _row_of_config(config, sweep))
+    calibration = results.get("calibration") or {}
+    return {
+        "results": results,
+        "plot": Path(results["plot"]).name if results.get("plot") else None,
+        "accuracy": _accuracy_table(results),
+        "sweep": _sweep_table(shown),
+        "sweep_picked": f"{len(shown)} of {len(sweep)}" if len(shown) < len(sweep) else None,
+        "calibration": calibration,
+        "calibration_facts": [
+            f"* {words}: {_readable(calibration[fact])}"
+            for fact, words in CALIBRATION_FACTS.items()
+            if calibration.get(fact) is not None
+        ],
+        "training": [
+            f"* {key}: {value}" for key, value in (results.get("training") or {}).items() if value is not None
+        ],
+    }
+
+
+def _accuracy_table(results: Mapping[str, Any]) -> str | None:
+    if stages := results.get("stages"):
+        header, cells = _columns(stages)
+        rows = [[f"stage {index}", *row] for index, row in enumerate(cells)]
+        return _table(["every image answered by", *header], rows)
+    row = {**results, "gmacs": results["macs"] / 1e9} if results.get("macs") is not None else results
+    header, cells = _columns([row])
+    return _table(header, cells) if header else None
+
+
+def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str | None:
+    if not sweep:
+        return None
+    header, cells = _columns(sweep)
+    rows = [[_threshold(row["threshold"]), *cell] for row, cell in zip(sweep, cells)]
+    if all(row.get("exit_shares") is not None for row in sweep):
+        header += [f"leave after stage {index}" for index in range(len(sweep[0]["exit_shares"]))]
+        rows = [[*cell, *(f"{100 * share:.1f} %" for share in row["exit_shares"])] for row, cell in zip(sweep, rows)]
+    return _table(["τ", *header], rows)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the figures that every row has: a table has no holes."""
+    names = [name for name in COLUMNS if all(row.get(name) is not None for row in rows)]
+    return [COLUMNS[name][0] for name in names], [
+        [COLUMNS[name][1].format(row[name]) for name in names] for row in rows
+    ]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+
+def _readable(value: Any) -> str:
+    return _threshold(value) if isinstance(value, (float, list, tuple)) else str(value)
+
+
+def _threshold(value: float | Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in (value if isinstance(value, Sequence) else [value]))
+
+
+def _evenly_picked(rows: Sequence[Mapping[str, Any]], wanted: int | None) -> Sequence[Mapping[str, Any]]:
+    """The first, the last, and rows at even distances between; and the wanted one."""
+    if len(rows) <= SWEEP_ROWS:
+        return rows
+    picked = {round(index * (len(rows) - 1) / (SWEEP_ROWS - 1)) for index in range(SWEEP_ROWS)}
+    return [rows[index] for index in sorted(picked | ({wanted} - {None}))]
+
+
+def _row_of_config(config: PreTrainedConfig, sweep: Sequence[Mapping[str, Any]]) -> int | None:
+    """Where in the sweep the τ is with which the model is loaded, if it was measured."""
+    for index, row in enumerate(sweep):
+        exits = config.num_stages - 1
+        if resolve_thresholds(row["threshold"], exits) == resolve_thresholds(config.threshold, exits):
+            return index
+    return None
+
+
+def _eval_results(config: PreTrainedConfig, results: Mapping[str, Any]) -> list[EvalResult]:
+    """For the model index: the whole model, and the model as it is loaded if its τ is in the sweep."""
+    if stages := results.get("stages"):
+        measured = [("" if len(stages) == 1 else ", every image through all stages", stages[-1])]
+    else:
+        measured = [("", results)]
+    sweep = results.get("sweep") or []
+    if (index := _row_of_config(config, sweep)) is not None:
+        measured.append((f" at τ = {_threshold(config.threshold)}", sweep[index]))
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=results["dataset"],
+            dataset_name=results["dataset"].rsplit("/", 1)[-1],
+            dataset_split=results.get("split"),
+            metric_type=kind,
+            metric_name=f"{words}{where}",
+            metric_value=round(row[field], 2),
+        )
+        for where, row in measured
+        for field, (kind, words) in METRICS.items()
+        if row.get(field) is not None
+    ]

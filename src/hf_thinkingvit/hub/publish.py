@@ -1,0 +1,154 @@
+"""A model on the Hub in one commit: weights, processor, code, card and results, or nothing."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..auto import FAMILIES
+from .card import model_card
+from .results import read_results
+
+
+RESULTS = "results.json"
+
+
+def push(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    repo_id: str,
+    *,
+    results: Mapping[str, Any] | str | os.PathLike | None = None,
+    license: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+    dry_run: str | os.PathLike | None = None,
+    **card_data: Any,
+) -> CommitInfo | Path:
+    """
+    Publish a classifier so that `pipeline("image-classification", model=repo_id)` runs it, also with
+    `trust_remote_code=True` where this package is not installed.
+
+    Everything is written to a temporary folder first and goes up in one commit: a push that is interrupted leaves the
+    repository as it was (a new one, empty). Files of the repository that the push does not write stay, but for a
+    `results.json` of weights that are replaced.
+
+    Args:
+        model (`PreTrainedModel`): a classifier of this package.
+        processor (`BaseImageProcessor`): its image processor.
+        repo_id (`str`): `"organization/name"`. Created if there is none.
+        results (`dict` or path, *optional*): measured results, or the JSON file that holds them, in the form that
+            `hf_thinkingvit.hub.results` describes; published with their plot, and the only source of the card's
+            numbers.
+        license (`str`, *optional*): of the weights, as the Hub writes it, such as `"apache-2.0"`.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on.
+        private (`bool`, *optional*, defaults to `False`): whether a repository that is created is private. With `True`,
+            a public one that exists is an error.
+        token (`str`, *optional*): of Hugging Face; by default that of `hf auth login` or `HF_TOKEN`.
+        commit_message (`str`, *optional*): of the commit.
+        dry_run (path, *optional*): write everything to this folder instead, without network.
+        card_data: further metadata of `ModelCardData`, such as `base_model`.
+
+    Returns:
+        `CommitInfo` of the commit; the `Path` of the folder for a dry run.
+
+    Raises:
+        ValueError: for an id that is none, results that cannot be read or are of another model, a model that is not of
+            this package, a folder that is not empty, or a public repository where a private one was asked for.
+        PermissionError: without a token, or with one that may not write to the repository.
+
+    Example:
+
+    ```python
+    >>> from hf_thinkingvit.hub import push
+
+    >>> push(model, processor, "org/thinkingvit-cifar10", results="results.json", license="apache-2.0")
+    ```"""
+    _check_repo_id(repo_id)
+    _check_model(model)
+    found = None if results is None else read_results(results, model.config)
+    card = model_card(
+        model, found, name=repo_id.split("/")[1], source=repo_id, license=license, datasets=datasets, **card_data
+    )
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)  # its code as well: the classes are registered for the Auto classes
+        processor.save_pretrained(folder)
+        card.save(folder / "README.md")
+        if found is None:
+            return
+        published = dict(found)
+        if found.get("plot") is not None:
+            published["plot"] = Path(shutil.copy(found["plot"], folder)).name
+        (folder / RESULTS).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
+
+    if dry_run is not None:
+        folder = Path(dry_run)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"`dry_run` must be a folder that is empty or does not exist yet, got {folder}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder)
+        return folder
+
+    token = token or get_token()
+    if not token:
+        raise PermissionError(
+            "There is no Hugging Face token: run `hf auth login`, set HF_TOKEN or pass `token`. It needs write access; "
+            "see https://huggingface.co/settings/tokens."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        return _commit(Path(folder), HfApi(token=token), repo_id, private, commit_message)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        valid = isinstance(repo_id, str) and "/" in repo_id
+        reason = "it has no organization or user name"
+    except HFValidationError as error:
+        valid, reason = False, str(error)
+    if not valid:
+        raise ValueError(f'`repo_id` must be of the form "organization/name", got {repo_id!r}: {reason}')
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    # By name: the same class loaded as remote code is another class.
+    names = [classifier.__name__ for _, _, classifier in FAMILIES]
+    if type(model).__name__ not in names:
+        raise ValueError(f"`model` must be one of {', '.join(names)}, unwrapped, got {type(model).__name__}.")
+
+
+def _commit(folder: Path, api: HfApi, repo_id: str, private: bool, message: str) -> CommitInfo:
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        repository = api.model_info(repo_id)
+        if private and not repository.private:
+            raise ValueError(
+                f"{repo_id} exists and is public: make it private in its settings, choose another name, or push "
+                "without `private`."
+            )
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        operations = [CommitOperationAdd(name, path) for name, path in paths.items()]
+        stale = {RESULTS} & {file.rfilename for file in repository.siblings or []} - paths.keys()
+        operations += [CommitOperationDelete(name) for name in stale]
+        # Not `upload_folder`: it may make several commits.
+        return api.create_commit(repo_id, operations, commit_message=message)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"The Hub does not let this token write to {repo_id}: log in with one that has write access there "
+            f"(`hf auth login`, https://huggingface.co/settings/tokens). {error}"
+        ) from error

@@ -1,0 +1,164 @@
+"""
+What a model card may say: measured results, as a mapping or as a JSON file of this form. All but `dataset` is optional.
+
+    {"dataset": "uoft-cs/cifar10", "split": "test", "images": 10000, "criterion": "topk_entropy",
+     "stages": [{"top1": 60.1, "top5": 95.0, "gmacs": 0.013}, ...],
+     "sweep": [{"threshold": 0.5, "top1": 70.2, "top5": 97.1, "gmacs": 0.02, "exit_shares": [0.4, 0.6]}, ...],
+     "plot": "sweep.png",
+     "calibration": {"statement": "...", "target": "risk", "threshold": 0.5, "epsilon": 0.01, "delta": 0.05, ...},
+     "training": {"epochs": 100, ...}}
+
+`stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per exit;
+`plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A model
+without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and
+`sweep`.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..evaluation.macs import stage_macs
+from ..models.config_checks import check_integer, check_number
+from ..models.exit_criteria import resolve_thresholds
+
+
+PLOT_SUFFIXES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
+
+
+def num_stages(config: PreTrainedConfig) -> int | None:
+    """How many stages a model thinks in; `None` for one that does not think in stages."""
+    return getattr(config, "num_stages", None)
+
+
+def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], dataset: str, **facts: Any) -> dict[str, Any]:
+    """
+    What [`~hf_thinkingvit.evaluation.evaluate_accuracy`] found of one model, in the form of a results file.
+
+    Args:
+        model (`PreTrainedModel`): that was measured.
+        measured (`dict`): its entry.
+        dataset (`str`): what it was measured on.
+        facts: further fields, such as `split` and `training`; those that are `None` are left out.
+    """
+    results = {"dataset": dataset, "images": measured["images"]}
+    if num_stages(model.config) is None:
+        results |= {"top1": measured["top1"][-1], "top5": measured["top5"][-1]}
+        results |= {name: measured[name] for name in ("mean_depth", "macs") if name in measured}
+    else:
+        spent = accumulate(stage_macs(model.config))
+        results["stages"] = [
+            {"top1": top1, "top5": top5, "gmacs": macs / 1e9}
+            for top1, top5, macs in zip(measured["top1"], measured["top5"], spent)
+        ]
+    return results | {name: value for name, value in facts.items() if value is not None}
+
+
+def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    Results that fit a model.
+
+    Args:
+        results (`dict` or path): the mapping, or the JSON file that holds it.
+        config (`PreTrainedConfig`): of the model that they must be of.
+
+    Returns:
+        `dict`, with `plot`, if there is one, as a path from the working directory.
+
+    Raises:
+        ValueError: if the file cannot be read, a value is not what it should be, or the results are of another model;
+            the message names the field.
+    """
+    folder = Path()
+    if not isinstance(results, Mapping):
+        folder = Path(results).parent
+        results = _read_json(Path(results))
+    check_results(results, config)
+    results = dict(results)
+    if results.get("plot") is not None:
+        plot = folder / results["plot"]
+        if plot.suffix.lower() not in PLOT_SUFFIXES or not plot.is_file():
+            raise ValueError(f"`plot` must name a picture ({', '.join(PLOT_SUFFIXES)}); there is none at {plot}.")
+        results["plot"] = str(plot)
+    return results
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no text
+        raise ValueError(f"Cannot read the results file {path}: {error}. It must be a JSON object.") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"The results file {path} must hold a JSON object, got a {type(results).__name__}.")
+    return results
+
+
+def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Refuse results that say something impossible, or that are of another model than `config` describes."""
+    if not isinstance(results.get("dataset"), str) or not results["dataset"]:
+        raise ValueError(f"`dataset` must name what the results were measured on, got {results.get('dataset')!r}.")
+    if results.get("images") is not None:
+        check_integer("images", results["images"], minimum=1)
+    for name, kind in (("stages", Sequence), ("sweep", Sequence), ("calibration", Mapping), ("training", Mapping)):
+        if results.get(name) is not None and (not isinstance(results[name], kind) or isinstance(results[name], str)):
+            raise ValueError(f"`{name}` of the results must be a {kind.__name__.lower()}, got {results[name]!r}.")
+    _check_figures("results", results)
+    count = num_stages(config)
+    calibrated = (results.get("calibration") or {}).get("threshold")
+    if calibrated is not None and count is not None:
+        _check_threshold("calibration", calibrated, count)
+    stages, sweep = results.get("stages") or [], results.get("sweep") or []
+    if count is None:
+        if stages or sweep:
+            raise ValueError(
+                f"The results are of a model that thinks in stages, which `{config.model_type}` does not: give `top1`, "
+                "`top5`, `mean_depth` and `macs` instead of `stages` and `sweep`."
+            )
+        return
+    if stages and len(stages) != count:
+        raise ValueError(
+            f"The results are of {len(stages)} stages, but the model has {count}: they are of another one."
+        )
+    if results.get("criterion", config.exit_criterion) != config.exit_criterion:
+        raise ValueError(
+            f"The results were measured with the criterion {results['criterion']!r}, but the model's `exit_criterion` "
+            f"is {config.exit_criterion!r}: their thresholds are on another scale. Set the model's, or measure again."
+        )
+    for index, row in enumerate(stages):
+        _check_figures(f"stages[{index}]", row, needs="top1")
+    for index, row in enumerate(sweep):
+        where = f"sweep[{index}]"
+        _check_figures(where, row, needs="top1")
+        _check_threshold(where, row.get("threshold"), count)
+        shares = row.get("exit_shares")
+        if shares is None:
+            continue
+        if not isinstance(shares, Sequence) or len(shares) != count:
+            raise ValueError(f"`{where}.exit_shares` must have {count} entries, one per stage, got {shares!r}.")
+        for share in shares:
+            check_number(f"{where}.exit_shares", share, maximum=1.0)
+        if abs(sum(shares) - 1) > 0.01:  # shares may be rounded
+            raise ValueError(f"`{where}.exit_shares` must sum to 1, got {shares!r}.")
+
+
+def _check_threshold(where: str, threshold: Any, count: int) -> None:
+    try:
+        resolve_thresholds(threshold, count - 1)
+    except ValueError as error:
+        raise ValueError(f"`{where}` of the results: {error}") from None
+
+
+def _check_figures(where: str, row: Mapping[str, Any], needs: str | None = None) -> None:
+    if not isinstance(row, Mapping) or (needs is not None and row.get(needs) is None):
+        raise ValueError(f"`{where}` of the results must be a mapping with `{needs}`, got {row!r}.")
+    for name in ("top1", "top5"):
+        if row.get(name) is not None:
+            check_number(f"{where}.{name}", row[name], maximum=100.0)
+    for name in ("gmacs", "macs", "mean_depth"):
+        if row.get(name) is not None:
+            check_number(f"{where}.{name}", row[name])
