@@ -12,14 +12,20 @@ and the same net without halting. Runs that are there already are not trained ag
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
 from transformers import AutoModelForImageClassification
 
-from hf_thinkingvit.evaluation import stage_macs
+from hf_thinkingvit.auto import AutoImageProcessor
+from hf_thinkingvit.data import as_image_split, evaluation_batches, load_splits
+from hf_thinkingvit.evaluation import evaluate_accuracy, evaluate_thresholds, stage_macs
+from hf_thinkingvit.hub import accuracy_results, model_card
 
 
 ROOT = Path(__file__).parents[1]
@@ -79,13 +85,44 @@ def table(output_dir: Path) -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
+    """ThinkingViT and A-ViT in half precision, with cards that say what the half-precision weights do on the test set."""
+    for name in ("3-6", "A-ViT"):
+        model = AutoModelForImageClassification.from_pretrained(output_dir / name / "best", dtype=torch.float16)
+        processor = AutoImageProcessor.from_pretrained(output_dir / name / "best")
+        measured = copy.deepcopy(model).float()
+        training = {"data": "CIFAR-10, 50 000 images", "command": "`python -m benchmarks.cifar10`", "seed": 0}
+        if name == "A-ViT":
+            split = as_image_split(load_splits(dataset)["test"], "uoft-cs/cifar10")
+            accelerator = Accelerator(cpu=True)
+            batches = accelerator.prepare(evaluation_batches(split, processor, batch_size=250))
+            found = evaluate_accuracy(accelerator, {"half": measured}, batches)["half"]
+            results = accuracy_results(model, found, "uoft-cs/cifar10", split="test", training=training)
+        else:
+            answers, _ = evaluate_thresholds(measured, dataset, processor, split="test", batch_size=250)
+            results = answers.results([round(0.2 * step, 1) for step in range(13)])
+            results |= {"dataset": "uoft-cs/cifar10", "split": "test", "training": training}
+        folder = checkpoints / f"{model.config.model_type}-cifar10"
+        # In a clone of this repository the package is at hand: no copy of its code beside the weights.
+        model._auto_class = model.config._auto_class = None
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        card = model_card(model, results, name=folder.name, license="apache-2.0", datasets="uoft-cs/cifar10")
+        card.save(folder / "README.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--dataset", default="uoft-cs/cifar10", help="Hub id or folder")
     parser.add_argument("--only", nargs="+", choices=[name for name, *_ in RUNS], help="runs to train")
     parser.add_argument("--table", action="store_true", help="print what is there without training")
+    parser.add_argument("--export", type=Path, help="write the best models in half precision to this folder")
     arguments = parser.parse_args()
+    if arguments.export:
+        export(arguments.output_dir, arguments.dataset, arguments.export)
+        return
     for name, start, epochs, flags in RUNS:
         if not arguments.table and name in (arguments.only or [name]):
             train(name, start, epochs, flags, arguments.output_dir, arguments.dataset)

@@ -35,6 +35,7 @@ CALIBRATION_FACTS = {
     "target": "target",
     "threshold": "τ",
     "risk": "risk",
+    "budget": "budget",
     "epsilon": "ε, the greatest risk asked for",
     "delta": "δ, the probability with which the promise may fail",
     "dataset": "calibrated on",
@@ -126,7 +127,8 @@ def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[
     """What the results say, as tables and lines; nothing for what they lack."""
     sweep = list(results.get("sweep") or [])
     shown = _evenly_picked(sweep, _row_of_config(config, sweep))
-    calibration = results.get("calibration") or {}
+    # A calibrated model carries the facts with it.
+    calibration = results.get("calibration") or getattr(config, "calibration", None) or {}
     return {
         "results": results,
         "plot": Path(results["plot"]).name if results.get("plot") else None,
