@@ -87,7 +87,7 @@ def table(output_dir: Path) -> str:
 
 @torch.no_grad()
 def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
-    """ThinkingViT and A-ViT in half precision, with cards that say what the half-precision weights do on the test set."""
+    """ThinkingViT and A-ViT in half precision; their cards say what these weights do on the test set."""
     for name in ("3-6", "A-ViT"):
         model = AutoModelForImageClassification.from_pretrained(output_dir / name / "best", dtype=torch.float16)
         processor = AutoImageProcessor.from_pretrained(output_dir / name / "best")
