@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/sweep"))
     arguments = parser.parse_args()
 
-    accelerator = Accelerator()
+    # Several processes on CPUs must be told that they are on CPUs.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=torch.float32)
     answers, rows = evaluate_thresholds(
         model,

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageClassification
+from datasets import Dataset
+from transformers import AutoModelForImageClassification, pipeline
 
 from hf_thinkingvit.image_processing import evaluation_image_processor
-from tests.training.tiny_runs import LABELS, write_images
+from tests.training.tiny_runs import LABELS, encoded_image, write_images
 from tests.utils import lively_model
 
 
@@ -33,7 +34,8 @@ def run(script: str, folders: Path, *words: str, processes: int = 1) -> subproce
     if processes > 1:
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
         command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    command += [EXAMPLES / script, "--model", folders / "model", "--dataset", folders / "images"]
+    command += [EXAMPLES / script, "--model", folders / "model"]
+    command += [] if "--images" in words else ["--dataset", folders / "images"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([*map(str, command), *words], capture_output=True, text=True, env=environment, check=False)
 
@@ -59,6 +61,7 @@ def test_several_processes_sweep_what_one_does(folders, tmp_path):
             "sweep_thresholds.py", folders, "--output-dir", str(tmp_path / str(processes)), *words, processes=processes
         )
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1") == 1  # one of them speaks
     one, two = (json.loads((tmp_path / str(count) / "results.json").read_text()) for count in (1, 2))
     assert one["images"] == 117
     assert one == two
@@ -83,3 +86,33 @@ def test_calibrate_by_promise(folders, tmp_path):
     done = run("calibrate.py", folders, "--output-dir", str(tmp_path), "--max-drop", "0.4", "--delta", "0.1")
     assert done.returncode == 0, done.stderr
     assert "With probability at least 90%" in done.stdout
+
+
+def test_classify_folder(folders, tmp_path):
+    """Two processes, an unreadable file, a run that was cut off in the middle of a line, and Parquet."""
+    pictures = tmp_path / "pictures"
+    (pictures / "deeper").mkdir(parents=True)
+    for index in range(9):
+        (pictures / ("deeper" if index % 2 else ".") / f"{index}.png").write_bytes(encoded_image(index))
+    (pictures / "7broken.png").write_bytes(b"no image")
+    output = tmp_path / "out" / "found.jsonl"
+    output.parent.mkdir()
+    earlier = {"place": 0, "name": "0.png", "label": "cat", "score": 0.5, "exit_stage": 0, "entropy": 0.25}
+    (output.parent / ".found.0.jsonl").write_text(json.dumps(earlier) + '\n{"place": 2, "na')
+    done = run("classify_folder.py", folders, "--images", str(pictures), "--output", str(output), processes=2)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["0.png", "2.png", "4.png", "6.png", "8.png"] + [
+        f"deeper/{index}.png" for index in (1, 3, 5, 7)
+    ]
+    assert lines[0] == {name: value for name, value in earlier.items() if name != "place"}  # not computed again
+    assert "7broken.png" in done.stderr + done.stdout
+    classifier = pipeline("adaptive-image-classification", model=str(folders / "model"), top_k=1)
+    for line in lines[1:]:
+        (expected,) = classifier(str(pictures / line["name"]))
+        assert (line["label"], line["exit_stage"]) == (expected["label"], expected["exit_stage"])
+        assert line["score"] == pytest.approx(expected["score"], abs=1e-4)
+    table = tmp_path / "found.parquet"
+    done = run("classify_folder.py", folders, "--images", str(folders / "images"), "--output", str(table))
+    assert done.returncode == 0, done.stderr
+    assert len(Dataset.from_parquet(str(table))) == 120

@@ -96,28 +96,33 @@ def as_image_split(
     Raises:
         ValueError: if a column is missing, or several could be meant.
     """
+    rows, image_column = as_images(rows, name, image_column)
+    features = rows.features
+    labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = labels or [column for column in ("label", "labels", "fine_label") if column in features]
+    label_column = _column("label_column", label_column, labels, features, name)
+    kind = features[label_column]
+    names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    return ImageSplit(rows.select_columns([image_column, label_column]), image_column, label_column, names, name)
+
+
+def as_images(rows: Rows, name: str, image_column: str | None = None) -> tuple[Rows, str]:
+    """Rows whose images are still encoded, and the name of their column; arguments and errors as `as_image_split`."""
     features = rows.features
     if features is None:
         raise ValueError(f"`{name}` does not state its columns, which streaming needs: download it instead.")
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    labels = labels or [column for column in ("label", "labels", "fine_label") if column in features]
-    found = {}
-    for argument, given, candidates in (
-        ("image_column", image_column, images),
-        ("label_column", label_column, labels),
-    ):
-        if given is None and len(candidates) != 1:
-            what = "several columns" if candidates else "no column"
-            raise ValueError(f"`{name}` has {what} for `{argument}` among {list(features)}: name it.")
-        found[argument] = given or candidates[0]
-        if found[argument] not in features:
-            raise ValueError(f"`{name}` has no column {given!r}: it has {list(features)}.")
-    image_column, label_column = found["image_column"], found["label_column"]
-    kind = features[label_column]
-    rows = rows.select_columns([image_column, label_column]).cast_column(image_column, datasets.Image(decode=False))
-    names = kind.names if isinstance(kind, datasets.ClassLabel) else None
-    return ImageSplit(rows, image_column, label_column, names, name)
+    image_column = _column("image_column", image_column, images, features, name)
+    return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
+
+
+def _column(argument: str, given: str | None, candidates: list[str], features: datasets.Features, name: str) -> str:
+    if given is None and len(candidates) != 1:
+        what = "several columns" if candidates else "no column"
+        raise ValueError(f"`{name}` has {what} for `{argument}` among {list(features)}: name it.")
+    if given is not None and given not in features:
+        raise ValueError(f"`{name}` has no column {given!r}: it has {list(features)}.")
+    return given or candidates[0]
 
 
 def load_digits() -> datasets.DatasetDict:

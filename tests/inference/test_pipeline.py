@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_thinkingvit import AdaptiveImageClassificationPipeline
 from hf_thinkingvit.image_processing import evaluation_image_processor
@@ -128,3 +129,27 @@ def test_avit_in_the_standard_pipeline(images, tmp_path):
     with torch.no_grad():
         labels = model(pixel_values).logits.argmax(-1)
     assert [result[0]["label"] for result in results] == [f"LABEL_{label}" for label in labels]
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "dataset"])
+def test_streams_keep_the_batches_of_every_stage_full(folder, images, expected, kind):
+    threshold, outputs = expected
+    classifier = pipeline("adaptive-image-classification", model=folder)
+    batches, run_stage = [], classifier.model.run_stage
+
+    def count(stage_index, state, *args, **kwargs):
+        batches.append((stage_index, len(next(iter(state.values())))))
+        return run_stage(stage_index, state, *args, **kwargs)
+
+    classifier.model.run_stage = count
+    many = images * 4
+    streams = {
+        "list": many,
+        "generator": (image for image in many),
+        "dataset": KeyDataset([{"x": i} for i in many], "x"),
+    }
+    results = list(classifier(streams[kind], threshold=threshold, batch_size=8, top_k=1))
+    assert [result[0]["exit_stage"] for result in results] == outputs.exit_stage.tolist() * 4
+    go_on = 4 * int((outputs.exit_stage > 0).sum())
+    second = [rows for stage, rows in batches if stage == 1]
+    assert second == [8] * (go_on // 8) + ([go_on % 8] if go_on % 8 else [])

@@ -2,11 +2,13 @@
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 from transformers import AutoModelForImageClassification, ImageClassificationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+
+from .engine import AdaptiveEngine
 
 
 ADAPTIVE_IMAGE_CLASSIFICATION = "adaptive-image-classification"
@@ -69,6 +71,23 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
                 f"Cannot read the image {name[:200]}: {type(error).__name__}: {error} "
                 "Expected a path, a URL or a PIL image of a file that Pillow can decode."
             ) from error
+
+    def get_iterator(
+        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Lists, datasets and generators go through the engine, which keeps the batches of every stage full."""
+        if num_workers:  # whoever asks for processes that preprocess gets Transformers' own way
+            return super().get_iterator(
+                inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+            )
+        engine = AdaptiveEngine(self.model, batch_size=batch_size, **forward_params)
+        images = (inputs[index] for index in range(len(inputs))) if isinstance(inputs, Sized) else inputs
+        pixel_values = (self.preprocess(image, **preprocess_params)["pixel_values"][0] for image in images)
+        outputs = (
+            {"logits": result.logits[None], "exit_stage": [result.exit_stage], "entropy": [result.entropy]}
+            for result in engine(pixel_values)
+        )
+        return (self.postprocess(output, **postprocess_params) for output in outputs)
 
     def _forward(self, model_inputs, **forward_params):
         return self.model(**model_inputs, **forward_params)

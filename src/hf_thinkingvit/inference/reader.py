@@ -1,0 +1,115 @@
+"""A thread that reads and preprocesses images while the model computes."""
+
+import queue
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
+
+
+@dataclass(frozen=True)
+class Reading:
+    """
+    What became of an input.
+
+    Attributes:
+        index: its place; `None` where the input itself raised.
+        pixel_values: `(channels, height, width)`, on the CPU; `None` where it could not be read.
+        error: why.
+    """
+
+    index: int | None
+    pixel_values: torch.Tensor | None = None
+    error: Exception | None = None
+
+
+class Reader:
+    """
+    Reads `inputs` in a thread of its own, at most `ahead` images before they are asked for.
+
+    Args:
+        inputs (`Iterable`): images, paths, functions that return one, or tensors `(channels, height, width)`.
+        processor (`BaseImageProcessor`, *optional*): for what is not a tensor.
+        ahead (`int`): how many may wait.
+        tolerant (`bool`): go on after an image that cannot be read.
+
+    Attributes:
+        finished: whether everything has been handed over.
+    """
+
+    def __init__(self, inputs: Iterable[Any], processor: BaseImageProcessor | None, ahead: int, tolerant: bool):
+        self.processor, self.tolerant = processor, tolerant
+        self._out: queue.Queue[Reading | None] = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self.finished = False
+        # A daemon: an input that blocks for ever must not keep the program from ending.
+        self._thread = threading.Thread(target=self._read, args=(inputs,), name="hf-thinkingvit-reader", daemon=True)
+        self._thread.start()
+
+    def get(self, patience: float | None) -> Reading | None:
+        """The next image; `None` if there is none within `patience` seconds, or at the end."""
+        try:
+            reading = self._out.get(timeout=patience)
+        except queue.Empty:
+            return None
+        self.finished = reading is None
+        return reading
+
+    def close(self) -> None:
+        """Stop reading. Returns once the thread has ended, or after a second if the input itself is blocked."""
+        self._stop.set()
+        self.finished = True
+        with suppress(queue.Empty):
+            while True:
+                self._out.get_nowait()
+        self._thread.join(timeout=1.0)
+
+    def _put(self, reading: Reading | None) -> None:
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                self._out.put(reading, timeout=0.1)
+                return
+
+    def _read(self, inputs: Iterable[Any]) -> None:
+        try:
+            for index, image in enumerate(inputs):
+                reading = self._preprocess(index, image)
+                self._put(reading)
+                if self._stop.is_set() or (reading.error is not None and not self.tolerant):
+                    return
+        except Exception as error:  # raised by the input: for whoever waits for its images
+            self._put(Reading(None, error=error))
+        finally:
+            self._put(None)
+
+    def _preprocess(self, index: int, image: Any) -> Reading:
+        if isinstance(image, torch.Tensor):
+            if image.dim() == 3:
+                return Reading(index, image)
+            shape = tuple(image.shape)
+            return Reading(
+                index, error=ValueError(f"Input {index} must be a tensor (channels, height, width), got {shape}.")
+            )
+        if self.processor is None:
+            return Reading(
+                index, error=ValueError(f"Input {index} is a {type(image).__name__}, which needs a `processor`.")
+            )
+        name = f"at place {index}"
+        try:
+            if callable(image):
+                image = image()
+            elif not isinstance(image, Image.Image):
+                name = str(image)
+            if isinstance(image, (str, Image.Image)) or hasattr(image, "__fspath__"):
+                image = load_image(image if isinstance(image, Image.Image) else str(image))
+            return Reading(index, self.processor(image, return_tensors="pt")["pixel_values"][0])
+        except Exception as error:  # decoders raise many types, and none of them says which image it was
+            failure = ValueError(f"Cannot read the image {name[:200]}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            return Reading(index, error=failure)

@@ -1,0 +1,241 @@
+import itertools
+import math
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_thinkingvit import EXIT_CRITERIA
+from hf_thinkingvit.image_processing import evaluation_image_processor
+from hf_thinkingvit.inference import AdaptiveEngine
+from tests.models.test_modeling_avit import lively_avit
+from tests.utils import lively_model, random_images
+
+
+@pytest.fixture
+def model():
+    """Of three stages, at whose exits some images leave and some go on."""
+    network, images = lively_model(), random_images(60)
+    stage_logits = network(images, output_stage_logits=True).stage_logits
+    scores = [EXIT_CRITERIA["topk_entropy"].score(logits, 10) for logits in stage_logits[:2]]
+    network.config.threshold = [score.quantile(0.4).item() for score in scores]
+    return network
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "hf-thinkingvit-reader"]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    yield
+    deadline = time.monotonic() + 3
+    while reader_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not reader_threads()
+
+
+def assert_equals_forward(results, model, images, **kwargs) -> None:
+    with torch.no_grad():
+        expected = model(images, **kwargs)
+    assert [result.index for result in results] == list(range(len(images)))
+    torch.testing.assert_close(torch.stack([r.logits for r in results]), expected.logits, atol=1e-5, rtol=0)
+    if "exit_stage" in expected:
+        assert [result.exit_stage for result in results] == expected.exit_stage.tolist()
+        entropies = torch.tensor([result.entropy for result in results])
+        torch.testing.assert_close(entropies, expected.entropy, atol=1e-5, rtol=0)
+
+
+class TestResults:
+    @pytest.mark.parametrize("batch_size", [1, 7, 16, 100])
+    def test_equal_the_models_own(self, model, batch_size):
+        images = random_images(60)
+        assert_equals_forward(list(AdaptiveEngine(model, batch_size=batch_size)(images)), model, images)
+
+    def test_arguments_of_a_call(self, model):
+        images = random_images(20)
+        engine = AdaptiveEngine(model, batch_size=8, threshold=0.0, max_stages=2)
+        assert_equals_forward(list(engine(images)), model, images, threshold=0.0, max_stages=2)
+        assert engine.stats.rows == [20, 20]
+
+    def test_as_they_finish(self, model):
+        images = random_images(60)
+        results = list(AdaptiveEngine(model, batch_size=8, in_order=False)(images))
+        assert [result.index for result in results] != list(range(60))
+        assert_equals_forward(sorted(results, key=lambda result: result.index), model, images)
+
+    def test_models_without_stages(self):
+        network, images = lively_avit(), random_images(20)
+        engine = AdaptiveEngine(network, batch_size=8)
+        results = list(engine(images))
+        assert_equals_forward(results, network, images)
+        assert {result.exit_stage for result in results} == {0}
+        assert engine.stats.batches == [3]
+        with pytest.raises(ValueError, match="does not think in stages"):
+            AdaptiveEngine(network, threshold=0.5)
+
+    def test_files_and_images(self, model, tmp_path):
+        processor = evaluation_image_processor(32)
+        pictures = [Image.effect_noise((40, 50), seed).convert("RGB") for seed in (20, 60, 90)]
+        files = []
+        for index, picture in enumerate(pictures):
+            picture.save(tmp_path / f"{index}.png")
+            files.append(tmp_path / f"{index}.png")
+        pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
+        inputs = [files[0], str(files[1]), pictures[2]]
+        assert_equals_forward(list(AdaptiveEngine(model, processor, batch_size=2)(inputs)), model, pixel_values)
+
+    def test_images_of_different_sizes(self):
+        """A model that takes any size gets one size a batch."""
+        network = lively_avit()
+        network.forward = lambda pixel_values, forward=network.forward: forward(
+            pixel_values, interpolate_pos_encoding=True
+        )
+        sizes = [32, 32, 48, 32, 48, 48, 32]
+        images = [random_images(1, size, seed=index)[0] for index, size in enumerate(sizes)]
+        results = list(AdaptiveEngine(network, batch_size=4)(images))
+        for image, result in zip(images, results, strict=True):
+            torch.testing.assert_close(result.logits, network(image[None]).logits[0], atol=1e-5, rtol=0)
+
+    def test_nothing(self, model):
+        assert list(AdaptiveEngine(model)([])) == []
+
+
+class TestCountedWork:
+    def test_every_stage_runs_full_batches(self, model):
+        images = random_images(200)
+        engine = AdaptiveEngine(model, batch_size=16)
+        exits = torch.tensor([result.exit_stage for result in engine(images)])
+        rows = [int((exits >= stage).sum()) for stage in range(3)]
+        assert engine.stats.rows == rows
+        assert engine.stats.batches == [math.ceil(count / 16) for count in rows]
+        assert engine.stats.exits == [int((exits == stage).sum()) for stage in range(3)]
+
+    def test_reads_no_further_than_it_must(self, model):
+        read = 0
+
+        def endless():
+            nonlocal read
+            for image in itertools.cycle(random_images(10)):
+                read += 1
+                yield image
+
+        stream = AdaptiveEngine(model, batch_size=4, max_pending=8)(endless())
+        for taken in range(1, 101):
+            next(stream)
+            # In order: up to two batches per stage, two read ahead, one in hand, and those that wait for their turn.
+            assert read <= taken + 2 * 4 * 3 + 2 * 4 + 4 + 8 + 4
+        stream.close()
+
+    def test_few_wait_for_one(self, model):
+        """The first image needs the last stage, all others leave at once: they need not wait for a batch like it."""
+        images = random_images(60)
+        scores = torch.tensor([result.entropy for result in AdaptiveEngine(model, max_stages=1)(images)])
+        first = int(scores.argmax())
+        order = [first, *(index for index in scores.argsort().tolist()[:50])]
+        threshold = float(scores[first]) - 1e-3
+        engine = AdaptiveEngine(model, batch_size=4, threshold=[threshold, 0.0], max_pending=4)
+        stream = engine(images[index] for index in order)
+        assert next(stream).exit_stage == 2
+        assert engine.stats.rows[0] <= 4 + 4 + 4
+        assert len(list(stream)) == 50
+
+    def test_nobody_waits_longer_than_asked(self, model):
+        asked = threading.Event()
+
+        def slow():
+            yield from random_images(3)
+            asked.wait(timeout=20)  # for the results of the first three
+            yield random_images(1)[0]
+
+        stream = AdaptiveEngine(model, batch_size=64, max_wait=0.05)(slow())
+        first = [next(stream) for _ in range(3)]
+        asked.set()
+        assert [result.index for result in [*first, *stream]] == [0, 1, 2, 3]
+
+
+class TestFaults:
+    @pytest.mark.parametrize("in_order", [True, False])
+    def test_an_exception_of_the_source_comes_after_the_results_before_it(self, model, in_order):
+        def source():
+            yield from random_images(21)
+            raise OSError("the disk is gone")
+
+        found = []
+        with pytest.raises(OSError, match="the disk is gone"):
+            iter_into(AdaptiveEngine(model, batch_size=8, in_order=in_order)(source()), found)
+        assert sorted(result.index for result in found) == list(range(21))
+
+    def test_an_unreadable_image_stops_or_is_returned(self, model, tmp_path):
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(b"no image")
+        image = Image.effect_noise((32, 32), 50).convert("RGB")
+        inputs, processor = [image, broken, image, image], evaluation_image_processor(32)
+        found = []
+        with pytest.raises(ValueError, match=r"Cannot read the image .*broken\.png"):
+            iter_into(AdaptiveEngine(model, processor, batch_size=2)(inputs), found)
+        assert [result.index for result in found] == [0]
+        engine = AdaptiveEngine(model, processor, batch_size=2, on_error="return")
+        results = list(engine(inputs))
+        assert [result.index for result in results] == [0, 1, 2, 3]
+        assert "broken.png" in str(results[1].error)
+        assert results[1].logits is None
+        assert engine.stats.failures == 1
+
+    def test_inputs_that_cannot_be(self, model):
+        for inputs, message in (([torch.zeros(2, 3, 32, 32)], "must be a tensor"), (["a.png"], "needs a `processor`")):
+            with pytest.raises(ValueError, match=message):
+                list(AdaptiveEngine(model)(inputs))
+
+    def test_a_consumer_that_stops_early(self, model):
+        stream = AdaptiveEngine(model, batch_size=4)(itertools.cycle(random_images(5)))
+        next(stream)
+        assert reader_threads()
+        stream.close()
+        assert not reader_threads()
+
+    def test_control_c(self, model):
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        model.run_stage = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            list(AdaptiveEngine(model, batch_size=4)(itertools.cycle(random_images(5))))
+        assert not reader_threads()
+
+    def test_out_of_memory_halves_the_batch_once(self, model, caplog):
+        images, run_stage = random_images(60), model.run_stage
+        biggest = []
+
+        def of_little_memory(stage_index, state, *args, **kwargs):
+            rows = len(next(iter(state.values())))
+            if rows > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            biggest.append(rows)
+            return run_stage(stage_index, state, *args, **kwargs)
+
+        expected = list(AdaptiveEngine(model, batch_size=16)(images))
+        model.run_stage = of_little_memory
+        results = list(AdaptiveEngine(model, batch_size=16)(images))
+        assert [result.exit_stage for result in results] == [result.exit_stage for result in expected]
+        assert [result.index for result in results] == list(range(60))
+        assert max(biggest) == 8
+        assert "going on with batches of 8 images" in caplog.text
+        with pytest.raises(torch.OutOfMemoryError):
+            list(AdaptiveEngine(model, batch_size=64)(images))
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"batch_size": 0}, {"max_wait": -1.0}, {"max_pending": 0}, {"on_error": "skip"}, {"threshold": -1.0}],
+    )
+    def test_refuses(self, model, arguments):
+        with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
+            AdaptiveEngine(model, **arguments)
+
+
+def iter_into(stream, found: list) -> None:
+    """What comes before an exception."""
+    for result in stream:
+        found.append(result)  # noqa: PERF402  extend() would lose what came before the exception
