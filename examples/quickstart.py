@@ -21,13 +21,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 from transformers import pipeline, set_seed
 from transformers.utils import logging
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
+from hf_thinkingvit.data import load_digits
 from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 
@@ -56,9 +55,8 @@ def classify_photographs() -> None:
 
 def load_images() -> tuple[list[Image.Image], list[Image.Image], list[int], list[int]]:
     """Training and test images (RGB), then their labels."""
-    digits = load_digits()
-    images = [Image.fromarray((pixels * 255 / 16).astype(np.uint8)).convert("RGB") for pixels in digits.images]
-    return train_test_split(images, digits.target.tolist(), test_size=0.3, random_state=0, stratify=digits.target)
+    splits = load_digits()
+    return *(list(splits[name]["image"]) for name in splits), *(list(splits[name]["label"]) for name in splits)
 
 
 def train(model: torch.nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
