@@ -13,12 +13,14 @@ another way (one batch at a time here, queues per stage elsewhere) uses the same
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from .compiled_stages import CompiledStage, check_batch_sizes
 from .exit_criteria import ExitRule
 
 
@@ -128,6 +130,40 @@ class StagedImageClassifierMixin:
 
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
         raise NotImplementedError
+
+    def compile_stages(self, batch_sizes: Sequence[int] | None = (1, 2, 4, 8, 16, 32, 64), **options) -> None:
+        r"""
+        Compile each stage, and each way from one to the next, by itself. In evaluation without gradients, `forward` and
+        everything else that runs stages then use the compiled programs; calls that record hidden states run as before.
+        Compiling happens at first use, once for each stage, batch size and image size.
+
+        Args:
+            batch_sizes (`list[int]`, *optional*):
+                Batches are filled up to the next of these, and more images than the last run in parts, so that nothing
+                compiles again however many images a stage is left with. `None` undoes it.
+            options:
+                Of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
+
+        Raises:
+            ValueError: for `batch_sizes` that are none.
+        """
+        for name in ("begin", "run_stage", "recycle"):
+            self.__dict__.pop(name, None)
+        if batch_sizes is None:
+            return
+        sizes, programs = check_batch_sizes(batch_sizes), {}
+        for name in ("begin", "run_stage", "recycle"):
+            self.__dict__[name] = partial(self._run_compiled, getattr(self, name), programs, sizes, options)
+
+    def _run_compiled(self, method, programs: dict, sizes: list[int], options: dict, *args, **kwargs):
+        known = {name: value for name, value in kwargs.items() if value is not None}
+        if self.training or torch.is_grad_enabled() or known.keys() - {"is_last", "interpolate_pos_encoding"}:
+            return method(*args, **kwargs)
+        *stage_index, state = args
+        key = (method.__name__, *stage_index, *known.items())
+        if key not in programs:
+            programs[key] = CompiledStage(partial(method, *stage_index, **known), sizes, **options)
+        return programs[key](state)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
