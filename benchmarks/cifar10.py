@@ -89,6 +89,8 @@ def table(output_dir: Path) -> str:
 def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
     """ThinkingViT and A-ViT in half precision; their cards say what these weights do on the test set."""
     for name in ("3-6", "A-ViT"):
+        if not (output_dir / name / "done").exists():
+            continue
         model = AutoModelForImageClassification.from_pretrained(output_dir / name / "best", dtype=torch.float16)
         processor = AutoImageProcessor.from_pretrained(output_dir / name / "best")
         measured = copy.deepcopy(model).float()
@@ -105,10 +107,16 @@ def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
             results |= {"dataset": "uoft-cs/cifar10", "split": "test", "training": training}
         folder = checkpoints / f"{model.config.model_type}-cifar10"
         # In a clone of this repository the package is at hand: no copy of its code beside the weights.
-        model._auto_class = model.config._auto_class = None
         model.save_pretrained(folder)
+        for code in folder.glob("*.py"):
+            code.unlink()
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("auto_map", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         processor.save_pretrained(folder)
-        card = model_card(model, results, name=folder.name, license="apache-2.0", datasets="uoft-cs/cifar10")
+        facts = {"license": "apache-2.0", "datasets": "uoft-cs/cifar10"}
+        source = f"examples/checkpoints/{folder.name}"
+        card = model_card(model, results, name=folder.name, source=source, **facts)
         card.save(folder / "README.md")
 
 
