@@ -43,6 +43,7 @@ RUNS = [
     ("single 3 longer", "single 3", 8, NARROW),
     ("single 6 longer", "single 6", 5, WIDE),
     ("A-ViT", "single 6", 5, []),
+    ("A-ViT ponder weight 3e-3", "single 6", 5, ["--model.ponder_loss_weight", "3e-3"]),
 ]
 
 
@@ -51,7 +52,7 @@ def train(name: str, start: str | None, epochs: int, flags: list[str], output_di
     if (folder / "done").exists():
         return
     command = [sys.executable, ROOT / "examples" / "train.py", "--dataset", dataset]
-    command += ["--config", CONFIGS / ("avit_cifar10.yaml" if name == "A-ViT" else "thinkingvit_cifar10.yaml")]
+    command += ["--config", CONFIGS / ("avit_cifar10.yaml" if "A-ViT" in name else "thinkingvit_cifar10.yaml")]
     command += ["--output_dir", folder, "--epochs", epochs, "--resume", "auto", "--cpu", "--num_workers", 0]
     if start is not None:
         source = output_dir / start.replace(" ", "-") / "vit"
