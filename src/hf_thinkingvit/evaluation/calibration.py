@@ -68,9 +68,7 @@ def binomial_p_value(failures: int, images: int, epsilon: float) -> float:
     P(Binomial(images, epsilon) ≤ failures): how likely so few failures are where the risk is ε. A valid p-value of "the
     risk is at least ε", since a greater risk makes them less likely.
     """
-    if epsilon >= 1 or failures >= images:
-        return 1.0
-    if epsilon <= 0:
+    if not 0 < epsilon < 1 or failures >= images:
         return 1.0
     counts = np.arange(failures + 1)
     log_choose = math.lgamma(images + 1) - np.array([math.lgamma(k + 1) + math.lgamma(images - k + 1) for k in counts])

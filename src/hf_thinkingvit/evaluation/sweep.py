@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data import as_image_split, evaluation_batches, find_split, load_splits
+from ..models.config_checks import as_pair
 from ..models.exit_criteria import EXIT_CRITERIA, ExitRule, resolve_thresholds
 from .labels import LabelMap
 from .macs import stage_macs
@@ -135,7 +136,7 @@ def collect_stage_answers(
             pixel_values = batch["pixel_values"].to(model.device, model.dtype)
             truth = batch["labels"].to(model.device)
             image_size = pixel_values.shape[-2:]
-            known = {"interpolate_pos_encoding": True} if list(image_size) != _size(config) else {}
+            known = {} if tuple(image_size) == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
             stage_logits = model(pixel_values, output_stage_logits=True, **known).stage_logits
             rows = torch.stack(
                 [criterion.score(logits, config.entropy_top_k) for logits in stage_logits]
@@ -163,11 +164,6 @@ def collect_stage_answers(
         num_labels=config.num_labels,
         dataset=labels.name,
     )
-
-
-def _size(config: Any) -> list[int]:
-    size = config.image_size
-    return [size, size] if isinstance(size, int) else list(size)
 
 
 def evaluate_thresholds(

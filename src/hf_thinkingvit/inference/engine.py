@@ -255,10 +255,12 @@ class _Stream:
                     while following in waiting:
                         yield waiting.pop(following)
                         following += 1
-                    late = [queue for queue in self.queues if queue.holds(following)]
-                    if len(waiting) <= self.engine.max_pending or not late:
+                    if len(waiting) <= self.engine.max_pending:
                         break
-                    results = self._run_queue(self.queues.index(late[0]))
+                    late = next((stage for stage, queue in enumerate(self.queues) if queue.holds(following)), None)
+                    if late is None:
+                        break
+                    results = self._run_queue(late)
                     waiting.update((result.index, result) for result in results)
         finally:
             runs.close()
