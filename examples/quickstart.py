@@ -118,11 +118,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=45)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    set_seed(arguments.seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
     classify_photographs()
+    set_seed(arguments.seed)  # after what loads models, which draws random numbers
     train_images, test_images, train_labels, test_labels = load_images()
     config = ThinkingViTConfig(
         thinking_stages=[1, 6],
