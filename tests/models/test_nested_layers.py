@@ -87,11 +87,11 @@ def test_kept_views_do_not_travel_with_the_module():
     layer, hidden_states = NestedLinear(64, 64), torch.randn(3, 32)
     size = len(pickle.dumps(layer))
     assert_leading(layer, hidden_states, 32)
-    assert "_kept_views" in layer.__dict__
+    assert "_kept" in layer.__dict__
     assert len(pickle.dumps(layer)) == size
-    assert "_kept_views" not in copy.deepcopy(layer).__dict__
+    assert "_kept" not in copy.deepcopy(layer).__dict__
     layer.load_state_dict(layer.state_dict())
-    assert "_kept_views" not in layer.__dict__
+    assert "_kept" not in layer.__dict__
 
 
 def test_residual_dropout_is_the_identity_in_evaluation():

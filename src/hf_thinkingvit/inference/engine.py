@@ -71,7 +71,7 @@ class _WholeModel:
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
-    def begin(self, pixel_values: torch.Tensor) -> State:
+    def begin(self, pixel_values: torch.Tensor, max_stages: int | None = None) -> State:
         return {"pixel_values": pixel_values}
 
     def run_stage(self, stage_index: int, state: State, is_last: bool) -> tuple[torch.Tensor, State]:
@@ -137,6 +137,7 @@ class AdaptiveEngine:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending
+        self.max_stages = max_stages
         if hasattr(model, "run_stage"):
             self.stages, self.rule = model, ExitRule.from_config(model.config, threshold)
             self.num_stages = resolve_max_stages(max_stages, model.config.num_stages)
@@ -178,7 +179,8 @@ class AdaptiveEngine:
             pixel_values = state["pixel_values"]
             if self.model.device.type == "cuda":
                 pixel_values = pixel_values.pin_memory()
-            state = self.stages.begin(pixel_values.to(self.model.device, self.model.dtype, non_blocking=True))
+            pixel_values = pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)
+            state = self.stages.begin(pixel_values, max_stages=self.max_stages)
         else:
             state = self.stages.recycle(stage - 1, state)
         is_last = stage == self.num_stages - 1

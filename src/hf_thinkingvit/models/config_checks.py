@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from transformers.activations import ACT2FN
+
 
 def check_integer(name: str, value, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -28,3 +30,20 @@ def check_size(name: str, value) -> None:
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as one integer or as a pair."""
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def check_backbone_fields(config) -> None:
+    """What every backbone has: image and patch size, channels, dropout rates, norms, activation, biases."""
+    check_integer("num_channels", config.num_channels, minimum=1)
+    for name in ("image_size", "patch_size"):
+        check_size(name, getattr(config, name))
+    if any(side < patch for side, patch in zip(as_pair(config.image_size), as_pair(config.patch_size))):
+        raise ValueError(f"`image_size` ({config.image_size}) is smaller than `patch_size` ({config.patch_size}).")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+        check_number(name, getattr(config, name), maximum=1.0)
+    check_number("layer_norm_eps", config.layer_norm_eps)
+    check_number("initializer_range", config.initializer_range)
+    if not isinstance(config.qkv_bias, bool):
+        raise ValueError(f"`qkv_bias` must be true or false, got {config.qkv_bias!r}.")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {config.hidden_act!r}.")

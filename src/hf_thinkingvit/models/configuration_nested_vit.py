@@ -3,9 +3,8 @@
 from typing import ClassVar, NamedTuple
 
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
-from .config_checks import as_pair, check_integer, check_number, check_size
+from .config_checks import as_pair, check_backbone_fields, check_integer
 
 
 class Stage(NamedTuple):
@@ -98,25 +97,14 @@ class NestedViTConfig(PreTrainedConfig):
     def validate(self) -> None:
         """Refuse values that cannot work, also those set after construction. Called by the models and on saving."""
         super().validate()
-        for name in ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "num_channels"):
+        for name in ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers"):
             check_integer(name, getattr(self, name), minimum=1)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        for name in ("image_size", "patch_size"):
-            check_size(name, getattr(self, name))
-        if min(self.patch_grid) < 1:
-            raise ValueError(f"`image_size` ({self.image_size}) is smaller than `patch_size` ({self.patch_size}).")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            check_number(name, getattr(self, name), maximum=1.0)
-        check_number("layer_norm_eps", self.layer_norm_eps)
-        check_number("initializer_range", self.initializer_range)
-        if not isinstance(self.qkv_bias, bool):
-            raise ValueError(f"`qkv_bias` must be true or false, got {self.qkv_bias!r}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        check_backbone_fields(self)
 
 
 __all__ = ["NestedViTConfig", "Stage"]

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from .config_checks import check_integer
 from .configuration_nested_vit import NestedViTConfig, Stage
-from .exit_criteria import check_exit_fields
+from .configuration_staged import StagedConfig
 
 
-class ThinkingViTConfig(NestedViTConfig):
+class ThinkingViTConfig(StagedConfig, NestedViTConfig):
     r"""
     Configuration of a ThinkingViT (arXiv 2507.10800): a nested Vision Transformer that answers with a few leading
     heads first, and thinks again with more heads where it is not certain. The defaults are the published 3 → 6 model:
@@ -17,19 +17,10 @@ class ThinkingViTConfig(NestedViTConfig):
         thinking_stages (`list[int]`, *optional*, defaults to `[3, 6]`):
             Attention heads of each stage, non-decreasing, any number of stages. `[6]` is a plain ViT, `[3, 3]` iterates
             over the same sub-network, `[2, 3, 6]` has three stages. Every stage runs all layers.
-        threshold (`float` or `list[float]`, *optional*, defaults to 0.5):
-            τ: an image exits after a stage iff its entropy is below τ (strictly; for `max_probability` and `margin`:
-            iff they are above it). One number, or one per exit, that is per stage but the last, which always answers.
-            For the entropies, 0 never exits early.
-        exit_criterion (`str`, *optional*, defaults to `"topk_entropy"`):
-            `"topk_entropy"` (the official code's, on which published thresholds are), `"entropy"` (full softmax, the
-            paper's formula), `"max_probability"` or `"margin"` (largest minus second largest probability).
-        entropy_top_k (`int`, *optional*, defaults to 10):
-            How many of the largest probabilities `"topk_entropy"` keeps.
-        stage_loss_weights (`list[float]`, *optional*):
-            Weight of each stage's cross-entropy in the training loss. Equal weights that sum to 1 by default.
         use_distillation_token (`bool`, *optional*, defaults to `False`):
             Whether a DeiT distillation token follows the class token in the sequence.
+        threshold, exit_criterion, entropy_top_k, stage_loss_weights (*optional*):
+            The exit fields of [`StagedConfig`].
         kwargs:
             The ViT fields of [`NestedViTConfig`], at full width: `hidden_size` (by default 64 channels a head),
             `num_hidden_layers` (12), `num_attention_heads` (by default those of the widest stage), `intermediate_size`
@@ -50,8 +41,6 @@ class ThinkingViTConfig(NestedViTConfig):
     ```"""
 
     model_type = "thinkingvit"
-    # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
-    keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
     remote_code: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_thinkingvit.ThinkingViTConfig",
         "AutoModel": "modeling_thinkingvit.ThinkingViTModel",
@@ -59,10 +48,6 @@ class ThinkingViTConfig(NestedViTConfig):
     }
 
     thinking_stages: list[int] | tuple[int, ...] = (3, 6)
-    threshold: float | int | list[float] | tuple[float, ...] = 0.5
-    exit_criterion: str = "topk_entropy"
-    entropy_top_k: int = 10
-    stage_loss_weights: list[float] | tuple[float, ...] | None = None
     use_distillation_token: bool = False
 
     def __post_init__(self, **kwargs):
@@ -78,7 +63,6 @@ class ThinkingViTConfig(NestedViTConfig):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The sub-networks, in the order in which they think."""
         return tuple(
             Stage(heads, heads * self.head_dim, heads * self.intermediate_size // self.num_attention_heads)
             for heads in self.thinking_stages
@@ -94,8 +78,8 @@ class ThinkingViTConfig(NestedViTConfig):
         return self.num_stages * self.num_hidden_layers
 
     def validate(self) -> None:
-        super().validate()
         self._check_thinking_stages()
+        super().validate()
         if max(self.thinking_stages) > self.num_attention_heads:
             raise ValueError(
                 f"`thinking_stages` asks for {max(self.thinking_stages)} heads, but the model has "
@@ -107,7 +91,6 @@ class ThinkingViTConfig(NestedViTConfig):
                     f"`intermediate_size` ({self.intermediate_size}) cannot be shared out: a stage of {heads} of "
                     f"{self.num_attention_heads} heads would get a fraction of a channel."
                 )
-        check_exit_fields(self)
 
     def _check_thinking_stages(self) -> None:
         stages = self.thinking_stages

@@ -3,7 +3,7 @@ Run a stage, decide, go on: the one loop of every model that thinks in stages.
 
 A staged classifier provides three steps, each on a *state*, a dict of tensors whose first dimension is the image:
 
-* `begin(pixel_values)`: what is computed once per image;
+* `begin(pixel_values)`: what is computed once per image; it refuses images that the stages to run cannot take;
 * `run_stage(index, state)`: the stage's logits, and the state as the stage leaves it;
 * `recycle(index, state)`: for the images that go on, the state with which stage `index + 1` starts.
 
@@ -155,9 +155,12 @@ class StagedImageClassifierMixin:
         for name in ("begin", "run_stage", "recycle"):
             self.__dict__[name] = partial(self._run_compiled, getattr(self, name), programs, sizes, options)
 
+    # Arguments of the steps that a compiled program may be made for.
+    _COMPILED_FOR = frozenset({"is_last", "interpolate_pos_encoding", "max_stages"})
+
     def _run_compiled(self, method, programs: dict, sizes: list[int], options: dict, *args, **kwargs):
         known = {name: value for name, value in kwargs.items() if value is not None}
-        if self.training or torch.is_grad_enabled() or known.keys() - {"is_last", "interpolate_pos_encoding"}:
+        if self.training or torch.is_grad_enabled() or known.keys() - self._COMPILED_FOR:
             return method(*args, **kwargs)
         *stage_index, state = args
         key = (method.__name__, *stage_index, *known.items())
@@ -207,7 +210,9 @@ class StagedImageClassifierMixin:
         # Every stage for every image, with the accepted answer picked afterwards, where all answers are wanted.
         run_all = self.training or bool(output_stage_logits)
 
-        state = self.begin(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        state = self.begin(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, max_stages=max_stages, **kwargs
+        )
         if labels is not None:
             check_labels(labels, pixel_values.shape[0], self.config)
         logits = exit_stage = entropy = None

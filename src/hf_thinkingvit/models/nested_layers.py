@@ -8,13 +8,44 @@ import torch
 from torch import nn
 
 
-class LeadingSliceMixin:
+class KeptTensorsMixin:
     """
-    `leading(...)`: weight and bias of the leading channels.
+    What a module makes of its parameters in every call, it may keep for inference, in `self._kept`.
 
-    Taking the views anew costs more, at batch 1 on a CPU, than some of the products that they serve. So inference keeps
-    them, and takes them again when a parameter has moved (another device, dtype or checkpoint). Views hold memory, so
-    none are kept where weights come and go between calls, and they do not travel with a copied or pickled module.
+    Who keeps, checks that the parameter has not moved since (another device, dtype or checkpoint). What is kept holds
+    memory, so nothing is where weights come and go between calls, and it does not travel with a copied or pickled
+    module.
+    """
+
+    def keeps(self, parameter: torch.Tensor) -> bool:
+        """Whether to keep what is made of `parameter`; if not, what has been kept is forgotten."""
+        if torch.compiler.is_compiling():
+            return False
+        # Sharded or quantised weights are no plain parameters; `_hf_hook` is Accelerate's, which offloads weights.
+        if not torch.is_grad_enabled() and type(parameter) is nn.Parameter and "_hf_hook" not in self.__dict__:
+            return True
+        self._forget()
+        return False
+
+    def _forget(self) -> None:
+        self.__dict__.pop("_kept", None)
+
+    def _apply(self, *args, **kwargs):
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+
+class LeadingSliceMixin(KeptTensorsMixin):
+    """
+    `leading(...)`: weight and bias of the leading channels. Taking the views anew costs more, at batch 1 on a CPU, than
+    some of the products that they serve, so inference keeps them.
     """
 
     def leading(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -22,32 +53,13 @@ class LeadingSliceMixin:
         weight, bias = self.weight, self.bias
         if sizes == weight.shape:
             return weight, bias
-        # Sharded or quantised weights are no plain parameters; `_hf_hook` is Accelerate's, which offloads weights.
-        keep = not torch.is_grad_enabled() and type(weight) is nn.Parameter and "_hf_hook" not in self.__dict__
-        if torch.compiler.is_compiling():
+        if not self.keeps(weight):
             return _corner(weight, bias, sizes)
-        if not keep:
-            self._forget_views()
-            return _corner(weight, bias, sizes)
-        kept = self.__dict__.setdefault("_kept_views", {})
+        kept = self.__dict__.setdefault("_kept", {})
         addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr())
         if sizes not in kept or kept[sizes][1] != addresses:
             kept[sizes] = _corner(weight, bias, sizes), addresses
         return kept[sizes][0]
-
-    def _forget_views(self) -> None:
-        self.__dict__.pop("_kept_views", None)
-
-    def _apply(self, *args, **kwargs):
-        self._forget_views()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._forget_views()
-        return super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept_views"}
 
 
 def _corner(
