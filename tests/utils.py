@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 
-from hf_thinkingvit import EXIT_CRITERIA, ThinkingViTConfig, ThinkingViTForImageClassification
+from hf_thinkingvit import (
+    EXIT_CRITERIA,
+    ThinkingSwinConfig,
+    ThinkingSwinForImageClassification,
+    ThinkingViTConfig,
+    ThinkingViTForImageClassification,
+)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -25,9 +31,34 @@ def tiny_config(**overrides) -> ThinkingViTConfig:
 
 def lively_model(config: ThinkingViTConfig | None = None, **overrides) -> ThinkingViTForImageClassification:
     """A model in evaluation mode whose weights are large enough that every part shows in the logits, α included."""
+    return _lively(ThinkingViTForImageClassification, config or tiny_config(**overrides))
+
+
+def tiny_swin_config(**overrides) -> ThinkingSwinConfig:
+    """Three rounds over two layers, whose grids are 8 × 8 and 4 × 4 patches: with shifts, and without in the second."""
+    fields = {
+        "head_rounds": [[1, 1], [1, 2], [2, 4]],
+        "num_heads": [2, 4],
+        "depths": [2, 1],
+        "embed_dim": 8,
+        "image_size": 32,
+        "patch_size": 4,
+        "window_size": 4,
+        "num_labels": 12,
+        "threshold": 0.0,
+    }
+    return ThinkingSwinConfig(**{**fields, **overrides})
+
+
+def lively_swin(config: ThinkingSwinConfig | None = None, **overrides) -> ThinkingSwinForImageClassification:
+    """The same as `lively_model`, on Swin."""
+    return _lively(ThinkingSwinForImageClassification, config or tiny_swin_config(**overrides))
+
+
+def _lively(model_class, config):
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = ThinkingViTForImageClassification(config or tiny_config(**overrides))
+        model = model_class(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.5))

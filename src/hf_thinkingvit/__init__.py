@@ -11,6 +11,7 @@ from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
 from .models.configuration_avit import AViTConfig
 from .models.configuration_nested_vit import Stage
+from .models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.early_exit import StagedImageClassifierOutput
 from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion, ExitRule
@@ -20,6 +21,11 @@ from .models.modeling_avit import (
     AViTModel,
     AViTModelOutput,
     AViTPreTrainedModel,
+)
+from .models.modeling_thinking_swin import (
+    ThinkingSwinForImageClassification,
+    ThinkingSwinModel,
+    ThinkingSwinPreTrainedModel,
 )
 from .models.modeling_thinkingvit import (
     ThinkingViTForImageClassification,
@@ -42,6 +48,11 @@ __all__ = [
     "ExitRule",
     "Stage",
     "StagedImageClassifierOutput",
+    "SwinRound",
+    "ThinkingSwinConfig",
+    "ThinkingSwinForImageClassification",
+    "ThinkingSwinModel",
+    "ThinkingSwinPreTrainedModel",
     "ThinkingViTConfig",
     "ThinkingViTForImageClassification",
     "ThinkingViTModel",

@@ -13,14 +13,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import is_torchvision_available
 
 from .models.configuration_avit import AViTConfig
+from .models.configuration_thinking_swin import ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.modeling_avit import AViTForImageClassification, AViTModel
+from .models.modeling_thinking_swin import ThinkingSwinForImageClassification, ThinkingSwinModel
 from .models.modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViTModel
 
 
 # One line per family: configuration, bare model, classifier.
 FAMILIES = [
     (ThinkingViTConfig, ThinkingViTModel, ThinkingViTForImageClassification),
+    (ThinkingSwinConfig, ThinkingSwinModel, ThinkingSwinForImageClassification),
     (AViTConfig, AViTModel, AViTForImageClassification),
 ]
 

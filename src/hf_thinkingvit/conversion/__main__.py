@@ -5,6 +5,10 @@ import argparse
 from .convert import convert_checkpoint
 
 
+def _heads(word: str) -> list[int]:
+    return [int(heads) for heads in word.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hf_thinkingvit.conversion",
@@ -19,11 +23,20 @@ def main() -> None:
         metavar="HEADS",
         help="heads per stage, where the source does not tell",
     )
+    parser.add_argument(
+        "--head-rounds",
+        type=_heads,
+        nargs="+",
+        metavar="HEADS,HEADS,...",
+        help="of a Swin, heads per layer for each round, where the source does not tell: 3,3,6,12 3,6,12,24",
+    )
     parser.add_argument("--gate-scale", type=float, metavar="γ", help="of an A-ViT, where the source does not tell")
     parser.add_argument("--gate-center", type=float, metavar="β", help="of an A-ViT, where the source does not tell")
     parser.add_argument("--threshold", type=float, nargs="+", metavar="τ", help="τ to store: one, or one per exit")
     arguments = parser.parse_args()
-    stated = {name: getattr(arguments, name) for name in ("thinking_stages", "gate_scale", "gate_center")}
+    stated = {
+        name: getattr(arguments, name) for name in ("thinking_stages", "head_rounds", "gate_scale", "gate_center")
+    }
     overrides = {name: value for name, value in stated.items() if value is not None}
     if arguments.threshold is not None:
         overrides["threshold"] = arguments.threshold if len(arguments.threshold) > 1 else arguments.threshold[0]

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,13 +11,14 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..image_processing import evaluation_image_processor
-from . import avit, thinkingvit
+from . import avit, thinking_swin, thinkingvit
 from .checkpoint import Checkpoint, read_checkpoint
 
 
-# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`.
+# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`; `IGNORED`
+# matches the names of tensors that follow from the configuration, where a family's checkpoints may hold such.
 # The more particular one first: a ThinkingViT has all that a DeiT has.
-FAMILIES = {"thinkingvit": thinkingvit, "avit": avit}
+FAMILIES = {"thinking_swin": thinking_swin, "thinkingvit": thinkingvit, "avit": avit}
 
 
 def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
@@ -32,7 +34,8 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
             Where to write. Nothing is written unless every tensor fits.
         config_overrides:
             Fields of the configuration that win over what the source says, such as `threshold` or `id2label`; or that
-            it does not say: `thinking_stages` of a bare file, `gate_scale` and `gate_center` of an A-ViT.
+            it does not say: `thinking_stages` or `head_rounds` of a bare file, `gate_scale` and `gate_center` of an
+            A-ViT.
 
     Returns:
         The converted model, in evaluation mode.
@@ -57,6 +60,10 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
 def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel:
     """The model that `checkpoint` holds, in its dtype; `ValueError` where a tensor is missing, unknown or misshapen."""
     family = _detect(checkpoint, config_overrides)
+    ignored = getattr(family, "IGNORED", None)
+    if ignored is not None:
+        kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not ignored.match(name)}
+        checkpoint = replace(checkpoint, state_dict=kept)
     _require(checkpoint, list(family.REQUIRED))
     for name, dimensions in family.REQUIRED.items():
         if checkpoint.state_dict[name].dim() != dimensions:

@@ -59,17 +59,24 @@ def deit_fields(checkpoint: Checkpoint, num_prefix_tokens: int = 1) -> dict:
         "num_hidden_layers": checkpoint.model_args.get("depth")
         or (DEIT_DEPTH if checkpoint.config else max(layers) + 1),
         "intermediate_size": state_dict["blocks.0.mlp.fc1.weight"].shape[0],
-        "patch_size": _one_if_equal(patch_size),
+        "patch_size": one_if_equal(patch_size),
         "num_channels": num_channels,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
         "num_labels": state_dict["head.weight"].shape[0],
         "image_size": _image_size(checkpoint, patch_size, num_prefix_tokens),
     }
+    return {**fields, **label_fields(checkpoint)}
+
+
+def label_fields(checkpoint: Checkpoint) -> dict:
+    """`id2label` and `label2id`, where the files name the labels."""
     labels = checkpoint.config.get("label_names")
-    if labels is not None:
-        fields["id2label"] = dict(enumerate(labels))
-        fields["label2id"] = {label: index for index, label in enumerate(labels)}
-    return fields
+    if labels is None:
+        return {}
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
 
 
 def _image_size(checkpoint: Checkpoint, patch_size: list[int], num_prefix_tokens: int) -> int | tuple[int, int]:
@@ -78,8 +85,9 @@ def _image_size(checkpoint: Checkpoint, patch_size: list[int], num_prefix_tokens
     if not size:
         side = round((checkpoint.state_dict["pos_embed"].shape[1] - num_prefix_tokens) ** 0.5)
         size = [side * patch for patch in patch_size]
-    return size if isinstance(size, int) else _one_if_equal(size)
+    return size if isinstance(size, int) else one_if_equal(size)
 
 
-def _one_if_equal(sides: list[int]) -> int | tuple[int, int]:
+def one_if_equal(sides: list[int]) -> int | tuple[int, int]:
+    """A size as configurations have it: one number where the sides are equal."""
     return sides[0] if len(set(sides)) == 1 else tuple(sides)

@@ -54,19 +54,18 @@ class LeadingSliceMixin(KeptTensorsMixin):
         if sizes == weight.shape:
             return weight, bias
         if not self.keeps(weight):
-            return _corner(weight, bias, sizes)
+            return self._corner(weight, bias, sizes)
         kept = self.__dict__.setdefault("_kept", {})
         addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr())
         if sizes not in kept or kept[sizes][1] != addresses:
-            kept[sizes] = _corner(weight, bias, sizes), addresses
+            kept[sizes] = self._corner(weight, bias, sizes), addresses
         return kept[sizes][0]
 
-
-def _corner(
-    weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    corner = tuple(slice(size) for size in sizes)
-    return weight[corner], None if bias is None else bias[corner[0]]
+    def _corner(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        corner = tuple(slice(size) for size in sizes)
+        return weight[corner], None if bias is None else bias[corner[0]]
 
 
 class NestedLinear(LeadingSliceMixin, nn.Linear):

@@ -1,0 +1,120 @@
+"""The official ThinkingSwin state dict: which tensor each of our parameters is, and what the tensors and files tell."""
+
+import re
+
+import torch
+
+from ..models.configuration_thinking_swin import ThinkingSwinConfig
+from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification
+from .checkpoint import Checkpoint
+from .deit import label_fields, one_if_equal
+
+
+__all__ = ["IGNORED", "MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name"]
+
+MODEL_CLASS = ThinkingSwinForImageClassification
+
+# Names in our state dicts, without the base model's prefix → the official ones.
+RENAMES = (
+    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^embeddings\.position_embeddings$", "absolute_pos_embed"),
+    (r"^(layers\.\d+\.blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
+    (r"^(layers\.\d+\.blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
+    (r"^(layers\.\d+\.blocks\.\d+)\.attention\.o_proj\.", r"\1.attn.proj."),
+    (r"^(layers\.\d+\.blocks\.\d+)\.attention\.", r"\1.attn."),
+    (r"^(layers\.\d+\.blocks\.\d+\.mlp\.)", r"\1"),
+    (r"^(layers\.\d+\.downsample\.)", r"\1"),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head.fc."),
+)
+
+# The tensors whose shapes `build_config` reads, and how many dimensions they have.
+REQUIRED = {
+    "patch_embed.proj.weight": 4,
+    "layers.0.blocks.0.attn.relative_position_bias_table": 2,
+    "layers.0.blocks.0.mlp.fc1.weight": 2,
+    "head.fc.weight": 2,
+}
+
+# Buffers that follow from the sizes; some versions save them.
+IGNORED = re.compile(r"^layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)$")
+
+
+def official_name(name: str) -> str:
+    """The official name of the tensor that holds our parameter `name`."""
+    name = name.removeprefix("thinking_swin.")
+    recycler = re.match(r"^recyclers\.(\d+)\.(alpha|upsample|projection\.(?:weight|bias))$", name)
+    if recycler is not None:
+        index, rest = int(recycler[1]), recycler[2]
+        if rest == "alpha":
+            return f"alpha.{index}"
+        rest = "upsample.weight" if rest == "upsample" else rest.replace("projection.", "proj.")
+        return f"proj_layer{index + 1 if index else ''}.{rest}"
+    for pattern, replacement in RENAMES:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    raise KeyError(name)
+
+
+def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Our parameter `name` from the official tensor that holds it."""
+    if name.endswith(".upsample") and tensor.dim() == 4:  # (channels, 1, rows, columns) of a depthwise convolution
+        return tensor[:, 0].permute(1, 2, 0).contiguous()
+    if name.endswith(".projection.weight") and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+        return tensor[:, :, 0, 0]
+    return tensor  # what has another shape is left as it is, for the check of shapes to name
+
+
+def matches(checkpoint: Checkpoint, overrides: dict) -> bool:
+    """Whether this is a ThinkingViT on Swin: Swin's names, with recycling weights or rounds that somebody states."""
+    return "layers.0.blocks.0.attn.relative_position_bias_table" in checkpoint.state_dict and (
+        "alpha.0" in checkpoint.state_dict or "head_rounds" in {**checkpoint.model_args, **overrides}
+    )
+
+
+def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
+    """
+    The configuration that belongs to an official checkpoint. Sizes and heads come from the tensors, rounds from the
+    files or from `overrides`, which win.
+
+    Raises:
+        ValueError: if nothing says how many heads the rounds have.
+    """
+    state_dict, stated = checkpoint.state_dict, checkpoint.model_args
+    embed_dim, num_channels, *patch_size = state_dict["patch_embed.proj.weight"].shape
+    head_rounds = overrides.get("head_rounds") or stated.get("head_rounds")
+    if not head_rounds:
+        raise ValueError(
+            f"{checkpoint.path} does not say how many heads its rounds have. Pass `head_rounds`, for each round the "
+            "heads of each layer (--head-rounds on the command line); the published model has [[3, 3, 6, 12], "
+            "[3, 6, 12, 24]]."
+        )
+    table = "layers.{}.blocks.0.attn.relative_position_bias_table"
+    layers = _count(state_dict, r"layers\.(\d+)\.")
+    sides = stated.get("img_size") or checkpoint.preprocessing.get("input_size", [])[1:] or 224
+    fields = {
+        "head_rounds": [list(heads) for heads in head_rounds],
+        "image_size": sides if isinstance(sides, int) else one_if_equal(list(sides)),
+        "patch_size": one_if_equal(patch_size),
+        "num_channels": num_channels,
+        "embed_dim": embed_dim,
+        "depths": [_count(state_dict, rf"layers\.{layer}\.blocks\.(\d+)\.") for layer in range(layers)],
+        "num_heads": [
+            state_dict[name].shape[1] for layer in range(layers) if (name := table.format(layer)) in state_dict
+        ],
+        # A table has (2 · side - 1)² rows.
+        "window_size": (round(state_dict[table.format(0)].shape[0] ** 0.5) + 1) // 2,
+        "mlp_ratio": state_dict["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in state_dict,
+        "use_absolute_embeddings": "absolute_pos_embed" in state_dict,
+        "num_labels": state_dict["head.fc.weight"].shape[0],
+        "qkv_slicing": "leading_rows",
+        **label_fields(checkpoint),
+    }
+    return ThinkingSwinConfig(**{**fields, **overrides})
+
+
+def _count(state_dict: dict[str, torch.Tensor], pattern: str) -> int:
+    return 1 + max((int(match[1]) for name in state_dict if (match := re.match(pattern, name))), default=-1)

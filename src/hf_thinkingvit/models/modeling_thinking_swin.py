@@ -1,0 +1,225 @@
+"""
+PyTorch ThinkingSwin model: ThinkingViT (arXiv 2507.10800) on a Swin Transformer.
+
+In the order in which pixels flow: embeddings and layers (`nested_swin.py`), token recycling, the model that runs one
+round at a time, and the classifier, whose loop over rounds is `early_exit.StagedImageClassifierMixin`.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
+from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages
+from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
+
+
+class ThinkingSwinRecycler(nn.Module):
+    """
+    Token Recycling: embeddings + α · Proj(Up(z)), with z a round's normalised tokens. Up is a transposed convolution of
+    each channel by itself, with kernel = stride = the pyramid's downsampling, back to the grid of patches; Proj maps
+    each position to the width with which the next round starts. α starts at 0.
+    """
+
+    def __init__(self, config: ThinkingSwinConfig, before: SwinRound, after: SwinRound):
+        super().__init__()
+        side, width = config.downsampling, before.layers[-1].hidden_size
+        self.alpha = nn.Parameter(torch.zeros(1))
+        self.upsample = nn.Parameter(torch.ones(side, side, width))  # kernel: rows, columns, channels
+        self.projection = nn.Linear(width, after.layers[0].hidden_size)
+
+    def forward(self, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """
+        `embeddings` (batch, rows, columns, channels) and `tokens` (batch, rows / side, columns / side, width) → the
+        next round's input (batch, rows, columns, its width).
+        """
+        side, width = self.upsample.shape[0], self.projection.out_features
+        # No two kernels overlap, so for each place in a kernel both maps are one: Proj with its columns scaled by Up.
+        # All of them at once are one product with the few tokens, instead of one with every patch.
+        weight = self.upsample[:, :, None, :] * (self.alpha * self.projection.weight)
+        recycled = nn.functional.linear(
+            tokens, weight.flatten(0, 2), (self.alpha * self.projection.bias).repeat(side**2)
+        )
+        recycled = recycled.unflatten(3, (side, side, width)).transpose(2, 3)
+        squares = embeddings[..., :width].unflatten(2, (-1, side)).unflatten(1, (-1, side))
+        return (squares + recycled).flatten(3, 4).flatten(1, 2)
+
+
+def _record(target_class: type[nn.Module], index: int = 0) -> OutputRecorder:
+    recorder = OutputRecorder(target_class, index=index)
+    # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
+    recorder.num_hidden_layers_key = "num_recorded_layers"
+    return recorder
+
+
+class ThinkingSwinPreTrainedModel(PreTrainedModel):
+    config: ThinkingSwinConfig
+    base_model_prefix = "thinking_swin"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NestedSwinEmbeddings", "NestedSwinLayer"]
+    _supports_sdpa = True
+    # Relative position biases are added to the scores, which flash attention and flex attention do not take.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": _record(NestedSwinLayer), "attentions": _record(NestedSwinAttention, 1)}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NestedSwinEmbeddings) and module.position_embeddings is not None:
+            init.zeros_(module.position_embeddings)
+        elif isinstance(module, NestedSwinAttention):
+            init.zeros_(module.relative_position_bias_table)
+        elif isinstance(module, ThinkingSwinRecycler):
+            init.zeros_(module.alpha)
+            init.ones_(module.upsample)  # the nearest token: then nothing but Proj hides z from α
+
+
+class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
+    """
+    The bare ThinkingSwin, without a classifier. It cannot tell when an answer is good enough, so `forward` runs every
+    round for every image; the classifier runs it round by round with `embed`, `run_stage` and `recycle`.
+    """
+
+    def __init__(self, config: ThinkingSwinConfig):
+        super().__init__(config)
+        config.validate()
+        self.stages = config.stages
+        self.embeddings = NestedSwinEmbeddings(config)
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(config.depths)
+        self.layers = nn.ModuleList([NestedSwinLayer(config, index, rate.tolist()) for index, rate in enumerate(rates)])
+        self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.recyclers = nn.ModuleList([ThinkingSwinRecycler(config, *rounds) for rounds in pairwise(self.stages)])
+        self.post_init()
+
+    def embed(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        max_stages: int | None = None,
+    ) -> State:
+        """The state with which round 0 starts. Raises `ValueError` for images that cannot take all rounds to run."""
+        self.embeddings.check(pixel_values, interpolate_pos_encoding)
+        if resolve_max_stages(max_stages, self.config.num_stages) > 1:
+            self._check_recycling(tuple(pixel_values.shape[-2:]))
+        embeddings = self.embeddings(pixel_values)
+        return {"embeddings": embeddings, "hidden_states": embeddings[..., : self.stages[0].layers[0].hidden_size]}
+
+    def _check_recycling(self, image_size: tuple[int, int]) -> None:
+        side = self.config.downsampling
+        if any(patches % side for patches in self.config.grid_of(image_size)):
+            height, width = (side * patch for patch in self.embeddings.patch_size)
+            grid = "×".join(map(str, self.config.grid_of(image_size)))
+            raise ValueError(
+                f"`pixel_values` of {image_size[0]}×{image_size[1]} pixels give {grid} patches, which tokens cannot be "
+                f"recycled to: rows and columns must be multiples of {side}. Resize the images to a height that is a "
+                f"multiple of {height} and a width that is a multiple of {width} pixels, or pass `max_stages=1`."
+            )
+
+    def run_stage(self, stage_index: int, state: State, **kwargs) -> tuple[torch.Tensor, State]:
+        """
+        Run a round up to its answer.
+
+        Returns:
+            The mean of the tokens after the final LayerNorm `(images, width of the round)`, and the state: `tokens`,
+            normalised, `(images, rows, columns, width of the round)`, and `embeddings`.
+        """
+        hidden_states = state["hidden_states"]
+        grid = tuple(hidden_states.shape[1:3])
+        hidden_states = hidden_states.flatten(1, 2)
+        for layer, stage in zip(self.layers, self.stages[stage_index].layers):
+            hidden_states = layer(hidden_states, grid, stage, **kwargs)
+            grid = layer.grid_after(grid)
+        tokens = self.layernorm(hidden_states)
+        return tokens.mean(dim=1), {"embeddings": state["embeddings"], "tokens": tokens.unflatten(1, grid)}
+
+    def recycle(self, stage_index: int, state: State) -> State:
+        """The state with which round `stage_index + 1` starts."""
+        hidden_states = self.recyclers[stage_index](state["embeddings"], state["tokens"])
+        return {"embeddings": state["embeddings"], "hidden_states": hidden_states}
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        max_stages: int | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
+            max_stages (`int`, *optional*): run only this many rounds; all by default.
+            interpolate_pos_encoding (`bool`, *optional*): with `config.use_absolute_embeddings`, accept images of
+                another size than `config.image_size`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens of the last round
+            that ran, after the final LayerNorm, `(batch_size, tokens, width of that round)`. `hidden_states` and
+            `attentions` hold every layer and every block of every round, in order, as in `StagedImageClassifierOutput`.
+
+        Raises:
+            ValueError: for pixel values or `max_stages` that do not fit the model.
+        """
+        num_stages = resolve_max_stages(max_stages, self.config.num_stages)
+        state = self.embed(pixel_values, interpolate_pos_encoding, num_stages)
+        for index in range(num_stages):
+            _, state = self.run_stage(index, state, **kwargs)
+            if index < num_stages - 1:
+                state = self.recycle(index, state)
+        return BaseModelOutput(last_hidden_state=state["tokens"].flatten(1, 2))
+
+
+class ThinkingSwinForImageClassification(StagedImageClassifierMixin, ThinkingSwinPreTrainedModel):
+    """
+    ThinkingSwin with an image classification head on the mean of the tokens, one head for all rounds, and early exit.
+
+    Call it as any Transformers image classifier; see `forward` for the arguments that steer the exits, and
+    [`StagedImageClassifierOutput`] for what each output means when images exit at different stages.
+
+    Example:
+
+    ```python
+    >>> model = ThinkingSwinForImageClassification.from_pretrained("org/thinking-swin-s", threshold=0.9)
+    >>> outputs = model(**image_processor(images, return_tensors="pt"))
+    >>> outputs.logits.argmax(-1), outputs.exit_stage, outputs.entropy
+    ```"""
+
+    def __init__(self, config: ThinkingSwinConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.thinking_swin = ThinkingSwinModel(config)
+        self.classifier = NestedLinear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def begin(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        max_stages: int | None = None,
+        **kwargs,
+    ) -> State:
+        return self.thinking_swin.embed(pixel_values, interpolate_pos_encoding, max_stages)
+
+    def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> tuple[torch.Tensor, State]:
+        pooled, state = self.thinking_swin.run_stage(stage_index, state, **kwargs)
+        return self.classifier(pooled), state
+
+    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
+        return self.thinking_swin.recycle(stage_index, state)
+
+
+__all__ = ["ThinkingSwinForImageClassification", "ThinkingSwinModel", "ThinkingSwinPreTrainedModel"]

@@ -1,0 +1,349 @@
+"""
+The parts of a Swin Transformer (arXiv 2103.14030) on their leading channels and heads.
+
+In the order in which pixels flow: embeddings, patch merging, windows, attention, block, layer. A `Stage` says how many
+heads and channels of a layer are used; at full width this is Transformers' Swin.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .config_checks import as_pair
+from .configuration_nested_vit import Stage
+from .configuration_thinking_swin import ThinkingSwinConfig
+from .nested_layers import KeptTensorsMixin, LeadingSliceMixin, NestedLayerNorm, NestedLinear, ResidualDropout
+from .nested_vit import eager_attention_forward
+
+
+# Added to the attention scores of tokens that the cyclic shift brought into one window from opposite ends of the image:
+# the value of Swin's code, and so of the weights.
+NOT_ADJACENT = -100.0
+# Of the norms of patch embedding and patch merging, whatever `layer_norm_eps`, as in Transformers' Swin.
+PATCH_NORM_EPS = 1e-5
+# How many kinds of windows (sizes, shifts, dtypes) are remembered before all are made anew.
+KEPT_GRIDS = 16
+
+
+class NestedSwinEmbeddings(nn.Module):
+    """Patches, normalised at full width; position embeddings where the configuration asks for them."""
+
+    def __init__(self, config: ThinkingSwinConfig):
+        super().__init__()
+        self.config = config
+        self.patch_size = as_pair(config.patch_size)
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.embed_dim, kernel_size=self.patch_size, stride=self.patch_size
+        )
+        self.norm = nn.LayerNorm(config.embed_dim, eps=PATCH_NORM_EPS)
+        self.position_embeddings = None
+        if config.use_absolute_embeddings:
+            rows, columns = config.patch_grid
+            self.position_embeddings = nn.Parameter(torch.zeros(1, rows * columns, config.embed_dim))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values` (batch_size, num_channels, height, width) → (batch_size, rows, columns, embed_dim)."""
+        pixel_values = pixel_values.to(self.patch_embeddings.weight.dtype)
+        bottom, right = (-side % patch for side, patch in zip(pixel_values.shape[2:], self.patch_size))
+        if bottom or right:
+            pixel_values = nn.functional.pad(pixel_values, (0, right, 0, bottom))
+        embeddings = self.norm(self.patch_embeddings(pixel_values).permute(0, 2, 3, 1))
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self._position_embeddings(tuple(embeddings.shape[1:3]))
+        return self.dropout(embeddings)
+
+    def _position_embeddings(self, grid: tuple[int, int]) -> torch.Tensor:
+        """For a grid of (rows, columns) patches, bicubic where it is another than the configuration's."""
+        positions = self.position_embeddings.unflatten(1, self.config.patch_grid)
+        if grid == self.config.patch_grid:
+            return positions
+        positions = nn.functional.interpolate(
+            positions.permute(0, 3, 1, 2), size=grid, mode="bicubic", align_corners=False
+        )
+        return positions.permute(0, 2, 3, 1)
+
+    def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
+        """`ValueError` for images that do not fit: channels, or a size that position embeddings are not made for."""
+        channels, (height, width) = self.config.num_channels, as_pair(self.config.image_size)
+        if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            got = None if pixel_values is None else tuple(pixel_values.shape)
+            raise ValueError(
+                f"`pixel_values` must have the shape (batch_size, {channels}, height, width), with {channels} channels "
+                f"as in `config.num_channels`, got {got}."
+            )
+        got = tuple(pixel_values.shape[-2:])
+        if min(got) < 1:
+            raise ValueError(f"`pixel_values` of {got[0]}×{got[1]} pixels are no images.")
+        if self.position_embeddings is not None and not interpolate_pos_encoding and got != (height, width):
+            raise ValueError(
+                f"`pixel_values` must be images of {height}×{width} pixels (`config.image_size`), since the model has "
+                f"absolute position embeddings, got {got[0]}×{got[1]}. Resize them with the image processor, or pass "
+                "`interpolate_pos_encoding=True`."
+            )
+
+
+class NestedSwinPatchMerging(nn.Module):
+    """Four neighbours become one position: their kept channels side by side, normalised, to the next layer's width."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm = NestedLayerNorm(4 * in_channels, eps=PATCH_NORM_EPS)
+        self.reduction = NestedLinear(4 * in_channels, out_channels, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, out_channels: int) -> torch.Tensor:
+        """(batch, rows, columns, kept channels) → (batch, rows / 2, columns / 2, `out_channels`), halves rounded up."""
+        rows, columns = hidden_states.shape[1:3]
+        if rows % 2 or columns % 2:
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, columns % 2, 0, rows % 2))
+        # Of each square, down the left column and then down the right one.
+        squares = hidden_states.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+        return self.reduction(self.norm(squares.flatten(3)), out_channels)
+
+
+class Windows(NamedTuple):
+    """
+    How a grid is cut into windows, for one shift. Cutting is one permutation, shift and padding included.
+
+    Attributes:
+        size: side of a window.
+        padding: rows below and columns to the right that complete the last windows.
+        order (`torch.LongTensor` of shape `(windows * size²,)`): the position in the (padded) grid of each window's
+            tokens, window after window.
+        back (`torch.LongTensor` of shape `(rows * columns,)`): the place in `order` of each position of the grid.
+        mask (`torch.Tensor` of shape `(windows, 1, size², size²)`, *optional*): added to the attention scores where the
+            shift brings opposite ends of the grid together.
+    """
+
+    size: int
+    padding: tuple[int, int]
+    order: torch.Tensor
+    back: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of_grid(
+        cls, grid: tuple[int, int], window_size: int, shift: int, device: torch.device, dtype: torch.dtype
+    ) -> "Windows":
+        """The windows of a grid of (rows, columns); one that is no longer than a window has the size of its side."""
+        if min(grid) <= window_size:
+            window_size, shift = min(grid), 0
+        padding = tuple(-side % window_size for side in grid)
+        rows, columns = (side + more for side, more in zip(grid, padding))
+        places = torch.arange(rows * columns, device=device).view(rows, columns)
+        order = _cut(places.roll((-shift, -shift), (0, 1)), window_size).flatten()
+        back = order.argsort().view(rows, columns)[: grid[0], : grid[1]].flatten()
+        mask = None
+        if shift:
+            # Bands along each axis: what lies in one band was adjacent before the shift.
+            row_bands, column_bands = (
+                (torch.arange(side, device=device) >= side - window_size).long()
+                + (torch.arange(side, device=device) >= side - shift).long()
+                for side in (rows, columns)
+            )
+            regions = _cut(3 * row_bands[:, None] + column_bands, window_size).flatten(1)
+            apart = regions[:, None, :, None] != regions[:, None, None, :]
+            mask = torch.zeros(apart.shape, device=device, dtype=dtype).masked_fill(apart, NOT_ADJACENT)
+        return cls(window_size, padding, order, back, mask)
+
+    def cut(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, rows, columns, channels) → (batch * windows, size², channels)."""
+        bottom, right = self.padding
+        if bottom or right:
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, right, 0, bottom))
+        return hidden_states.flatten(1, 2).index_select(1, self.order).unflatten(1, (-1, self.size**2)).flatten(0, 1)
+
+    def join(self, windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The way back, without what was padded: (batch, rows, columns, channels)."""
+        tokens = windows.unflatten(0, (-1, len(self.order) // self.size**2)).flatten(1, 2)
+        return tokens.index_select(1, self.back).unflatten(1, grid)
+
+
+def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
+    """(rows, columns) → (windows, window_size, window_size)."""
+    squares = grid.unflatten(1, (-1, window_size)).unflatten(0, (-1, window_size))
+    return squares.transpose(1, 2).flatten(0, 1)
+
+
+class NestedQKV(LeadingSliceMixin, nn.Linear):
+    """
+    Queries, keys and values from one matrix of 3 · channels rows, of which narrower rounds use the rows that `slicing`
+    says (see `qkv_slicing` in [`ThinkingSwinConfig`]). Slices are views, and whatever is one block of rows is one
+    product.
+    """
+
+    def __init__(self, channels: int, bias: bool, slicing: str):
+        super().__init__(channels, 3 * channels, bias=bias)
+        self.slicing = slicing
+
+    def forward(self, hidden_states: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, ...]:
+        """(windows, tokens, width) → queries, keys and values, each (windows, heads, tokens, head_dim)."""
+        width = hidden_states.shape[-1]
+        if self.slicing == "leading_rows" or width == self.in_features:
+            projected = nn.functional.linear(hidden_states, *self.leading(3 * width, width)).chunk(3, dim=-1)
+        else:
+            projected = [nn.functional.linear(hidden_states, *part) for part in self.leading(width, width)]
+        return tuple(part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in projected)
+
+    def _corner(self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]):
+        if self.slicing == "leading_rows":
+            return super()._corner(weight, bias, sizes)
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        return [super(NestedQKV, self)._corner(*part, sizes) for part in zip(weight.chunk(3), biases)]
+
+
+class NestedSwinAttention(KeptTensorsMixin, nn.Module):
+    """Self-attention within windows, with the leading heads and their relative position bias."""
+
+    def __init__(self, config: ThinkingSwinConfig, full: Stage):
+        super().__init__()
+        self.config = config
+        self.head_dim = full.hidden_size // full.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.qkv = NestedQKV(full.hidden_size, bias=config.qkv_bias, slicing=config.qkv_slicing)
+        self.o_proj = NestedLinear(full.hidden_size, full.hidden_size)
+        self.window_size = config.window_size
+        # One row per offset (rows, columns) between two tokens of a window.
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * config.window_size - 1) ** 2, full.num_attention_heads)
+        )
+
+    def relative_position_bias(self, size: int, num_heads: int) -> torch.Tensor:
+        """Of windows of `size` × `size` tokens, at most `config.window_size`: (1, num_heads, size², size²)."""
+        places = torch.arange(size, device=self.relative_position_bias_table.device)
+        offsets = places[:, None] - places + self.window_size - 1
+        rows = offsets[:, None, :, None] * (2 * self.window_size - 1) + offsets[None, :, None, :]
+        table = self.relative_position_bias_table[:, :num_heads]
+        return table[rows.flatten()].view(size**2, size**2, num_heads).permute(2, 0, 1).contiguous()[None]
+
+    def bias_and_mask(self, windows: Windows, num_heads: int) -> torch.Tensor:
+        """What is added to the scores: (1 or windows of an image, num_heads, size², size²)."""
+        table = self.relative_position_bias_table
+        if not self.keeps(table):
+            return self._make_bias_and_mask(windows, num_heads)
+        kept = self.__dict__.setdefault("_kept", {})
+        # Unlike a view, it does not follow a change of the table in place, which the version counts.
+        state = table.data_ptr(), None if table.is_inference() else table._version
+        key = windows.size, num_heads, windows.order.shape, windows.padding, windows.mask is None
+        if key not in kept or kept[key][1] != state:
+            if len(kept) >= KEPT_GRIDS:
+                kept.clear()
+            kept[key] = self._make_bias_and_mask(windows, num_heads), state
+        return kept[key][0]
+
+    def _make_bias_and_mask(self, windows: Windows, num_heads: int) -> torch.Tensor:
+        bias = self.relative_position_bias(windows.size, num_heads)
+        return bias if windows.mask is None else bias + windows.mask
+
+    def forward(self, hidden_states: torch.Tensor, windows: Windows, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden_states` (batch * windows, size², width), normalised → the same, and attention probabilities."""
+        query, key, value = self.qkv(hidden_states, self.head_dim)
+        attention_mask = self.bias_and_mask(windows, query.shape[1])
+        batch_size = len(hidden_states) * windows.size**2 // len(windows.order)
+        if len(attention_mask) > 1 and batch_size != 1:
+            attention_mask = attention_mask.expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if hidden_states.shape[0] == 0:  # not every backend can shape an empty batch
+            attention_interface = eager_attention_forward
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(hidden_states.shape), hidden_states.shape[-1]), attn_weights
+
+
+class NestedSwinMLP(nn.Module):
+    def __init__(self, config: ThinkingSwinConfig, full: Stage):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = NestedLinear(full.hidden_size, full.intermediate_size)
+        self.fc2 = NestedLinear(full.intermediate_size, full.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
+        intermediate = self.activation_fn(self.fc1(hidden_states, intermediate_size))
+        return self.fc2(intermediate, hidden_states.shape[-1])
+
+
+class NestedSwinBlock(GradientCheckpointingLayer):
+    """A pre-norm transformer block with attention in windows."""
+
+    def __init__(self, config: ThinkingSwinConfig, full: Stage, drop_path_rate: float):
+        super().__init__()
+        self.attention = NestedSwinAttention(config, full)
+        self.layernorm_before = NestedLayerNorm(full.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = NestedLayerNorm(full.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = NestedSwinMLP(config, full)
+        self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, stage: Stage, windows: Windows, **kwargs) -> torch.Tensor:
+        """`hidden_states` (batch, rows, columns, stage.hidden_size) → the same."""
+        grid = tuple(hidden_states.shape[1:3])
+        normed = windows.cut(self.layernorm_before(hidden_states))
+        attn_output, _ = self.attention(normed, windows, **kwargs)
+        hidden_states = hidden_states + self.dropout(windows.join(attn_output, grid))
+        mlp_output = self.mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
+        return hidden_states + self.dropout(mlp_output)
+
+
+class NestedSwinLayer(nn.Module):
+    """
+    A layer of the hierarchy: patch merging, except in the first, then blocks, of which every other one shifts its
+    windows by half their size.
+    """
+
+    def __init__(self, config: ThinkingSwinConfig, index: int, drop_path_rates: list[float]):
+        super().__init__()
+        width = config.hidden_sizes[index]
+        full = Stage(config.num_heads[index], width, int(config.mlp_ratio * width))
+        self.window_size = config.window_size
+        self.downsample = NestedSwinPatchMerging(config.hidden_sizes[index - 1], width) if index else None
+        self.blocks = nn.ModuleList([NestedSwinBlock(config, full, rate) for rate in drop_path_rates])
+        self._windows: dict[tuple, Windows] = {}  # made of nothing but sizes: never stale
+
+    def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int], stage: Stage, **kwargs) -> torch.Tensor:
+        """
+        `hidden_states` (batch, rows * columns of the `grid`, width of the layer before) → (batch, tokens of this layer,
+        stage.hidden_size), where the grid of this layer is half as long on each side if there is a `downsample`.
+        """
+        hidden_states = hidden_states.unflatten(1, grid)
+        if self.downsample is not None:
+            hidden_states = self.downsample(hidden_states, stage.hidden_size)
+        for index, block in enumerate(self.blocks):
+            windows = self.windows(hidden_states, self.window_size // 2 if index % 2 else 0)
+            hidden_states = block(hidden_states, stage, windows, **kwargs)
+        return hidden_states.flatten(1, 2)
+
+    def grid_after(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of this layer, from those of its input."""
+        return grid if self.downsample is None else (-(-grid[0] // 2), -(-grid[1] // 2))
+
+    def windows(self, hidden_states: torch.Tensor, shift: int) -> Windows:
+        """The windows of `hidden_states` (batch, rows, columns, channels)."""
+        grid, device, dtype = tuple(hidden_states.shape[1:3]), hidden_states.device, hidden_states.dtype
+        if torch.compiler.is_compiling():
+            return Windows.of_grid(grid, self.window_size, shift, device, dtype)
+        key = grid, shift, device, dtype
+        if key not in self._windows:
+            if len(self._windows) >= KEPT_GRIDS:
+                self._windows.clear()
+            with torch.inference_mode(False):  # autograd may need the indices later
+                self._windows[key] = Windows.of_grid(grid, self.window_size, shift, device, dtype)
+        return self._windows[key]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_windows": {}}
