@@ -1,10 +1,11 @@
 """
 Multiply-accumulates in matrix products, from a configuration alone.
 
-For ThinkingViT two countings. `stage_macs` counts what this package computes: of the last layer only what is read, each
-recycling projection only as wide as the next stage, each channel of the patch embedding once. `published_stage_macs`
-counts as the paper's tables do: every stage a complete plain ViT. Both per stage: an image that exits after stage s has
-cost the sum of the first s + 1 entries. For A-ViT, `halting_macs` counts from the depths of an image's tokens.
+For models that think in stages two countings. `stage_macs` counts what this package computes: on ViT, of the last layer
+only what is read, each recycling projection only as wide as the next stage, each channel of the patch embedding once.
+`published_stage_macs` counts as the paper's tables do: every stage a complete plain model. Both per stage: an image
+that exits after stage s has cost the sum of the first s + 1 entries. For A-ViT, `halting_macs` counts from the depths
+of an image's tokens.
 """
 
 from collections.abc import Sequence
@@ -14,20 +15,35 @@ import torch
 from ..models.config_checks import as_pair
 from ..models.configuration_avit import AViTConfig
 from ..models.configuration_nested_vit import NestedViTConfig, Stage
+from ..models.configuration_staged import StagedConfig
+from ..models.configuration_thinking_swin import ThinkingSwinConfig
 from ..models.configuration_thinkingvit import ThinkingViTConfig
+from . import swin_macs
 
 
-def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+def stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
     """
     MACs that one image adds by running each stage, going on to it included.
 
     Args:
-        config (`ThinkingViTConfig`): the model.
+        config (`ThinkingViTConfig` or `ThinkingSwinConfig`): the model.
         image_size (`int` or `(height, width)`, *optional*): input in pixels, `config.image_size` by default.
 
     Returns:
         `list[int]`, one entry per stage.
     """
+    return COUNTINGS[config.model_type][0](config, image_size)
+
+
+def published_stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """
+    MACs of each stage as the paper counts them: a plain ViT or Swin of its width, patch embedding and all; recycling is
+    counted on Swin and not on ViT.
+    """
+    return COUNTINGS[config.model_type][1](config, image_size)
+
+
+def _vit_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
     stages, layers = config.stages, config.num_hidden_layers
     macs = []
@@ -45,8 +61,7 @@ def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None
     return macs
 
 
-def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
-    """MACs of each stage as the paper counts them: a plain ViT of its width, patch embedding and all, no recycling."""
+def _vit_published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
     return [
         _patch_embedding(config, num_patches, stage.hidden_size)
@@ -54,6 +69,13 @@ def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[i
         + stage.hidden_size * config.num_labels
         for stage in config.stages
     ]
+
+
+# How each family counts, here and as published. By name, since a configuration may have come with its own code.
+COUNTINGS = {
+    ThinkingViTConfig.model_type: (_vit_stage_macs, _vit_published_stage_macs),
+    ThinkingSwinConfig.model_type: (swin_macs.stage_macs, swin_macs.published_stage_macs),
+}
 
 
 def halting_macs(
