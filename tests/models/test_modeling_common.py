@@ -12,6 +12,9 @@ from hf_thinkingvit import (
     AViTConfig,
     AViTForImageClassification,
     AViTModel,
+    ThinkingSwinConfig,
+    ThinkingSwinForImageClassification,
+    ThinkingSwinModel,
     ThinkingViTConfig,
     ThinkingViTForImageClassification,
     ThinkingViTModel,
@@ -71,10 +74,13 @@ class ThinkingViTModelTest(ModelTesterMixin, unittest.TestCase):
     all_model_classes = (ThinkingViTModel, ThinkingViTForImageClassification)
     test_resize_embeddings = False
 
+    model_tester_class = ThinkingViTModelTester
+
     def setUp(self):
-        self.model_tester = ThinkingViTModelTester(self)
+        self.model_tester = self.model_tester_class(self)
         # The tests tell bare models, which have no loss to train, by their names in this table.
-        names = unittest.mock.patch.dict(MODEL_MAPPING_NAMES, {"thinkingvit": ThinkingViTModel.__name__})
+        bare_model, _ = self.all_model_classes
+        names = unittest.mock.patch.dict(MODEL_MAPPING_NAMES, {bare_model.config_class.model_type: bare_model.__name__})
         names.start()
         self.addCleanup(names.stop)
 
@@ -95,6 +101,40 @@ class PlainViTModelTest(ThinkingViTModelTest):
     def setUp(self):
         super().setUp()
         self.model_tester = ThinkingViTModelTester(self, thinking_stages=(4,))
+
+
+class ThinkingSwinModelTester(ThinkingViTModelTester):
+    """The same for ThinkingSwin: two rounds over two layers, 4 × 4 patches and then 2 × 2, in windows of 4 × 4."""
+
+    def __init__(self, parent, head_rounds=((1, 2), (2, 4))):
+        super().__init__(parent)
+        self.image_size, self.patch_size = 16, 4
+        self.head_rounds = [list(heads) for heads in head_rounds]
+        self.depths = [2, 1]
+        # The tests expect one entry per block in attentions, and one per layer in hidden states.
+        self.num_hidden_layers = sum(self.depths) * len(head_rounds)
+        self.expected_num_hidden_layers = len(self.depths) * len(head_rounds) + 1
+        self.num_attention_heads = head_rounds[0][0]
+        self.seq_length = self.encoder_seq_length = 16
+        self.hidden_size = 8 * head_rounds[0][0]
+
+    def get_config(self):
+        return ThinkingSwinConfig(
+            head_rounds=self.head_rounds,
+            num_heads=[2, 4],
+            depths=self.depths,
+            embed_dim=16,
+            window_size=4,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_labels=self.num_labels,
+            threshold=0.0,
+        )
+
+
+class ThinkingSwinModelTest(ThinkingViTModelTest):
+    all_model_classes = (ThinkingSwinModel, ThinkingSwinForImageClassification)
+    model_tester_class = ThinkingSwinModelTester
 
 
 class AViTModelTester(ThinkingViTModelTester):
@@ -118,9 +158,4 @@ class AViTModelTester(ThinkingViTModelTester):
 
 class AViTModelTest(ThinkingViTModelTest):
     all_model_classes = (AViTModel, AViTForImageClassification)
-
-    def setUp(self):
-        self.model_tester = AViTModelTester(self)
-        names = unittest.mock.patch.dict(MODEL_MAPPING_NAMES, {"avit": AViTModel.__name__})
-        names.start()
-        self.addCleanup(names.stop)
+    model_tester_class = AViTModelTester

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from hf_thinkingvit import ThinkingViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model, middle_threshold, random_images
+from tests.utils import lively_model, lively_swin, middle_threshold, random_images
 
 
 SCRIPT = """
@@ -49,11 +49,14 @@ print(type(classifier.model).__module__)
 """
 
 
-@pytest.mark.parametrize("family", ["thinkingvit", "avit"])
+STAGED = {"thinkingvit": lively_model, "thinking_swin": lively_swin}
+
+
+@pytest.mark.parametrize("family", [*STAGED, "avit"])
 def test_loads_without_the_package_and_gives_equal_outputs(family, tmp_path):
     pixel_values = random_images()
-    if family == "thinkingvit":
-        model = lively_model()
+    if family in STAGED:
+        model = STAGED[family]()
         overrides = {"threshold": middle_threshold(model, pixel_values)}
     else:
         model, overrides = lively_avit(), {"halting_epsilon": 0.02}
@@ -77,10 +80,11 @@ def test_loads_without_the_package_and_gives_equal_outputs(family, tmp_path):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=lambda m: f"{name}: {m}")
-    assert len(expected["exit_stage" if family == "thinkingvit" else "macs"].unique()) > 1
+    assert len(expected["exit_stage" if family in STAGED else "macs"].unique()) > 1
     # What it saves in turn is complete again.
     names = {path.name for path in folder.glob("*.py")}
-    assert {f"modeling_{family}.py", f"configuration_{family}.py", "nested_vit.py"} <= names
+    backbone = "nested_swin.py" if family == "thinking_swin" else "nested_vit.py"
+    assert {f"modeling_{family}.py", f"configuration_{family}.py", backbone} <= names
     for name in names:
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
 

@@ -13,11 +13,13 @@ from transformers import Trainer, TrainingArguments
 
 from tests.models import train_distributed
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model, random_images
+from tests.utils import lively_model, lively_swin, random_images
 
 
 @pytest.mark.parametrize(
-    "model", [lively_model(num_labels=4, threshold=0.3), lively_avit(num_labels=4)], ids=lambda m: m.config.model_type
+    "model",
+    [lively_model(num_labels=4, threshold=0.3), lively_swin(num_labels=4, threshold=0.3), lively_avit(num_labels=4)],
+    ids=lambda m: m.config.model_type,
 )
 def test_trainer_without_a_subclass(model, tmp_path):
     pixel_values = random_images(48)
@@ -66,6 +68,8 @@ def test_trainer_without_a_subclass(model, tmp_path):
     [
         ("thinkingvit", {}),
         ("thinkingvit", {"thinking_stages": [2, 2], "hidden_size": 16}),
+        ("thinking_swin", {}),
+        ("thinking_swin", {"qkv_slicing": "each_projection", "head_rounds": [[1, 2], [1, 2]], "num_heads": [1, 2]}),
         # The prior compares averages over a batch, which two half batches do not share.
         ("avit", {"distilled": True, "prior_loss_weight": 0.0}),
     ],

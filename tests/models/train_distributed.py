@@ -12,10 +12,10 @@ import torch.distributed as distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model, random_images
+from tests.utils import lively_model, lively_swin, random_images
 
 
-FAMILIES = {"thinkingvit": lively_model, "avit": lively_avit}
+FAMILIES = {"thinkingvit": lively_model, "thinking_swin": lively_swin, "avit": lively_avit}
 
 
 def train(model: torch.nn.Module, rows: slice) -> None:

@@ -20,6 +20,7 @@ from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
+from .swin_weights import import_swin, load_swin, thinking_swin_config_from_swin
 
 
 class ThinkingSwinRecycler(nn.Module):
@@ -220,6 +221,34 @@ class ThinkingSwinForImageClassification(StagedImageClassifierMixin, ThinkingSwi
 
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
         return self.thinking_swin.recycle(stage_index, state)
+
+    @classmethod
+    def from_swin(cls, source, head_rounds=None, **config_overrides) -> "ThinkingSwinForImageClassification":
+        r"""
+        Start from a trained plain Swin Transformer (the plug-in upgrade of the ThinkingViT paper).
+
+        The new model is as wide as the source and has its weights; only recycling is freshly initialised, without
+        effect at first (α = 0). So a round with all heads gives the source's logits, and the rounds before it use the
+        leading heads and channels, which training has to teach to answer.
+
+        Args:
+            source (`str`, `os.PathLike` or `SwinForImageClassification`):
+                A model, or the folder or Hub id of one.
+            head_rounds (`list[list[int]]`, *optional*):
+                Heads of each layer for each round, at most the source's. By default two rounds: first all heads of the
+                first layer and half of them in the others (as in the published model), then all.
+            config_overrides:
+                Further fields of [`ThinkingSwinConfig`], such as `threshold`. `qkv_slicing` is `"each_projection"`
+                here, not the configuration's default: then the leading heads of a narrower round are heads of the
+                source, while `"leading_rows"` would read its queries as keys and values.
+
+        Raises:
+            ValueError: if the source is no Swin classifier, or an override changes what its weights fix.
+        """
+        swin = load_swin(source)
+        model = cls(thinking_swin_config_from_swin(swin.config, head_rounds, **config_overrides))
+        import_swin(model, swin)
+        return model
 
 
 __all__ = ["ThinkingSwinForImageClassification", "ThinkingSwinModel", "ThinkingSwinPreTrainedModel"]

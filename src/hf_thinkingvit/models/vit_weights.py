@@ -45,30 +45,37 @@ ONE_HEAD = (ViTForImageClassification, DeiTForImageClassification)
 ONE_OR_TWO_HEADS = (*ONE_HEAD, DeiTForImageClassificationWithTeacher)
 
 
-def load_vit(
-    source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...] = ONE_HEAD
+def load_classifier(
+    source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...]
 ) -> PreTrainedModel:
     """
-    A ViT or DeiT image classifier, of one of the `accepted` classes, from a model, a folder or a Hub id.
+    An image classifier of one of the `accepted` classes, from a model, a folder or a Hub id.
 
     Raises:
         ValueError: if it is of another class, or its checkpoint lacks weights, such as those of the classifier.
     """
+    names = " or ".join(f"`{expected.__name__}`" for expected in accepted)
     if isinstance(source, (str, os.PathLike)):
         model, loading = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(
                 f"{source} is no complete image classifier: its checkpoint lacks {sorted(loading['missing_keys'])}. "
-                "Expected a fine-tuned `ViTForImageClassification` or `DeiTForImageClassification`."
+                f"Expected a fine-tuned {names}."
             )
     else:
         model = source
     if not isinstance(model, accepted):
-        names = " or ".join(f"`{expected.__name__}`" for expected in accepted)
         raise ValueError(f"Expected a {names}, got {type(model).__name__}.")
     if not model.config.num_labels:
         raise ValueError(f"The {type(model).__name__} has no classification head (`num_labels` = 0).")
     return model
+
+
+def load_vit(
+    source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...] = ONE_HEAD
+) -> PreTrainedModel:
+    """A ViT or DeiT image classifier, as `load_classifier` returns it."""
+    return load_classifier(source, accepted)
 
 
 # Fields that the source's weights fix: another value would leave weights out, or put them in the wrong place.
@@ -87,9 +94,9 @@ FIXED_FIELDS = (
 )
 
 
-def check_overrides(overrides: dict) -> None:
+def check_overrides(overrides: dict, fixed_fields: tuple[str, ...] = FIXED_FIELDS) -> None:
     """`ValueError` for overrides of what the source's weights fix; labels may be renamed, not added or removed."""
-    fixed = [name for name in FIXED_FIELDS if name in overrides]
+    fixed = [name for name in fixed_fields if name in overrides]
     if fixed:
         raise ValueError(
             f"{', '.join(f'`{name}`' for name in fixed)} cannot be overridden: the weights of the source fix them."
@@ -175,9 +182,10 @@ def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
 __all__ = [
     "ONE_OR_TWO_HEADS",
     "SHARED_FIELDS",
-    "check_overrides",
     "export_stage",
     "import_vit",
+    "load_classifier",
     "load_vit",
+    "check_overrides",
     "thinkingvit_config_from_vit",
 ]

@@ -1,0 +1,95 @@
+"""Plain Transformers Swin classifiers → ThinkingSwin models of the same size, whose rounds use parts of them."""
+
+import os
+import re
+
+import torch
+from transformers import PreTrainedModel, SwinForImageClassification
+
+from .configuration_thinking_swin import ThinkingSwinConfig
+from .vit_weights import check_overrides, load_classifier
+
+
+# What both kinds of model mean in the same way.
+SHARED_FIELDS = (
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "embed_dim",
+    "depths",
+    "num_heads",
+    "window_size",
+    "mlp_ratio",
+    "qkv_bias",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "hidden_act",
+    "use_absolute_embeddings",
+    "initializer_range",
+    "layer_norm_eps",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+# Fields that the source's weights fix: another value would leave weights out, or put them in the wrong place.
+FIXED_FIELDS = (*SHARED_FIELDS[:9], "use_absolute_embeddings", "hidden_size", "num_labels")
+
+
+def load_swin(source: str | os.PathLike | PreTrainedModel) -> SwinForImageClassification:
+    """
+    A Swin image classifier, from a model, a folder or a Hub id.
+
+    Raises:
+        ValueError: if it is of another class, or its checkpoint lacks weights, such as those of the classifier.
+    """
+    return load_classifier(source, (SwinForImageClassification,))
+
+
+def thinking_swin_config_from_swin(config, head_rounds=None, **overrides) -> ThinkingSwinConfig:
+    """
+    The configuration of a ThinkingSwin of the size of the Swin `config`.
+
+    Raises:
+        ValueError: if the rounds are none that the source can have, or an override changes what its weights fix.
+    """
+    check_overrides(overrides, FIXED_FIELDS)
+    heads = list(config.num_heads)
+    if head_rounds is None:
+        head_rounds = [[heads[0], *(max(1, count // 2) for count in heads[1:])], heads]
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+    return ThinkingSwinConfig(**{**fields, "head_rounds": head_rounds, "qkv_slicing": "each_projection", **overrides})
+
+
+def _source_names(name: str) -> list[str]:
+    """The source's names of the tensors that, one upon another, are our parameter `name`; none for recycling."""
+    name = name.removeprefix("thinking_swin.")
+    if name.startswith("recyclers."):
+        return []
+    if name.startswith("classifier."):
+        return [name]
+    name = name.replace("patch_embeddings.", "patch_embeddings.projection.")
+    merging = re.match(r"layers\.(\d+)\.(downsample\..*)", name)
+    if merging:  # before the layer here, and behind the one before it there
+        name = f"layers.{int(merging[1]) - 1}.{merging[2]}"
+    name = re.sub(r"^layers\.", "encoder.layers.", name)
+    name = name.replace("attention.relative", "attention.relative_position_bias.relative")
+    return [f"swin.{name.replace('.qkv.', f'.{part}_proj.')}" for part in ("qkv" if ".qkv." in name else "q")]
+
+
+@torch.no_grad()
+def import_swin(model: PreTrainedModel, swin: PreTrainedModel) -> None:
+    """Put the weights of `swin` into `model`, which takes on its dtype and mode; recycling keeps what it has."""
+    if model.config.num_labels != swin.config.num_labels:
+        raise ValueError(
+            f"`id2label` names {model.config.num_labels} labels, but the source has {swin.config.num_labels}: their "
+            "number cannot change here."
+        )
+    model.to(device=swin.device, dtype=swin.dtype).train(swin.training)
+    weights = dict(swin.named_parameters())
+    for name, parameter in model.named_parameters():
+        names = _source_names(name)
+        if names:
+            parameter.copy_(torch.cat([weights[each] for each in names]))
+
+
+__all__ = ["FIXED_FIELDS", "import_swin", "load_swin", "thinking_swin_config_from_swin"]
