@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_thinkingvit import ThinkingViTConfig
+from hf_thinkingvit import ThinkingSwinConfig, ThinkingViTConfig
 from hf_thinkingvit.evaluation import halting_macs, published_stage_macs, stage_macs
 from tests.models.test_modeling_avit import GATES, lively_avit
-from tests.utils import lively_model, random_images
+from tests.utils import lively_model, lively_swin, random_images
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,28 @@ from tests.utils import lively_model, random_images
         {"num_hidden_layers": 1, "num_channels": 1},
     ],
 )
-@torch.no_grad()
 def test_equal_to_the_operations_of_the_real_forward(overrides):
-    model = lively_model(**overrides)
+    assert_macs_are_the_forwards(lively_model(**overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"head_rounds": [[2, 4]]},
+        {"qkv_slicing": "each_projection", "mlp_ratio": 1.5},
+        {"window_size": 3, "depths": [2, 2]},
+        {"window_size": 7},
+        {"image_size": (64, 32), "patch_size": (8, 4), "num_channels": 1},
+        {"image_size": (30, 31), "head_rounds": [[1, 2], [1, 4]]},
+    ],
+)
+def test_swin_counts_padded_windows_and_patches(overrides):
+    assert_macs_are_the_forwards(lively_swin(**overrides))
+
+
+@torch.no_grad()
+def assert_macs_are_the_forwards(model):
     config = model.config
     model.set_attn_implementation("eager")  # whose products the counter sees on every device
     size = config.image_size
@@ -33,18 +52,20 @@ def test_equal_to_the_operations_of_the_real_forward(overrides):
         assert counter.get_total_flops() == 2 * sum(expected[:stages])
 
 
+@pytest.mark.parametrize("make, size", [(lively_model, (48, 24)), (lively_swin, (48, 24))], ids=["vit", "swin"])
 @torch.no_grad()
-def test_another_resolution():
-    model = lively_model()
+def test_another_resolution(make, size):
+    model = make()
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        model(random_images(1, (48, 24)), interpolate_pos_encoding=True)
-    assert counter.get_total_flops() == 2 * sum(stage_macs(model.config, (48, 24)))
+        model(random_images(1, size), interpolate_pos_encoding=True)
+    assert counter.get_total_flops() == 2 * sum(stage_macs(model.config, size))
 
 
+@pytest.mark.parametrize("make", [lively_model, lively_swin], ids=["vit", "swin"])
 @torch.no_grad()
-def test_a_batch_costs_what_its_images_cost():
-    model, pixel_values = lively_model(), random_images(9)
+def test_a_batch_costs_what_its_images_cost(make):
+    model, pixel_values = make(), random_images(9)
     model.set_attn_implementation("eager")
     entropies = model(pixel_values, max_stages=1).entropy
     with FlopCounterMode(display=False) as counter:
@@ -59,6 +80,12 @@ def test_published_figures():
     assert tiny / 1e9 == pytest.approx(1.25, abs=0.005) and small / 1e9 == pytest.approx(4.60, abs=0.005)
     assert (tiny + small) / 1e9 == pytest.approx(5.85, abs=0.005)
     assert sum(stage_macs(ThinkingViTConfig(num_labels=1000))) < tiny + small
+
+
+def test_published_figures_of_swin():
+    first, second = published_stage_macs(ThinkingSwinConfig(num_labels=1000))
+    assert first / 1e9 == pytest.approx(2.8176, rel=1e-4) and second / 1e9 == pytest.approx(8.8577, rel=1e-4)
+    assert sum(stage_macs(ThinkingSwinConfig(num_labels=1000))) < first + second
 
 
 @pytest.mark.parametrize("gate", ["mixed", "none", "all"])

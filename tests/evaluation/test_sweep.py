@@ -6,16 +6,16 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from hf_thinkingvit.data import as_image_split, evaluation_batches
 from hf_thinkingvit.evaluation import LabelMap, collect_stage_answers, evaluate_thresholds, stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
-from tests.utils import lively_model
+from tests.utils import lively_model, lively_swin
 
 
 NAMES = [f"class {index}" for index in range(12)]
 PROCESSOR = evaluation_image_processor(32, crop_pct=1.0)
 
 
-def model(**overrides):
+def model(make=lively_model, **overrides):
     names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
-    return lively_model(**names, **overrides)
+    return make(**names, **overrides)
 
 
 def images(labels, kind=None) -> Dataset:
@@ -24,10 +24,14 @@ def images(labels, kind=None) -> Dataset:
     return Dataset.from_dict({"image": list(pixels), "label": labels}, features=features)
 
 
-@pytest.mark.parametrize("criterion", ["topk_entropy", "entropy", "max_probability", "margin"])
+@pytest.mark.parametrize(
+    "criterion, make",
+    [(criterion, lively_model) for criterion in ("topk_entropy", "entropy", "max_probability", "margin")]
+    + [("topk_entropy", lively_swin)],
+)
 @torch.no_grad()
-def test_equals_running_the_model_at_each_threshold(criterion):
-    network = model(exit_criterion=criterion)
+def test_equals_running_the_model_at_each_threshold(criterion, make):
+    network = model(make, exit_criterion=criterion)
     labels = [index % 12 for index in range(40)]
     data = images(labels)
     batch = next(iter(evaluation_batches(as_image_split(data, "d"), PROCESSOR, batch_size=40)))

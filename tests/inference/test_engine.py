@@ -11,13 +11,13 @@ from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model, random_images
+from tests.utils import lively_model, lively_swin, random_images
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=[lively_model, lively_swin], ids=["vit", "swin"])
+def model(request):
     """Of three stages, at whose exits some images leave and some go on."""
-    network, images = lively_model(), random_images(60)
+    network, images = request.param(), random_images(60)
     stage_logits = network(images, output_stage_logits=True).stage_logits
     scores = [EXIT_CRITERIA["topk_entropy"].score(logits, 10) for logits in stage_logits[:2]]
     network.config.threshold = [score.quantile(0.4).item() for score in scores]

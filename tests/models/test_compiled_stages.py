@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from hf_thinkingvit.inference import AdaptiveEngine
-from tests.utils import lively_model, middle_threshold, random_images
+from tests.utils import lively_model, lively_swin, middle_threshold, random_images
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +19,18 @@ def compilations() -> int:
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    "make, overrides",
+    [
+        (lively_model, {"thinking_stages": [1, 2], "hidden_size": 16, "num_hidden_layers": 1}),
+        (lively_swin, {"head_rounds": [[1], [2]], "num_heads": [2], "depths": [2]}),
+    ],
+    ids=["vit", "swin"],
+)
 @torch.no_grad()
-def test_answers_are_the_eager_ones():
-    """With the compiler that users get; one stage of one layer, so that it does not take long."""
-    model, images = lively_model(thinking_stages=[1, 2], hidden_size=16, num_hidden_layers=1), random_images(3)
+def test_answers_are_the_eager_ones(make, overrides):
+    """With the compiler that users get; stages of one layer, so that it does not take long."""
+    model, images = make(**overrides), random_images(3)
     threshold = middle_threshold(model, images)
     expected = model(images, threshold=threshold)
     model.compile_stages([4])
@@ -31,9 +39,10 @@ def test_answers_are_the_eager_ones():
     assert torch.equal(outputs.exit_stage, expected.exit_stage)
 
 
+@pytest.mark.parametrize("make", [lively_model, lively_swin], ids=["vit", "swin"])
 @torch.no_grad()
-def test_nothing_compiles_again_in_steady_state():
-    model, images = lively_model(), random_images(30)
+def test_nothing_compiles_again_in_steady_state(make):
+    model, images = make(), random_images(30)
     expected = [model(images[:count], threshold=[0.9, 0.9]) for count in range(1, 31)]
     model.compile_stages([4, 16], backend="eager")
     for count in (1, 5, 30):
@@ -48,9 +57,10 @@ def test_nothing_compiles_again_in_steady_state():
     assert compilations() == warmed_up
 
 
+@pytest.mark.parametrize("make", [lively_model, lively_swin], ids=["vit", "swin"])
 @torch.no_grad()
-def test_the_engine_runs_compiled_stages():
-    model, images = lively_model(), random_images(40)
+def test_the_engine_runs_compiled_stages(make):
+    model, images = make(), random_images(40)
     threshold = [middle_threshold(model, images), 0.0]
     expected = model(images, threshold=threshold)
     model.compile_stages([8], backend="eager")
@@ -73,9 +83,14 @@ def test_what_is_not_compiled_runs_as_before():
     assert compilations() == 0
 
 
+@pytest.mark.parametrize(
+    "make, overrides",
+    [(lively_model, {"thinking_stages": [1, 4]}), (lively_swin, {"head_rounds": [[1, 2], [2, 4]]})],
+    ids=["vit", "swin"],
+)
 @torch.no_grad()
-def test_other_image_sizes_have_programs_of_their_own():
-    model, images = lively_model(thinking_stages=[1, 4]), random_images(2, 48)
+def test_other_image_sizes_have_programs_of_their_own(make, overrides):
+    model, images = make(**overrides), random_images(2, 48)
     expected = model(images, interpolate_pos_encoding=True, threshold=0.0).logits
     model.compile_stages([2], backend="eager")
     for _ in range(3):

@@ -77,7 +77,8 @@ def test_trainer_without_a_subclass(model, tmp_path):
 def test_two_distributed_processes_train_as_one(family, overrides, tmp_path):
     weights, script = tmp_path / "weights.pt", Path(train_distributed.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     arguments = [str(script), str(weights), family, json.dumps(overrides)]
     process = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
