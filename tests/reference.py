@@ -135,6 +135,6 @@ def thinking_swin_stages(model, pixel_values: torch.Tensor) -> tuple[list[torch.
             up = F.conv_transpose2d(
                 tokens.permute(0, 3, 1, 2), kernel, stride=kernel.shape[-1], groups=kernel.shape[0]
             ).permute(0, 2, 3, 1)
-            projected = linear(up, recycler + "projection", None)
+            projected = up @ weights[recycler + "weight"].T + weights[recycler + "bias"]
             x = embeddings[..., : projected.shape[-1]] + weights[recycler + "alpha"] * projected
     return all_logits, all_tokens

@@ -1,11 +1,18 @@
+import copy
+import math
+import pickle
+
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, ThinkingSwinModel
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
+from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.models.exit_criteria import topk_entropy
 from tests.reference import thinking_swin_stages
-from tests.utils import FIXTURES, lively_swin, middle_threshold, random_images
+from tests.utils import FIXTURES, lively_swin, middle_threshold, random_images, tiny_swin_config
 
 
 SCHEDULES = [[[2, 4]], [[1, 2], [1, 2]], [[1, 2], [2, 4]], [[1, 1], [1, 2], [2, 4]], [[1, 1], [1, 2], [1, 2], [2, 3]]]
@@ -91,3 +98,268 @@ class TestRounds:
             alone = model(pixel_values[row : row + 1], threshold=threshold)
             assert alone.exit_stage.item() == together.exit_stage[row].item()
             torch.testing.assert_close(alone.logits[0], together.logits[row], atol=1e-5, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_both_slicings_are_the_same_at_full_width(self):
+        pixel_values, heads = random_images(), [[2, 4]]
+        official = lively_swin(head_rounds=heads, qkv_slicing="leading_rows")
+        plain = lively_swin(head_rounds=heads, qkv_slicing="each_projection")
+        torch.testing.assert_close(official(pixel_values).logits, plain(pixel_values).logits)
+        official, plain = (lively_swin(qkv_slicing=slicing) for slicing in ("leading_rows", "each_projection"))
+        assert not torch.allclose(official(pixel_values).logits, plain(pixel_values).logits)
+
+    @torch.no_grad()
+    def test_each_projection_slices_each_third(self):
+        """As `leading_rows` with the rows put where it looks for them, in a model of one width."""
+        pixel_values, heads = random_images(), [[1, 2], [1, 2]]
+        plain = lively_swin(head_rounds=heads, qkv_slicing="each_projection")
+        official = lively_swin(head_rounds=heads, qkv_slicing="leading_rows")
+        state = plain.state_dict()
+        for name, tensor in state.items():
+            if ".qkv." in name:
+                thirds = tensor.unflatten(0, (3, -1))
+                half = thirds.shape[1] // 2
+                state[name] = torch.cat([thirds[:, :half].flatten(0, 1), thirds[:, half:].flatten(0, 1)])
+        official.load_state_dict(state)
+        torch.testing.assert_close(plain(pixel_values).logits, official(pixel_values).logits, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("window_size", [3, 5, 7, 16])
+    @pytest.mark.parametrize("size", [(32, 32), (48, 24)])
+    @torch.no_grad()
+    def test_an_image_is_answered_alike_whatever_ran_before(self, window_size, size):
+        """Kept biases, masks and orders are those of the image's grid, also where it is smaller than a window."""
+        model = lively_swin(window_size=window_size)
+        expected = model(random_images(2, size)).logits
+        for other in ((32, 32), (48, 24), (24, 48), (64, 64)):
+            model(random_images(3, other))
+        torch.testing.assert_close(model(random_images(2, size)).logits, expected)
+
+    @torch.no_grad()
+    def test_grids_smaller_than_a_window(self):
+        """4 × 4 and 2 × 2 patches, which take the middle of the table of biases. Transformers' Swin fails there."""
+        model, pixel_values = lively_swin(window_size=5, depths=[1, 2], image_size=16), random_images(6, 16)
+        expected, _ = thinking_swin_stages(model, pixel_values)
+        logits = model(pixel_values, output_stage_logits=True).stage_logits
+        torch.testing.assert_close(torch.stack(logits), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+class TestKeptTensors:
+    """What inference keeps of the weights follows them."""
+
+    def assert_fresh(self, model):
+        twin = type(model)(model.config).eval().to(model.dtype)
+        twin.load_state_dict(model.state_dict())
+        pixel_values = random_images().to(model.dtype)
+        torch.testing.assert_close(model(pixel_values).logits, twin(pixel_values).logits)
+
+    @torch.no_grad()
+    def test_changed_weights(self):
+        model = lively_swin()
+        table = model.thinking_swin.layers[0].blocks[1].attention.relative_position_bias_table
+        before = model(random_images()).logits
+        table.mul_(3)
+        assert not torch.allclose(model(random_images()).logits, before)
+        self.assert_fresh(model)
+        model.load_state_dict(lively_swin(initializer_range=0.5).state_dict())
+        self.assert_fresh(model)
+        table.data = torch.randn_like(table)
+        self.assert_fresh(model)
+        model.to(torch.float64)
+        self.assert_fresh(model)
+
+    def test_a_training_step(self):
+        model, pixel_values = lively_swin(), random_images()
+        with torch.no_grad():
+            model(pixel_values)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model.train()(pixel_values, labels=torch.arange(6)).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            self.assert_fresh(model.eval())
+
+    def test_training_after_inference_mode(self):
+        model, pixel_values = lively_swin(), random_images()
+        with torch.inference_mode():
+            model(pixel_values)
+        model.train()(pixel_values, labels=torch.arange(6)).loss.backward()
+        expected = lively_swin().train()
+        expected(pixel_values, labels=torch.arange(6)).loss.backward()
+        for parameter, other in zip(model.parameters(), expected.parameters()):
+            torch.testing.assert_close(parameter.grad, other.grad)
+
+    @torch.no_grad()
+    def test_do_not_travel_with_the_model(self):
+        model = lively_swin()
+        size = len(pickle.dumps(model))
+        expected = model(random_images()).logits
+        assert len(pickle.dumps(model)) == size
+        torch.testing.assert_close(copy.deepcopy(model)(random_images()).logits, expected)
+
+    @torch.no_grad()
+    def test_offloaded_weights(self):
+        model, pixel_values = lively_swin(), random_images()
+        expected = model(pixel_values).logits
+        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        torch.testing.assert_close(model(pixel_values).logits, expected)
+        assert not any("_kept" in module.__dict__ for module in model.modules())
+
+
+class TestEarlyExit:
+    @torch.no_grad()
+    def test_later_rounds_see_only_the_images_that_go_on(self):
+        model, pixel_values, rows = lively_swin(), random_images(8), []
+        for part in (model.thinking_swin.embeddings, *model.thinking_swin.recyclers, *model.thinking_swin.layers):
+            part.register_forward_hook(lambda module, args, output: rows.append((type(module).__name__, len(output))))
+        threshold = middle_threshold(model, pixel_values)
+        rows.clear()
+        outputs = model(pixel_values, threshold=[threshold, 10.0])
+        assert outputs.exit_stage.tolist().count(0) == 4 and set(outputs.exit_stage.tolist()) == {0, 1}
+        layers = [("NestedSwinLayer", 8)] * 2, [("NestedSwinLayer", 4)] * 2
+        assert rows == [("NestedSwinEmbeddings", 8), *layers[0], ("ThinkingSwinRecycler", 4), *layers[1]]
+        rows.clear()
+        model(pixel_values, threshold=10.0)
+        assert rows == [("NestedSwinEmbeddings", 8), *layers[0]]
+
+    @torch.no_grad()
+    def test_asking_for_all_answers_changes_no_exit(self):
+        model, pixel_values = lively_swin(), random_images(16)
+        threshold = middle_threshold(model, pixel_values)
+        plain = model(pixel_values, threshold=threshold)
+        full = model(pixel_values, threshold=threshold, output_stage_logits=True)
+        assert plain.stage_logits is None and [len(logits) for logits in full.stage_logits] == [16, 16, 16]
+        assert torch.equal(plain.exit_stage, full.exit_stage)
+        torch.testing.assert_close(plain.logits, full.logits, atol=1e-5, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_broken_pixels_run_all_rounds_and_leave_the_others_alone(self):
+        model, pixel_values = lively_swin(), random_images(5)
+        expected = model(pixel_values, threshold=10.0)
+        pixel_values[2, 1, 5, 7] = math.nan
+        outputs = model(pixel_values, threshold=10.0)
+        assert outputs.exit_stage.tolist() == [0, 0, 2, 0, 0]
+        others = [0, 1, 3, 4]
+        torch.testing.assert_close(outputs.logits[others], expected.logits[others])
+
+    @pytest.mark.parametrize("mode", ["eval", "train"])
+    @pytest.mark.parametrize("backend", ["eager", "sdpa"])
+    @torch.no_grad()
+    def test_an_empty_batch_gives_empty_outputs(self, mode, backend):
+        model = lively_swin().train(mode == "train")
+        model.set_attn_implementation(backend)
+        outputs = model(torch.empty(0, 3, 32, 32))
+        assert outputs.logits.shape == (0, 12)
+        assert outputs.exit_stage.shape == outputs.entropy.shape == (0,)
+        assert model.thinking_swin(torch.empty(0, 3, 32, 32)).last_hidden_state.shape == (0, 16, 16)
+
+
+class TestOutputs:
+    @torch.no_grad()
+    def test_recorded_outputs_have_the_images_that_ran_each_round(self):
+        model, pixel_values = lively_swin(), random_images(6)
+        model.set_attn_implementation("eager")
+        threshold = middle_threshold(model, pixel_values)
+        plain = model(pixel_values, threshold=threshold)
+        outputs = model(pixel_values, threshold=threshold, output_hidden_states=True, output_attentions=True)
+        torch.testing.assert_close(outputs.logits, plain.logits, atol=1e-5, rtol=1e-5)
+        running = [int((outputs.exit_stage >= index).sum()) for index in range(3)]
+        assert running[0] > running[1] > 0
+        shapes = [(running[0], 64, 4)]
+        for images, widths in zip(running, [(4, 4), (4, 8), (8, 16)]):
+            shapes += [(images, 64, widths[0]), (images, 16, widths[1])] if images else []
+        assert [tuple(states.shape) for states in outputs.hidden_states] == shapes
+        shapes = []
+        for images, heads in zip(running, model.config.head_rounds):
+            shapes += [(4 * images, heads[0], 16, 16)] * 2 + [(images, heads[1], 16, 16)] if images else []
+        assert [tuple(weights.shape) for weights in outputs.attentions] == shapes
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @torch.no_grad()
+    def test_half_precision(self, dtype):
+        model, pixel_values = lively_swin(), random_images(8)
+        threshold = middle_threshold(model, pixel_values)
+        reference = model(pixel_values, output_stage_logits=True)
+        model.to(dtype)
+        outputs = model(pixel_values, threshold=threshold)  # float32 pixels are cast, as in Transformers' Swin
+        assert outputs.logits.dtype == dtype and outputs.entropy.dtype == torch.float32
+        assert len(outputs.exit_stage.unique()) > 1
+        expected = torch.stack([reference.stage_logits[s][row] for row, s in enumerate(outputs.exit_stage)])
+        scale = expected.abs().max()
+        assert (outputs.logits.float() - expected).abs().max() / scale < (0.02 if dtype == torch.float16 else 0.1)
+
+    @torch.no_grad()
+    def test_autocast(self):
+        model, pixel_values = lively_swin(), random_images()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(pixel_values, threshold=1.0)
+        assert outputs.logits.dtype == torch.bfloat16 and outputs.entropy.dtype == torch.float32
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing_changes_no_gradient(self, use_reentrant):
+        pixel_values, labels = random_images(), torch.arange(6)
+        plain, checkpointed = lively_swin().train(), lively_swin().train()
+        checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        plain(pixel_values, labels=labels).loss.backward()
+        checkpointed(pixel_values, labels=labels).loss.backward()
+        for (name, expected), parameter in zip(plain.named_parameters(), checkpointed.parameters()):
+            torch.testing.assert_close(parameter.grad, expected.grad, msg=lambda m: f"{name}: {m}")
+
+    @torch.no_grad()
+    def test_recycling_starts_without_effect(self):
+        """α starts at 0: each round of a new model is the plain sub-network."""
+        model = ThinkingSwinForImageClassification(tiny_swin_config()).eval()
+        plain = ThinkingSwinForImageClassification(tiny_swin_config(head_rounds=[[2, 4]])).eval()
+        plain.load_state_dict(model.state_dict(), strict=False)
+        torch.testing.assert_close(plain(random_images()).logits, model(random_images()).logits)
+
+    def test_drop_path_rises_over_all_blocks(self):
+        model = lively_swin(drop_path_rate=0.3, depths=[2, 2])
+        rates = [block.dropout.drop_path_rate for layer in model.thinking_swin.layers for block in layer.blocks]
+        assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (3, 32, 32), (2, 3, 0, 32)])
+    def test_pixel_values(self, shape):
+        for model_class in (ThinkingSwinModel, ThinkingSwinForImageClassification):
+            with pytest.raises(ValueError, match="`pixel_values`"):
+                model_class(tiny_swin_config())(torch.zeros(shape))
+        with pytest.raises(ValueError, match="`pixel_values`.*got None"):
+            lively_swin()()
+
+    @pytest.mark.parametrize("size, works", [((36, 32), False), ((32, 40), True), ((30, 29), True), ((24, 28), False)])
+    @torch.no_grad()
+    def test_grids_that_tokens_cannot_be_recycled_to(self, size, works):
+        """Two layers: the grid of 4 × 4 pixel patches, the last ones padded, must have even sides."""
+        model, pixel_values = lively_swin(), random_images(2, size)
+        one_round = lively_swin(head_rounds=[[2, 4]])
+        assert one_round(pixel_values).logits.shape == (2, 12)
+        assert model(pixel_values, max_stages=1).logits.shape == (2, 12)
+        if works:
+            assert model(pixel_values).exit_stage.tolist() == [2, 2]
+            return
+        message = rf"{size[0]}×{size[1]} pixels give .* patches.*multiples of 2.*height .* multiple of 8 and.*8 pixels"
+        for call in (model, model.thinking_swin, AdaptiveEngine(model)):
+            with pytest.raises(ValueError, match=message):
+                list(call(pixel_values))
+        results = list(AdaptiveEngine(model, max_stages=1)(pixel_values))
+        assert [result.exit_stage for result in results] == [0, 0]
+
+    def test_sizes_that_position_embeddings_are_not_made_for(self):
+        model = lively_swin(use_absolute_embeddings=True)
+        with pytest.raises(ValueError, match=r"32×32 pixels.*got 64×32.*interpolate_pos_encoding=True"):
+            model(random_images(2, (64, 32)))
+        assert model(random_images(2, (64, 32)), interpolate_pos_encoding=True).logits.shape == (2, 12)
+
+    @pytest.mark.parametrize("max_stages", [0, 4, 1.5, True])
+    def test_max_stages(self, max_stages):
+        for model in (lively_swin(), lively_swin().thinking_swin):
+            with pytest.raises(ValueError, match="`max_stages` must be an integer from 1 to 3"):
+                model(random_images(), max_stages=max_stages)
+
+
+def test_default_configuration_has_the_size_of_swin_s():
+    """49.61 M of Swin-S, and the recycler."""
+    with torch.device("meta"):
+        model = ThinkingSwinForImageClassification(ThinkingSwinConfig(num_labels=1000))
+    recycler = 1 + 8 * 8 * 384 + 384 * 96 + 96
+    assert (model.num_parameters() - recycler) / 1e6 == pytest.approx(49.606, abs=0.001)

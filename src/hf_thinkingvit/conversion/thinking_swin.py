@@ -44,12 +44,12 @@ IGNORED = re.compile(r"^layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index
 def official_name(name: str) -> str:
     """The official name of the tensor that holds our parameter `name`."""
     name = name.removeprefix("thinking_swin.")
-    recycler = re.match(r"^recyclers\.(\d+)\.(alpha|upsample|projection\.(?:weight|bias))$", name)
+    recycler = re.match(r"^recyclers\.(\d+)\.(alpha|upsample|weight|bias)$", name)
     if recycler is not None:
         index, rest = int(recycler[1]), recycler[2]
         if rest == "alpha":
             return f"alpha.{index}"
-        rest = "upsample.weight" if rest == "upsample" else rest.replace("projection.", "proj.")
+        rest = "upsample.weight" if rest == "upsample" else f"proj.{rest}"
         return f"proj_layer{index + 1 if index else ''}.{rest}"
     for pattern, replacement in RENAMES:
         renamed, count = re.subn(pattern, replacement, name)
@@ -62,7 +62,7 @@ def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Our parameter `name` from the official tensor that holds it."""
     if name.endswith(".upsample") and tensor.dim() == 4:  # (channels, 1, rows, columns) of a depthwise convolution
         return tensor[:, 0].permute(1, 2, 0).contiguous()
-    if name.endswith(".projection.weight") and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+    if ".recyclers." in name and name.endswith(".weight") and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
     return tensor  # what has another shape is left as it is, for the check of shapes to name
 

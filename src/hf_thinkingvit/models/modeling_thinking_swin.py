@@ -32,23 +32,23 @@ class ThinkingSwinRecycler(nn.Module):
 
     def __init__(self, config: ThinkingSwinConfig, before: SwinRound, after: SwinRound):
         super().__init__()
-        side, width = config.downsampling, before.layers[-1].hidden_size
+        side, width, next_width = config.downsampling, before.hidden_size, after.layers[0].hidden_size
         self.alpha = nn.Parameter(torch.zeros(1))
         self.upsample = nn.Parameter(torch.ones(side, side, width))  # kernel: rows, columns, channels
-        self.projection = nn.Linear(width, after.layers[0].hidden_size)
+        self.weight = nn.Parameter(torch.zeros(next_width, width))  # of Proj
+        self.bias = nn.Parameter(torch.zeros(next_width))
 
     def forward(self, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """
         `embeddings` (batch, rows, columns, channels) and `tokens` (batch, rows / side, columns / side, width) → the
         next round's input (batch, rows, columns, its width).
         """
-        side, width = self.upsample.shape[0], self.projection.out_features
+        side, width = len(self.upsample), len(self.weight)
         # No two kernels overlap, so for each place in a kernel both maps are one: Proj with its columns scaled by Up.
         # All of them at once are one product with the few tokens, instead of one with every patch.
-        weight = self.upsample[:, :, None, :] * (self.alpha * self.projection.weight)
-        recycled = nn.functional.linear(
-            tokens, weight.flatten(0, 2), (self.alpha * self.projection.bias).repeat(side**2)
-        )
+        weight = self.upsample[:, :, None, :] * (self.alpha * self.weight)
+        bias = (self.alpha * self.bias).repeat(side**2)
+        recycled = nn.functional.linear(tokens, weight.flatten(0, 2), bias)
         recycled = recycled.unflatten(3, (side, side, width)).transpose(2, 3)
         squares = embeddings[..., :width].unflatten(2, (-1, side)).unflatten(1, (-1, side))
         return (squares + recycled).flatten(3, 4).flatten(1, 2)
@@ -85,7 +85,9 @@ class ThinkingSwinPreTrainedModel(PreTrainedModel):
             init.zeros_(module.relative_position_bias_table)
         elif isinstance(module, ThinkingSwinRecycler):
             init.zeros_(module.alpha)
-            init.ones_(module.upsample)  # the nearest token: then nothing but Proj hides z from α
+            init.ones_(module.upsample)  # each patch starts with the token that covers it
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.bias)
 
 
 class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
