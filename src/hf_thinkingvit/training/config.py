@@ -73,7 +73,7 @@ class TrainingConfig:
     learning_rate_batch: int = _help("see learning_rate", 512)
     warmup_learning_rate: float = _help("where the warm-up starts; not scaled", 1e-6)
     min_learning_rate: float = _help("where the cosine ends; not scaled", 1e-5)
-    weight_decay: float = _help("of AdamW; none on norms, biases, class token and position embeddings", 0.05)
+    weight_decay: float = _help("of AdamW; none on norms, biases, class token and position embeddings or biases", 0.05)
     adam_beta1: float = _help("of AdamW", 0.9)
     adam_beta2: float = _help("of AdamW", 0.999)
     clip_grad: float | None = _help("greatest norm of the gradients")

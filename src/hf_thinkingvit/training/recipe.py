@@ -16,8 +16,8 @@ from ..models.config_checks import as_pair
 from .config import TrainingConfig
 
 
-# Added to every token, or a token themselves: none of them is a weight that decay should shrink.
-NO_WEIGHT_DECAY = ("*cls_token", "*distillation_token", "*position_embeddings")
+# Added to every token or to attention scores, or a token themselves: none of them is a weight that decay should shrink.
+NO_WEIGHT_DECAY = ("*cls_token", "*distillation_token", "*position_embeddings", "*relative_position_bias_table")
 
 
 def train_transform(config: TrainingConfig, image_size: int | tuple[int, int]) -> Any:
