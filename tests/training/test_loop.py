@@ -22,6 +22,7 @@ from transformers import (
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.loop import TrainingDivergedError
+from tests.models.test_swin_weights import trained_swin
 from tests.training.test_checkpoints import damage_by_cutting
 from tests.training.test_config import CONFIGS
 from tests.training.tiny_runs import LABELS, flags, write_images
@@ -257,6 +258,20 @@ def test_starting_points(sources, images, tmp_path):
     assert torch.equal(position[..., :24], vit.vit.embeddings.position_embeddings)
     with pytest.raises(ValueError, match=r"`model.patch_size` is 8, but starting from .* it is 16"):
         TrainingRun(parse_config([*words, "--model.patch_size", "8"]))
+
+
+def test_starting_from_swin(images, tmp_path):
+    swin = trained_swin(image_size=16, patch_size=2)
+    swin.save_pretrained(tmp_path / "swin")
+    words = ["--dataset", str(images), "--output_dir", str(tmp_path / "run"), "--model_type", "thinking_swin", "--cpu"]
+    words += ["--batch_size", "4", "--num_workers", "0", "--from_vit", str(tmp_path / "swin")]
+    run = TrainingRun(parse_config([*words, "--model.drop_path_rate", "0.1", "--model.depths", "2", "2"]))
+    model = run.accelerator.unwrap_model(run.model)
+    assert (model.config.head_rounds, model.config.drop_path_rate) == ([[2, 2], [2, 4]], 0.1)
+    weight = model.thinking_swin.embeddings.patch_embeddings.weight
+    assert torch.equal(weight, swin.swin.embeddings.patch_embeddings.projection.weight)
+    with pytest.raises(ValueError, match=r"`model.mlp_ratio` is 2, but starting from .* it is 4.0"):
+        TrainingRun(parse_config([*words, "--model.mlp_ratio", "2"]))
 
 
 def test_frozen_parameters_stay(images, tmp_path):

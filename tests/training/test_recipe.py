@@ -1,14 +1,20 @@
 import pytest
 import torch
 
-from hf_thinkingvit import AViTConfig, AViTForImageClassification, ThinkingViTForImageClassification
+from hf_thinkingvit import (
+    AViTConfig,
+    AViTForImageClassification,
+    ThinkingSwinForImageClassification,
+    ThinkingViTForImageClassification,
+)
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.recipe import build_mixup, build_optimizer, build_schedule, train_transform
-from tests.utils import tiny_config
+from tests.utils import tiny_config, tiny_swin_config
 
 
 MODELS = {
     "thinkingvit": lambda: ThinkingViTForImageClassification(tiny_config(use_distillation_token=True)),
+    "thinking_swin": lambda: ThinkingSwinForImageClassification(tiny_swin_config(use_absolute_embeddings=True)),
     "avit": lambda: AViTForImageClassification(AViTConfig(num_attention_heads=1, num_hidden_layers=1, distilled=True)),
 }
 
@@ -18,7 +24,7 @@ def test_only_matrices_decay(family):
     model = MODELS[family]()
     optimizer = build_optimizer(TrainingConfig(), model)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    tokens = ("cls_token", "distillation_token", "position_embeddings")
+    tokens = ("cls_token", "distillation_token", "position_embeddings", "relative_position_bias_table")
     for name, parameter in model.named_parameters():
         expected = 0.0 if parameter.dim() <= 1 or name.endswith(tokens) else 0.05
         assert decays[id(parameter)] == expected, name

@@ -47,7 +47,7 @@ class TrainingConfig:
     model_type: str = _help("architecture to train", "thinkingvit", choices=sorted(MODEL_CONFIGS))
     model: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
     from_pretrained: str | None = _help("start from a model of this package: folder or Hub id; `model` overrides it")
-    from_vit: str | None = _help("start from a plain ViT or DeiT: folder or Hub id")
+    from_vit: str | None = _help("start from a plain ViT or DeiT, for thinking_swin a Swin: folder or Hub id")
     freeze: list[str] = _help("parameters to leave as they are: names with wildcards, such as '*.alpha'", [])
     attn_implementation: str | None = _help("attention backend: eager, sdpa, flash_attention_2, ...")
 

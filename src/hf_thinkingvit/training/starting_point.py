@@ -1,12 +1,14 @@
-"""The model that a run begins with: fresh, from a plain ViT, or from a model of this package."""
+"""The model that a run begins with: fresh, from a plain ViT or Swin, or from a model of this package."""
 
+from collections.abc import Callable
 from fnmatch import fnmatch
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
 from ..auto import FAMILIES
+from ..models import swin_weights, vit_weights
 from ..models.config_checks import as_pair
-from ..models.vit_weights import FIXED_FIELDS
 from .config import MODEL_CONFIGS, TrainingConfig
 
 
@@ -19,10 +21,10 @@ def build_model(config: TrainingConfig, id2label: dict[int, str]) -> PreTrainedM
     classifier = CLASSIFIERS[config.model_type]
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if config.from_vit:
-        given = {name: value for name, value in config.model.items() if name not in FIXED_FIELDS}
-        model = classifier.from_vit(config.from_vit, **given)
-        for name in config.model.keys() & set(FIXED_FIELDS):
-            if as_pair(getattr(model.config, name)) != as_pair(config.model[name]):
+        start, fixed_fields = _plain_start(classifier)
+        model = start(config.from_vit, **{n: value for n, value in config.model.items() if n not in fixed_fields})
+        for name in config.model.keys() & set(fixed_fields):
+            if _comparable(getattr(model.config, name)) != _comparable(config.model[name]):
                 raise ValueError(
                     f"`model.{name}` is {config.model[name]}, but starting from `{config.from_vit}` it is "
                     f"{getattr(model.config, name)}."
@@ -48,6 +50,18 @@ def build_model(config: TrainingConfig, id2label: dict[int, str]) -> PreTrainedM
         for parameter in frozen:
             parameter.requires_grad_(False)
     return model
+
+
+def _plain_start(classifier: type[PreTrainedModel]) -> tuple[Callable, tuple[str, ...]]:
+    """How the classifier starts from a plain model, and the fields that the plain model's weights fix."""
+    if hasattr(classifier, "from_swin"):
+        return classifier.from_swin, swin_weights.FIXED_FIELDS
+    return classifier.from_vit, vit_weights.FIXED_FIELDS
+
+
+def _comparable(value: Any) -> Any:
+    """Sizes as pairs, and lists as tuples."""
+    return as_pair(value) if isinstance(value, (int, list, tuple)) else value
 
 
 def _with_labels(model: PreTrainedModel, labels: dict[str, dict]) -> PreTrainedModel:
