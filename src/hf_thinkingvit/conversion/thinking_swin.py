@@ -91,8 +91,7 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
             "heads of each layer (--head-rounds on the command line); the published model has [[3, 3, 6, 12], "
             "[3, 6, 12, 24]]."
         )
-    table = "layers.{}.blocks.0.attn.relative_position_bias_table"
-    layers = _count(state_dict, r"layers\.(\d+)\.")
+    tables = _bias_tables(checkpoint)
     sides = stated.get("img_size") or checkpoint.preprocessing.get("input_size", [])[1:] or 224
     fields = {
         "head_rounds": [list(heads) for heads in head_rounds],
@@ -100,12 +99,9 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
         "patch_size": one_if_equal(patch_size),
         "num_channels": num_channels,
         "embed_dim": embed_dim,
-        "depths": [_count(state_dict, rf"layers\.{layer}\.blocks\.(\d+)\.") for layer in range(layers)],
-        "num_heads": [
-            state_dict[name].shape[1] for layer in range(layers) if (name := table.format(layer)) in state_dict
-        ],
-        # A table has (2 · side - 1)² rows.
-        "window_size": (round(state_dict[table.format(0)].shape[0] ** 0.5) + 1) // 2,
+        "depths": [_count(state_dict, rf"layers\.{layer}\.blocks\.(\d+)\.") for layer in range(len(tables))],
+        "num_heads": [table.shape[1] for table in tables],
+        "window_size": (round(tables[0].shape[0] ** 0.5) + 1) // 2,  # a table has (2 · window_size - 1)² rows
         "mlp_ratio": state_dict["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in state_dict,
         "use_absolute_embeddings": "absolute_pos_embed" in state_dict,
@@ -116,5 +112,20 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
     return ThinkingSwinConfig(**{**fields, **overrides})
 
 
+def _bias_tables(checkpoint: Checkpoint) -> list[torch.Tensor]:
+    """Each layer's first table of relative position biases, `(offsets, heads)`."""
+    names = [
+        f"layers.{layer}.blocks.0.attn.relative_position_bias_table"
+        for layer in range(_count(checkpoint.state_dict, r"layers\.(\d+)\."))
+    ]
+    for name in names:
+        table = checkpoint.state_dict.get(name)
+        if table is None or table.dim() != 2:
+            got = "none" if table is None else f"the shape {tuple(table.shape)}"
+            raise ValueError(f"{checkpoint.path}: expected {name} with 2 dimensions, got {got}.")
+    return [checkpoint.state_dict[name] for name in names]
+
+
 def _count(state_dict: dict[str, torch.Tensor], pattern: str) -> int:
+    """One more than the greatest number that the names match `pattern` with."""
     return 1 + max((int(match[1]) for name in state_dict if (match := re.match(pattern, name))), default=-1)
