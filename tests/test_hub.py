@@ -20,7 +20,7 @@ from hf_thinkingvit.hub import accuracy_results, model_card, push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.hub_server import TOKEN, running_hub
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model
+from tests.utils import lively_model, lively_swin
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
@@ -89,8 +89,17 @@ class TestCard:
         assert f"| stage 2 | 4 | 32 | {(first + second + third) / 1e9:.4g} |" in text
         assert "The configuration has τ = 0.5, 0.25." in text
 
+    def test_stage_schedule_of_a_hierarchy(self):
+        model = lively_swin(head_rounds=[[1, 2], [2, 4]])
+        first, second = stage_macs(model.config)
+        text = str(model_card(model, name="animals"))
+        assert f"| stage 0 | 1, 2 | 8 | {first / 1e9:.4g} |" in text
+        assert f"| stage 1 | 2, 4 | 16 | {(first + second) / 1e9:.4g} |" in text
+        assert "on a Swin Transformer" in text and "32 × 32 pixels" in text and "patches of 4 × 4 pixels" in text
+        assert "2 layers of 2 and 1 blocks" in text
+
     def test_usage_runs(self, tmp_path):
-        for model in (staged(), lively_avit()):
+        for model in (staged(), lively_swin(), lively_avit()):
             folder = tmp_path / model.config.model_type
             model.save_pretrained(folder)
             evaluation_image_processor(32).save_pretrained(folder)
@@ -103,12 +112,12 @@ class TestCard:
             exec(code.replace('"image.jpg"', repr(str(image))), names)
             assert type(names["model"]) is type(model)
 
-    @pytest.mark.parametrize("family", ["thinkingvit", "avit"])
-    def test_leaves_out_what_was_not_measured(self, family):
-        model = staged() if family == "thinkingvit" else lively_avit()
+    @pytest.mark.parametrize("make", [staged, lively_swin, lively_avit])
+    def test_leaves_out_what_was_not_measured(self, make):
+        model = make()
         card = model_card(model, name="animals")
         headings = re.findall("^## (.*)", str(card), re.MULTILINE)
-        assert headings == ["Use", *(["Stages"] if family == "thinkingvit" else []), "Limits", "Citation"]
+        assert headings == ["Use", *([] if make is lively_avit else ["Stages"]), "Limits", "Citation"]
         assert not {"model-index", "license", "datasets", "model_name"} & card.data.to_dict().keys()
         for empty in ("None", "N/A", "nan", "Undefined", "![", "\n\n\n"):
             assert empty not in str(card)
@@ -201,7 +210,9 @@ class TestBadPush:
 
     def test_model_of_another_kind(self, tmp_path):
         for model in (staged().base_model, torch.nn.Linear(1, 1)):
-            with pytest.raises(ValueError, match="`model` must be one of ThinkingViTForImageClassification, AViT"):
+            with pytest.raises(
+                ValueError, match="`model` must be one of ThinkingViTForImageClassification, ThinkingSwin"
+            ):
                 push(model, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
         assert not (tmp_path / "push").exists()
 

@@ -6,7 +6,7 @@ import torch
 
 from hf_thinkingvit.evaluation import StageAnswers, calibrate_budget, calibrate_risk, measure_stage_milliseconds
 from hf_thinkingvit.evaluation.calibration import binomial_p_value, least_images, threshold_grid
-from tests.utils import lively_model, random_images
+from tests.utils import lively_model, lively_swin, random_images
 
 
 def draw(images: int, seed: int, num_stages: int = 2) -> StageAnswers:
@@ -157,8 +157,9 @@ def test_is_saved_with_the_model(tmp_path):
     assert (facts["epsilon"], facts["delta"], facts["images"], facts["dataset"]) == (0.02, 0.05, 2000, "simulated")
 
 
-def test_times_of_stages():
-    model = lively_model()
+@pytest.mark.parametrize("make", [lively_model, lively_swin], ids=["vit", "swin"])
+def test_times_of_stages(make):
+    model = make()
     times = measure_stage_milliseconds(model, random_images(2), repeats=3)
     assert len(times) == 3
     assert all(time > 0 for time in times)

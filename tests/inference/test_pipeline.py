@@ -11,13 +11,18 @@ from transformers.pipelines.pt_utils import KeyDataset
 from hf_thinkingvit import AdaptiveImageClassificationPipeline
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model
+from tests.utils import lively_model, lively_swin
+
+
+@pytest.fixture(scope="module", params=[lively_model, lively_swin], ids=["vit", "swin"])
+def make(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(make, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    lively_model().save_pretrained(path)
+    make().save_pretrained(path)
     evaluation_image_processor(32).save_pretrained(path)
     return str(path)
 
@@ -29,9 +34,9 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def expected(folder, images):
+def expected(make, folder, images):
     """Model outputs for the preprocessed images, at a τ that splits them."""
-    model = lively_model()
+    model = make()
     pixel_values = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         threshold = model(pixel_values, max_stages=1).entropy.median().item() + 1e-3
@@ -41,12 +46,12 @@ def expected(folder, images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_standard_pipeline(folder, images, batch_size, caplog):
+def test_standard_pipeline(make, folder, images, batch_size, caplog):
     with caplog.at_level(logging.ERROR, logger="transformers"):
         classifier = pipeline("image-classification", model=folder)
     assert "not supported" not in caplog.text
     results = classifier(images, batch_size=batch_size, top_k=2)
-    model = lively_model()
+    model = make()
     pixel_values = classifier.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         probabilities = model(pixel_values).logits.softmax(-1)

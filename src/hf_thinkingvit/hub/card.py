@@ -110,7 +110,7 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
         return description | {"override": f"halting_epsilon={config.halting_epsilon}"}
     spent = accumulate(stage_macs(config))
     rows = [
-        [f"stage {index}", str(stage.num_attention_heads), str(stage.hidden_size), f"{macs / 1e9:.4g}"]
+        [f"stage {index}", _counts(stage.num_attention_heads), str(stage.hidden_size), f"{macs / 1e9:.4g}"]
         for index, (stage, macs) in enumerate(zip(config.stages, spent))
     ]
     description["schedule"] = _table(["", "heads", "width", "GMACs up to here"], rows)
@@ -182,6 +182,11 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _readable(value: Any) -> str:
     return _threshold(value) if isinstance(value, (float, list, tuple)) else str(value)
+
+
+def _counts(heads: int | Sequence[int]) -> str:
+    """Of a hierarchy, one number per layer."""
+    return str(heads) if isinstance(heads, int) else ", ".join(map(str, heads))
 
 
 def _threshold(value: float | Sequence[float]) -> str:

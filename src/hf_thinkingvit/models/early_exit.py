@@ -50,10 +50,11 @@ class StagedImageClassifierOutput(ModelOutput):
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
-            `exit_stage >= i`, in batch order.
+            `exit_stage >= i`, in batch order. On Swin tokens and width are those of the layer of the hierarchy.
         attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
             Attention probabilities `(images, heads of stage i, tokens, tokens)`, one per layer and stage that ran, for
-            the same images as in `hidden_states`.
+            the same images as in `hidden_states`. On Swin one per block and stage: `(images * windows, heads,
+            tokens of a window, tokens of a window)`, each image's windows side by side.
     """
 
     loss: torch.Tensor | None = None
@@ -197,7 +198,8 @@ class StagedImageClassifierMixin:
             output_stage_logits (`bool`, *optional*):
                 Return every stage's logits for every image, which makes all of them run.
             interpolate_pos_encoding (`bool`, *optional*):
-                Accept images of another size than `config.image_size`, and interpolate the position embeddings.
+                Accept images of another size than `config.image_size`, and interpolate the position embeddings. Where
+                there are none (Swin, unless `config.use_absolute_embeddings`), other sizes are accepted anyway.
 
         Returns:
             [`StagedImageClassifierOutput`]

@@ -26,6 +26,8 @@ from .nested_vit import eager_attention_forward
 NOT_ADJACENT = -100.0
 # Of the norms of patch embedding and patch merging, whatever `layer_norm_eps`, as in Transformers' Swin.
 PATCH_NORM_EPS = 1e-5
+# Of an MLP's intermediate tokens at once, for each thread: about what a core's cache holds.
+MLP_BYTES = 2**20
 # How many kinds of windows (sizes, shifts, dtypes) are remembered before all are made anew.
 KEPT_GRIDS = 16
 
@@ -275,8 +277,22 @@ class NestedSwinMLP(nn.Module):
         self.fc2 = NestedLinear(full.intermediate_size, full.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
-        intermediate = self.activation_fn(self.fc1(hidden_states, intermediate_size))
-        return self.fc2(intermediate, hidden_states.shape[-1])
+        """`hidden_states` (..., width) → the same, through `intermediate_size` channels."""
+        width = hidden_states.shape[-1]
+        tokens = hidden_states.reshape(-1, width)
+        outputs = [
+            self.fc2(self.activation_fn(self.fc1(part, intermediate_size)), width)
+            for part in tokens.split(self._tokens_at_once(tokens, intermediate_size))
+        ]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(hidden_states.shape)
+
+    def _tokens_at_once(self, tokens: torch.Tensor, intermediate_size: int) -> int:
+        """Inference on a CPU takes so many tokens that what lies between the two maps stays in the cache."""
+        whole = max(len(tokens), 1)
+        if tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return whole
+        in_cache = MLP_BYTES * torch.get_num_threads() // (intermediate_size * tokens.element_size())
+        return min(whole, max(in_cache, 1))
 
 
 class NestedSwinBlock(GradientCheckpointingLayer):
