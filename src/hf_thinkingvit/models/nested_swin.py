@@ -113,6 +113,7 @@ class Windows(NamedTuple):
     How a grid is cut into windows, for one shift. Cutting is one permutation, shift and padding included.
 
     Attributes:
+        grid: (rows, columns).
         size: side of a window.
         padding: rows below and columns to the right that complete the last windows.
         order (`torch.LongTensor` of shape `(windows * size²,)`): the position in the (padded) grid of each window's
@@ -122,6 +123,7 @@ class Windows(NamedTuple):
             shift brings opposite ends of the grid together.
     """
 
+    grid: tuple[int, int]
     size: int
     padding: tuple[int, int]
     order: torch.Tensor
@@ -151,7 +153,7 @@ class Windows(NamedTuple):
             regions = _cut(3 * row_bands[:, None] + column_bands, window_size).flatten(1)
             apart = regions[:, None, :, None] != regions[:, None, None, :]
             mask = torch.zeros(apart.shape, device=device, dtype=dtype).masked_fill(apart, NOT_ADJACENT)
-        return cls(window_size, padding, order, back, mask)
+        return cls(grid, window_size, padding, order, back, mask)
 
     def cut(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, rows, columns, channels) → (batch * windows, size², channels)."""
@@ -160,10 +162,10 @@ class Windows(NamedTuple):
             hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, right, 0, bottom))
         return hidden_states.flatten(1, 2).index_select(1, self.order).unflatten(1, (-1, self.size**2)).flatten(0, 1)
 
-    def join(self, windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def join(self, windows: torch.Tensor) -> torch.Tensor:
         """The way back, without what was padded: (batch, rows, columns, channels)."""
         tokens = windows.unflatten(0, (-1, len(self.order) // self.size**2)).flatten(1, 2)
-        return tokens.index_select(1, self.back).unflatten(1, grid)
+        return tokens.index_select(1, self.back).unflatten(1, self.grid)
 
 
 def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
@@ -233,7 +235,7 @@ class NestedSwinAttention(KeptTensorsMixin, nn.Module):
         kept = self.__dict__.setdefault("_kept", {})
         # Unlike a view, it does not follow a change of the table in place, which the version counts.
         state = table.data_ptr(), None if table.is_inference() else table._version
-        key = windows.size, num_heads, windows.order.shape, windows.padding, windows.mask is None
+        key = windows.grid, num_heads  # a block has one shift, so nothing else differs between its windows
         if key not in kept or kept[key][1] != state:
             if len(kept) >= KEPT_GRIDS:
                 kept.clear()
@@ -242,7 +244,7 @@ class NestedSwinAttention(KeptTensorsMixin, nn.Module):
 
     def _make_bias_and_mask(self, windows: Windows, num_heads: int) -> torch.Tensor:
         bias = self.relative_position_bias(windows.size, num_heads)
-        return bias if windows.mask is None else bias + windows.mask
+        return bias if windows.mask is None else bias + windows.mask.to(bias.dtype)
 
     def forward(self, hidden_states: torch.Tensor, windows: Windows, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` (batch * windows, size², width), normalised → the same, and attention probabilities."""
@@ -308,10 +310,9 @@ class NestedSwinBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, stage: Stage, windows: Windows, **kwargs) -> torch.Tensor:
         """`hidden_states` (batch, rows, columns, stage.hidden_size) → the same."""
-        grid = tuple(hidden_states.shape[1:3])
         normed = windows.cut(self.layernorm_before(hidden_states))
         attn_output, _ = self.attention(normed, windows, **kwargs)
-        hidden_states = hidden_states + self.dropout(windows.join(attn_output, grid))
+        hidden_states = hidden_states + self.dropout(windows.join(attn_output))
         mlp_output = self.mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
         return hidden_states + self.dropout(mlp_output)
 
