@@ -1,6 +1,7 @@
-"""Running adaptive models: full batches at every stage, and the pipeline that steers and reports exits."""
+"""Running adaptive models: full batches at every stage, the pipeline that steers and reports exits, and export."""
 
 from .engine import AdaptiveEngine, EngineResult, EngineStats
+from .export import OnnxFiles, export_adaptive, export_onnx, export_stages
 from .pipeline import ADAPTIVE_IMAGE_CLASSIFICATION, AdaptiveImageClassificationPipeline
 
 
@@ -10,4 +11,8 @@ __all__ = [
     "AdaptiveImageClassificationPipeline",
     "EngineResult",
     "EngineStats",
+    "OnnxFiles",
+    "export_adaptive",
+    "export_onnx",
+    "export_stages",
 ]
