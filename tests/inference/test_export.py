@@ -85,7 +85,7 @@ class TestOnnx:
         return onnxruntime.InferenceSession(path, options)
 
     def test_the_adaptive_file(self, exported):
-        model, images, expected, files = exported
+        _, images, expected, files = exported
         session = self.session(files.adaptive)
         for index, image in enumerate(images.split(1)):
             logits, exit_stage, entropy = session.run(None, {"pixel_values": image.numpy()})

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_onnx_available
 
 from ..models.config_checks import as_pair
-from ..models.early_exit import StagedImageClassifierMixin, State
+from ..models.early_exit import State
 from ..models.exit_criteria import ExitRule
 
 
@@ -142,7 +143,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFi
         ImportError: without the packages of the extra `onnx`.
         ValueError: if the model does not think in stages.
     """
-    if not is_onnx_available():
+    if not (is_onnx_available() and find_spec("onnxscript")):
         raise ImportError('Writing ONNX needs onnx and onnxscript: pip install "hf-thinkingvit[onnx]".')
     output_dir = Path(output_dir)
     _check_stages(model)
@@ -161,7 +162,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFi
 
 
 def _check_stages(model: PreTrainedModel) -> None:
-    if not isinstance(model, StagedImageClassifierMixin):
+    if not hasattr(model, "run_stage"):
         raise ValueError(f"{type(model).__name__} does not think in stages: there are none to export.")
 
 
