@@ -5,11 +5,12 @@ Adaptive models against what a user would otherwise run, in one process and in t
     python -m benchmarks.inference --batch-size 16 --dtype bfloat16 --compile
     python -m benchmarks.inference --device cuda --dtype bfloat16 --batch-size 256 --compile
 
-Pixels in, logits out, 224 × 224, random weights. Rivals are Transformers' plain models of the same sizes, timm's where it
-is installed, and the official code's way of early exit: every stage for every image, and a selection afterwards. The
+Pixels in, logits out, 224 × 224, random weights. Rivals are Transformers' plain models of the same sizes, timm's where
+it is installed, and the official code's way of early exit: every stage for every image, and a selection afterwards. The
 shares of images that go on to the second stage are the published ones at τ = 1.5, 1.0 and 0.5, and none and all; they
-come from τ set between the entropies of the images, so they are exact and need no trained weights. Times are medians over
-the repeats, ratios medians of the ratios within a repeat. `--family avit` stands for `python -m benchmarks.avit`.
+come from τ set between the entropies of the images, so they are exact and need no trained weights. t₁ is the time of
+the first stage, t₂ what all stages take beyond it, r the share. Times are medians over the repeats, ratios medians of
+the ratios within a repeat. `--family avit` stands for `python -m benchmarks.avit`.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from hf_thinkingvit.inference import AdaptiveEngine
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  after the backend has been chosen
+from matplotlib import pyplot as plt
 
 
 SHARES = (0.0, 0.18, 0.36, 0.59, 1.0)
@@ -119,7 +120,7 @@ class Comparison:
         self.say(f"\nBatch {self.batch_size}. A large matrix product reaches {peak / 1e9:.0f} GMAC/s.\n")
         self.say("| | ms per image | images/s | throughput: rival = 1 | of the peak |\n|---|---|---|---|---|")
         for name, values in seconds.items():
-            rival, cost = {"first": (first, macs[0]), "all st": (every, sum(macs))}.get(name[:6], (None, None))
+            rival, cost = {"first": (first, macs[0]), "all": (every, sum(macs))}.get(name.split()[0], (None, None))
             per_image = statistics.median(values) / self.num_images
             ratio = "" if rival is None else median_and_quartiles([t / o for o, t in zip(values, rival)])
             share = "" if cost is None else f"{cost / per_image / peak:.0%}"
@@ -129,19 +130,18 @@ class Comparison:
     def _shares(self) -> dict[float, dict[str, list[float]]]:
         entropies = torch.cat([self.model(batch, max_stages=1).entropy for batch in self.batches])
         results = {}
-        self.say(
-            "\n| go on | way | ms per image | / (t₁ + r·t₂) | throughput: select after = 1 |\n|---|---|---|---|---|"
-        )
+        self.say("\n| r | way | ms per image | time / (t₁ + r·t₂) | throughput: select after = 1 |")
+        self.say("|---|---|---|---|---|")
         for share in SHARES:
             threshold = threshold_for_share(entropies, share)
             seconds = measure(self._ways_at(threshold), self.repeats, self.device)
             goes_on = sum(self.model(batch, threshold=threshold).exit_stage.sum().item() for batch in self.batches)
             exact = goes_on / self.num_images
             for name, values in seconds.items():
-                if name.startswith(("t₁", "t₂")):
+                if name.startswith(("first", "all")):
                     continue
                 kind = "compiled" if "compiled" in name else "eager"
-                first, every = seconds[f"t₁ {kind}"], seconds[f"t₂ {kind}"]
+                first, every = seconds[f"first, {kind}"], seconds[f"all, {kind}"]
                 bound = [(1 - exact) * one + exact * both for one, both in zip(first, every)]
                 slower = median_and_quartiles([value / limit for value, limit in zip(values, bound)])
                 faster = median_and_quartiles([other / v for v, other in zip(values, seconds["select after"])])
@@ -154,8 +154,8 @@ class Comparison:
     def _ways_at(self, threshold: float) -> dict[str, Callable[[], object]]:
         ways = {"select after": self.over_batches(lambda batch: self.family.select_after(self.model, batch, threshold))}
         for kind, model in self.ways.items():
-            ways[f"t₁ {kind}"] = self.over_batches(lambda batch, model=model: model(batch, max_stages=1))
-            ways[f"t₂ {kind}"] = self.over_batches(lambda batch, model=model: model(batch, threshold=0.0))
+            ways[f"first, {kind}"] = self.over_batches(lambda batch, model=model: model(batch, max_stages=1))
+            ways[f"all, {kind}"] = self.over_batches(lambda batch, model=model: model(batch, threshold=0.0))
             forward = self.over_batches(lambda batch, model=model: model(batch, threshold=threshold))
             ways[f"forward, {kind}"] = forward
             if self.batch_size > 1:
@@ -167,13 +167,13 @@ class Comparison:
         """Images per second against the share that goes on."""
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         shares = list(results)
-        names = [name for name in results[shares[0]] if not name.startswith(("t₁", "t₂"))]
+        names = [name for name in results[shares[0]] if not name.startswith(("first", "all"))]
         for name in names:
             speeds = [self.num_images / statistics.median(results[share][name]) for share in shares]
             axes.plot(shares, speeds, marker="o", label=name)
         bounds = []
         for share in shares:
-            first, every = (statistics.median(results[share][f"{part} eager"]) for part in ("t₁", "t₂"))
+            first, every = (statistics.median(results[share][f"{part}, eager"]) for part in ("first", "all"))
             bounds.append(self.num_images / ((1 - share) * first + share * every))
         axes.plot(shares, bounds, color="black", linestyle=":", label="t₁ + r·t₂, eager")
         axes.set_xlabel("share of images that go on to the second stage")
