@@ -3,11 +3,12 @@ Does a stage pay for reading the leading slices of wide weights, instead of weig
 
     python -m benchmarks.slices --dtype bfloat16
 
-The linear maps of the first stage of ThinkingViT 3 → 6, from a view of the full weight and from a contiguous copy of it,
-in turns; ratios above 1 say what packed weights would save.
+The linear maps of the first stage of ThinkingViT 3 → 6, from a view of the full weight and from a contiguous copy of
+it, in turns; ratios above 1 say what packed weights would save.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -17,6 +18,11 @@ from benchmarks.measure import describe_run, measure, median_and_quartiles
 
 # (rows, columns) of the slice and of the whole: attention's projections, and the two of the MLP.
 SLICES = (((192, 192), (384, 384)), ((768, 192), (1536, 384)), ((192, 768), (384, 1536)))
+
+
+def repeatedly(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    for _ in range(8):  # one product is too short to be timed
+        linear(tokens, weight, bias)
 
 
 @torch.no_grad()
@@ -34,12 +40,10 @@ def main() -> None:
         for (rows, columns), whole in SLICES:
             weight = torch.randn(whole, device=device, dtype=dtype)
             view, bias = weight[:rows, :columns], torch.randn(rows, device=device, dtype=dtype)
-            packed = view.contiguous()
             tokens = torch.randn(batch_size, 197, columns, device=device, dtype=dtype)
-            calls = range(8)  # one is too short to be timed
             rivals = {
-                "view": lambda tokens=tokens, view=view, bias=bias: [linear(tokens, view, bias) for _ in calls],
-                "packed": lambda tokens=tokens, packed=packed, bias=bias: [linear(tokens, packed, bias) for _ in calls],
+                "view": partial(repeatedly, tokens, view, bias),
+                "packed": partial(repeatedly, tokens, view.contiguous(), bias),
             }
             seconds = measure(rivals, arguments.repeats, device)
             ratios = [view_time / packed_time for view_time, packed_time in zip(seconds["view"], seconds["packed"])]

@@ -6,8 +6,10 @@ import time
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_thinkingvit import EXIT_CRITERIA
+from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from tests.models.test_modeling_avit import lively_avit
@@ -112,6 +114,15 @@ class TestCountedWork:
         assert engine.stats.rows == rows
         assert engine.stats.batches == [math.ceil(count / 16) for count in rows]
         assert engine.stats.exits == [int((exits == stage).sum()) for stage in range(3)]
+
+    def test_multiply_accumulates(self, model):
+        """Those of the configuration, for the images that run each stage."""
+        model.set_attn_implementation("eager")  # whose products the counter sees on every device
+        engine = AdaptiveEngine(model, batch_size=16)
+        with FlopCounterMode(display=False) as counter:
+            list(engine(random_images(60)))
+        macs = sum(rows * cost for rows, cost in zip(engine.stats.rows, stage_macs(model.config)))
+        assert counter.get_total_flops() == 2 * macs
 
     def test_waits_for_the_device_once_a_batch(self, model, monkeypatch):
         """One copy to the host, for the exits and all else; what comes after works on that copy."""
