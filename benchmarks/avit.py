@@ -13,9 +13,9 @@ import argparse
 import statistics
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.inference import describe_run, measure
+from benchmarks.measure import describe_run, measure
+from benchmarks.rivals import plain_vit
 from hf_thinkingvit import AViTConfig, AViTForImageClassification
 
 
@@ -48,10 +48,7 @@ def set_mean_depth(model: AViTForImageClassification, pixel_values: torch.Tensor
 def compare(size: str, batch_sizes: list[int], repeats: int, device: torch.device, dtype: torch.dtype) -> None:
     heads, target = SIZES[size]
     torch.manual_seed(0)
-    plain = ViTForImageClassification(
-        ViTConfig(hidden_size=64 * heads, num_attention_heads=heads, intermediate_size=256 * heads, num_labels=1000)
-    )
-    plain.to(device, dtype).eval()
+    plain = plain_vit(heads).to(device, dtype).eval()
     model = AViTForImageClassification(AViTConfig(num_attention_heads=heads, num_labels=1000, gate_scale=20.0))
     for parameter in model.avit.embeddings.parameters():  # tokens that differ, so that they halt at different depths
         parameter.normal_(std=0.3)
@@ -76,6 +73,16 @@ def compare(size: str, batch_sizes: list[int], repeats: int, device: torch.devic
             )
 
 
+def print_tables(sizes: list[str], batch_sizes: list[int], repeats: int, device: torch.device, dtype: str) -> None:
+    print(describe_run(device, dtype))
+    print(
+        "| size | batch | mean depth | MACs: plain / spent | sparse, ms per image | masked | plain | plain / sparse |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for size in sizes:
+        compare(size, batch_sizes, repeats, device, getattr(torch, dtype))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=list(SIZES))
@@ -85,13 +92,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    print(describe_run(device, arguments.dtype))
-    print(
-        "| size | batch | mean depth | MACs: plain / spent | sparse, ms per image | masked | plain | plain / sparse |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for size in arguments.size:
-        compare(size, arguments.batch_size, arguments.repeats, device, getattr(torch, arguments.dtype))
+    print_tables(arguments.size, arguments.batch_size, arguments.repeats, device, arguments.dtype)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 import torch
 from transformers import AutoModelForImageClassification
 
-from benchmarks.inference import describe_run, measure
+from benchmarks.measure import describe_run, measure
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.data import as_image_split, evaluation_batches, find_split, load_splits
 from hf_thinkingvit.evaluation import evaluate_thresholds

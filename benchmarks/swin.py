@@ -15,7 +15,7 @@ import statistics
 import torch
 from transformers import SwinConfig, SwinForImageClassification
 
-from benchmarks.inference import describe_run, measure
+from benchmarks.measure import describe_run, measure
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification
 from hf_thinkingvit.evaluation import stage_macs
 

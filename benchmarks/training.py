@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.inference import describe_run, measure, plain_vit
+from benchmarks.measure import describe_run, measure
+from benchmarks.rivals import plain_vit
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
 
 

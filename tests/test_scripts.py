@@ -116,3 +116,18 @@ def test_classify_folder(folders, tmp_path):
     done = run("classify_folder.py", folders, "--images", str(folders / "images"), "--output", str(table))
     assert done.returncode == 0, done.stderr
     assert len(Dataset.from_parquet(str(table))) == 120
+
+
+def test_export_onnx(folders, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        (tmp_path / "images" / f"{index}.png").write_bytes(encoded_image(index))
+    words = ["--images", str(tmp_path / "images"), "--output-dir", str(tmp_path / "onnx"), "--threshold", "1.0"]
+    done = run("export_onnx.py", folders, *words)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"adaptive.onnx", "stage_0.onnx", "stage_1.onnx"}
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("0.png", "1.png", "2.png"))]
+    assert len(rows) == 3
+    for _, label, exit_stage, entropy, _, models_own in rows:
+        assert models_own == f"{label}, {exit_stage}, {entropy}"

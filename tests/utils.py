@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_thinkingvit import (
     EXIT_CRITERIA,
@@ -77,3 +78,25 @@ def middle_threshold(model, pixel_values: torch.Tensor) -> float:
     scores = EXIT_CRITERIA[model.config.exit_criterion].score(logits, model.config.entropy_top_k).sort().values
     middle = len(scores) // 2
     return float((scores[middle - 1] + scores[middle]) / 2)
+
+
+class HostSynchronisations(TorchDispatchMode):
+    """
+    Counts what would make the host wait for a GPU: values read, and sizes that depend on values.
+
+    Attributes:
+        counts: names of the operations so far, in order.
+    """
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
+
+    def __init__(self):
+        super().__init__()
+        self.counts: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if name in self.WAITING or by_mask:
+            self.counts.append(name)
+        return function(*args, **(kwargs or {}))

@@ -6,12 +6,14 @@ import time
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_thinkingvit import EXIT_CRITERIA
+from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model, lively_swin, random_images
+from tests.utils import HostSynchronisations, lively_model, lively_swin, random_images
 
 
 @pytest.fixture(params=[lively_model, lively_swin], ids=["vit", "swin"])
@@ -112,6 +114,33 @@ class TestCountedWork:
         assert engine.stats.rows == rows
         assert engine.stats.batches == [math.ceil(count / 16) for count in rows]
         assert engine.stats.exits == [int((exits == stage).sum()) for stage in range(3)]
+
+    def test_multiply_accumulates(self, model):
+        """Those of the configuration, for the images that run each stage."""
+        model.set_attn_implementation("eager")  # whose products the counter sees on every device
+        engine = AdaptiveEngine(model, batch_size=16)
+        with FlopCounterMode(display=False) as counter:
+            list(engine(random_images(60)))
+        macs = sum(rows * cost for rows, cost in zip(engine.stats.rows, stage_macs(model.config)))
+        assert counter.get_total_flops() == 2 * macs
+
+    def test_waits_for_the_device_once_a_batch(self, model, monkeypatch):
+        """One copy to the host, for the exits and all else; what comes after works on that copy."""
+        copies, copy = [], torch.Tensor.cpu
+        engine, counter = AdaptiveEngine(model, batch_size=16), HostSynchronisations()
+
+        def counted(tensor):
+            copies.append(list(counter.counts))
+            return copy(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "cpu", counted)
+        with counter:
+            _, state, going_on = engine.step(0, {"pixel_values": random_images(16)})
+            before = list(counter.counts)
+            engine.step(1, state)
+        assert 0 < len(going_on) < 16
+        assert copies == [[], before]  # nothing read before the copy
+        assert len(before) == 1  # which images go on, from the copy
 
     def test_reads_no_further_than_it_must(self, model):
         read = 0

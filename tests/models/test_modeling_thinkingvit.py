@@ -10,7 +10,14 @@ from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification,
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.models.exit_criteria import topk_entropy
 from tests.reference import thinkingvit_stages
-from tests.utils import FIXTURES, lively_model, middle_threshold, random_images, tiny_config
+from tests.utils import (
+    FIXTURES,
+    HostSynchronisations,
+    lively_model,
+    middle_threshold,
+    random_images,
+    tiny_config,
+)
 
 
 SCHEDULES = [[4], [2, 2], [1, 4], [1, 2, 4], [2, 3, 3, 4]]
@@ -173,6 +180,17 @@ class TestEarlyExit:
         ]
 
     @torch.no_grad()
+    def test_waits_for_the_device_once_an_exit(self):
+        model, images = lively_model(), random_images(12)
+        threshold = [middle_threshold(model, images), 0.0]
+        with torch.no_grad(), HostSynchronisations() as counter:
+            exit_stage = model(images, threshold=threshold).exit_stage
+            assert counter.counts == ["nonzero", "nonzero"]  # which images go on, after each stage but the last
+            model(images, max_stages=1)
+            model(images, output_stage_logits=True)
+            assert len(counter.counts) == 2
+        assert exit_stage.unique().tolist() == [0, 2]
+
     def test_no_later_stage_runs_when_all_exit(self):
         model = lively_model()
         outputs, rows = self.count_rows(model, lambda: model(random_images(), threshold=10.0))

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import layer_norm, linear
 
 from hf_thinkingvit.models.nested_layers import NestedLayerNorm, NestedLinear, ResidualDropout
+from tests.utils import lively_model, random_images
 
 
 def assert_leading(layer: NestedLinear, hidden_states: torch.Tensor, out_features: int) -> None:
@@ -104,3 +105,47 @@ def test_residual_dropout_keeps_the_mean():
     hidden_states = torch.ones(20000, 1, 4)
     mean = ResidualDropout(0.3, 0.4).train()(hidden_states).mean().item()
     assert mean == pytest.approx(1.0, abs=0.03)
+
+
+class TestWritingOver:
+    """Inference without gradients writes into what its layers put out."""
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_answers_are_those_with_gradients(self, autocast):
+        model, images = lively_model(), random_images()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            expected = model(images, output_stage_logits=True).stage_logits
+            with torch.no_grad():
+                stage_logits = model(images, output_stage_logits=True).stage_logits
+        for logits, one in zip(stage_logits, expected):
+            assert torch.equal(logits, one)
+
+    def test_a_hook_keeps_what_it_saw(self):
+        model, images = lively_model(), random_images()
+        layer, kept = model.thinkingvit.layers[0], {}
+        watched = {
+            "attention": layer.attention.o_proj,
+            "fc1": layer.mlp.fc1,
+            "activation": layer.mlp.activation_fn,
+            "fc2": layer.mlp.fc2,
+            "mlp": layer.mlp,
+        }
+        for name, module in watched.items():
+            module.register_forward_hook(lambda module, _, output, name=name: kept.setdefault(name, []).append(output))
+        model(images, max_stages=1)
+        with torch.no_grad():
+            model(images, max_stages=1)
+        assert kept.keys() == watched.keys()
+        for expected, found in kept.values():
+            assert torch.equal(expected, found)
+
+    def test_inputs_stay_as_they_are(self):
+        model, images = lively_model(), random_images()
+        before = images.clone()
+        with torch.no_grad():
+            state = model.begin(images)
+            start = {name: tensor.clone() for name, tensor in state.items()}
+            model.run_stage(0, state)
+        assert torch.equal(images, before)
+        for name, tensor in start.items():
+            assert torch.equal(tensor, state[name])

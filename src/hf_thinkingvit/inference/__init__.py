@@ -1,6 +1,8 @@
-"""Running adaptive models: full batches at every stage, and the pipeline that steers and reports exits."""
+"""Running adaptive models: full batches at every stage, the pipeline that steers and reports exits, and export."""
 
+from .distributed import classify_across_processes
 from .engine import AdaptiveEngine, EngineResult, EngineStats
+from .export import OnnxFiles, export_adaptive, export_onnx, export_stages
 from .pipeline import ADAPTIVE_IMAGE_CLASSIFICATION, AdaptiveImageClassificationPipeline
 
 
@@ -10,4 +12,9 @@ __all__ = [
     "AdaptiveImageClassificationPipeline",
     "EngineResult",
     "EngineStats",
+    "OnnxFiles",
+    "classify_across_processes",
+    "export_adaptive",
+    "export_onnx",
+    "export_stages",
 ]

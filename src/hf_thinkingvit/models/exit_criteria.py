@@ -16,7 +16,8 @@ from .config_checks import check_integer, check_number
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
     # clamp: rounding can push a certain answer's entropy below 0, and then τ = 0 would let it exit. NaN stays NaN.
-    return torch.special.entr(probabilities).sum(dim=-1).clamp(min=0.0)
+    # The same numbers as `torch.special.entr`, which torch 2.11 cannot export to ONNX inside a conditional.
+    return (-torch.xlogy(probabilities, probabilities)).sum(dim=-1).clamp(min=0.0)
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:

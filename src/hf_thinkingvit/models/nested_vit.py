@@ -17,7 +17,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config_checks import as_pair
 from .configuration_nested_vit import NestedViTConfig, Stage
-from .nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
+from .nested_layers import (
+    NestedConv2d,
+    NestedLayerNorm,
+    NestedLinear,
+    ResidualDropout,
+    add_residual,
+    may_overwrite,
+)
 from .packed_tokens import packed_attention
 
 
@@ -170,11 +177,16 @@ class NestedViTMLP(nn.Module):
     def __init__(self, config: NestedViTConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
+        self.is_gelu = config.hidden_act == "gelu"
         self.fc1 = NestedLinear(config.hidden_size, config.intermediate_size)
         self.fc2 = NestedLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
-        intermediate = self.activation_fn(self.fc1(hidden_states, intermediate_size))
+        intermediate = self.fc1(hidden_states, intermediate_size)
+        if self.is_gelu and may_overwrite(self.fc1, self.activation_fn):
+            torch.ops.aten.gelu_(intermediate)
+        else:
+            intermediate = self.activation_fn(intermediate)
         return self.fc2(intermediate, hidden_states.shape[-1])
 
 
@@ -228,11 +240,12 @@ class NestedViTLayer(GradientCheckpointingLayer):
             key, value = self.attention.project_key_value(normed)
         if queries is not None:
             hidden_states, normed = hidden_states[:, queries], normed[:, queries]
-        attn_output, _ = self.attention(normed, key, value, **kwargs)
-        hidden_states = hidden_states + self.dropout(attn_output)
+        attention, mlp, dropout = self.attention, self.mlp, self.dropout
+        attn_output, _ = attention(normed, key, value, **kwargs)
+        hidden_states = add_residual(hidden_states, dropout(attn_output), attention.o_proj, attention, dropout)
         normed = _keep(self.layernorm_after(hidden_states), active)
-        mlp_output = self.mlp(normed, stage.intermediate_size)
-        hidden_states = hidden_states + self.dropout(mlp_output)
+        mlp_output = mlp(normed, stage.intermediate_size)
+        hidden_states = add_residual(hidden_states, dropout(mlp_output), mlp.fc2, mlp, dropout)
         return hidden_states if queries is None else (hidden_states, key, value)
 
 

@@ -1,0 +1,83 @@
+"""The adaptive models of the speed benchmarks, what a user would otherwise run, and the official way of early exit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from hf_thinkingvit import ExitRule, ThinkingViTConfig, ThinkingViTForImageClassification
+
+
+def plain_vit(heads: int) -> ViTForImageClassification:
+    """A Transformers ViT of DeiT proportions: 3 heads are ViT-Tiny, 6 are ViT-Small."""
+    config = ViTConfig(
+        hidden_size=64 * heads, num_attention_heads=heads, intermediate_size=256 * heads, num_labels=1000
+    )
+    return ViTForImageClassification(config)
+
+
+def timm_model(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name)
+
+
+def vit_select_after(model: ThinkingViTForImageClassification, pixel_values: torch.Tensor, threshold: float):
+    """Logits as the official code computes them: every stage whole for every image, then a selection."""
+    vit, rule = model.thinkingvit, ExitRule.from_config(model.config, threshold)
+    tokens = logits = undecided = None
+    for index, stage in enumerate(vit.stages):
+        hidden_states = vit.embeddings(pixel_values, 0, stage.hidden_size)
+        if tokens is not None:
+            hidden_states = vit.recyclers[index - 1](hidden_states, tokens)
+        for layer in vit.layers:
+            hidden_states = layer(hidden_states, stage)
+        tokens = vit.layernorm(hidden_states)
+        answer = model.classifier(tokens[:, 0])
+        _, exits = rule.judge(index, answer)
+        logits = answer if logits is None else torch.where(undecided[:, None], answer, logits)
+        undecided = ~exits if undecided is None else undecided & ~exits
+    return logits
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    A model of two stages and its rivals.
+
+    Attributes:
+        build: the model with random weights.
+        first: names in `plain` of what the first stage stands against.
+        both: of what all stages stand against, run one after another.
+        plain: how to build each rival.
+        select_after: every stage for every image: `(model, pixel_values, threshold)` to logits.
+    """
+
+    build: Callable[[], PreTrainedModel]
+    first: tuple[str, ...]
+    both: tuple[str, ...]
+    plain: dict[str, Callable[[], nn.Module]]
+    select_after: Callable[[PreTrainedModel, torch.Tensor, float], torch.Tensor]
+
+
+TIMM_VITS = {
+    "DeiT-Tiny (timm)": lambda: timm_model("deit_tiny_patch16_224"),
+    "DeiT-Small (timm)": lambda: timm_model("deit_small_patch16_224"),
+}
+
+FAMILIES = {
+    "thinkingvit": Family(
+        build=lambda: ThinkingViTForImageClassification(ThinkingViTConfig(num_labels=1000)),
+        first=("ViT-Tiny",),
+        both=("ViT-Tiny", "ViT-Small"),
+        plain={
+            "ViT-Tiny": lambda: plain_vit(3),
+            "ViT-Small": lambda: plain_vit(6),
+            **(TIMM_VITS if find_spec("timm") else {}),
+        },
+        select_after=vit_select_after,
+    ),
+}

@@ -1,0 +1,54 @@
+"""
+Does a stage pay for reading the leading slices of wide weights, instead of weights of its own?
+
+    python -m benchmarks.slices --dtype bfloat16
+
+The linear maps of the first stage of ThinkingViT 3 → 6, from a view of the full weight and from a contiguous copy of
+it, in turns; ratios above 1 say what packed weights would save.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from torch.nn.functional import linear
+
+from benchmarks.measure import describe_run, measure, median_and_quartiles
+
+
+# (rows, columns) of the slice and of the whole: attention's projections, and the two of the MLP.
+SLICES = (((192, 192), (384, 384)), ((768, 192), (1536, 384)), ((192, 768), (384, 1536)))
+
+
+def repeatedly(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    for _ in range(8):  # one product is too short to be timed
+        linear(tokens, weight, bias)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    arguments = parser.parse_args()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    print(describe_run(device, arguments.dtype))
+    print("| batch | slice | of | time with the slice / with a copy: median (quartiles) |\n|---|---|---|---|")
+    for batch_size in arguments.batch_size:
+        for (rows, columns), whole in SLICES:
+            weight = torch.randn(whole, device=device, dtype=dtype)
+            view, bias = weight[:rows, :columns], torch.randn(rows, device=device, dtype=dtype)
+            tokens = torch.randn(batch_size, 197, columns, device=device, dtype=dtype)
+            rivals = {
+                "view": partial(repeatedly, tokens, view, bias),
+                "packed": partial(repeatedly, tokens, view.contiguous(), bias),
+            }
+            seconds = measure(rivals, arguments.repeats, device)
+            ratios = [view_time / packed_time for view_time, packed_time in zip(seconds["view"], seconds["packed"])]
+            print(f"| {batch_size} | {rows} × {columns} | {whole[0]} × {whole[1]} | {median_and_quartiles(ratios)} |")
+
+
+if __name__ == "__main__":
+    main()

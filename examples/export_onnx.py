@@ -1,0 +1,66 @@
+"""
+Write a model as ONNX and answer with it under onnxruntime, beside the model itself:
+
+    python examples/export_onnx.py --model examples/checkpoints/thinkingvit-cifar10 --images examples/images
+
+`adaptive.onnx` takes one image and stops where its answer is certain; `stage_0.onnx` and so on take batches of any
+size. Needs the extra `onnx`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from hf_thinkingvit.auto import AutoImageProcessor
+from hf_thinkingvit.inference import export_onnx
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images to answer")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/onnx"))
+    parser.add_argument("--threshold", type=float, nargs="+", help="τ for these images, one or one per exit")
+    arguments = parser.parse_args()
+    model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    suffixes = Image.registered_extensions()
+    paths = sorted(path for path in arguments.images.iterdir() if path.suffix.lower() in suffixes)
+    if not paths:
+        parser.error(f"no images in {arguments.images}")
+
+    files = export_onnx(model, arguments.output_dir)
+    for path in (files.adaptive, *files.stages):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # else it warns that `threshold` has a default
+    session = onnxruntime.InferenceSession(files.adaptive, options)
+    feed, threshold = {}, arguments.threshold
+    if threshold is not None:
+        threshold = threshold * (model.config.num_stages - 1) if len(threshold) == 1 else threshold
+        feed["threshold"] = np.array(threshold, dtype=np.float32)
+    print("\nimage | label | exit stage | entropy | ms | the model's")
+    for path in paths:
+        with Image.open(path) as image:
+            pixel_values = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        started = time.perf_counter()
+        logits, exit_stage, entropy = session.run(None, {"pixel_values": pixel_values.numpy(), **feed})
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        with torch.no_grad():
+            expected = model(pixel_values, threshold=threshold)
+        label, theirs = (model.config.id2label[int(answer[0].argmax())] for answer in (logits, expected.logits))
+        print(
+            f"{path.name} | {label} | {exit_stage[0]} | {entropy[0]:.4f} | {milliseconds:.1f} | "
+            f"{theirs}, {expected.exit_stage[0]}, {expected.entropy[0]:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

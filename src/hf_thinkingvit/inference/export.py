@@ -1,0 +1,236 @@
+"""
+Models that think in stages for runtimes without Python: as programs of `torch.export`, and as ONNX files.
+
+Two forms. *One program per stage*, for any batch size: whoever runs them takes the images that go on from one to the
+next. *One program of all stages*, for one image, with a real conditional after each: a later stage is not computed for
+an image that exits. In both, τ is an input of the program, not a part of it.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_onnx_available
+
+from ..models.config_checks import as_pair
+from ..models.early_exit import State
+from ..models.exit_criteria import ExitRule
+
+
+class _StageProgram(nn.Module):
+    """A stage, with what leads to it from the stage before (or from pixels)."""
+
+    def __init__(self, model: PreTrainedModel, stage_index: int):
+        super().__init__()
+        self.model, self.stage_index = model, stage_index
+        self.is_last = stage_index == model.config.num_stages - 1
+
+    def forward(self, state: State, threshold: torch.Tensor) -> dict[str, torch.Tensor | State]:
+        model, config = self.model, self.model.config
+        if self.stage_index == 0:
+            state = model.begin(state["pixel_values"])
+        else:
+            state = model.recycle(self.stage_index - 1, state)
+        logits, state = model.run_stage(self.stage_index, state, is_last=self.is_last)
+        rule = ExitRule(config.exit_criterion, tuple(threshold.unbind()), config.entropy_top_k)
+        entropy, exits = rule.judge(self.stage_index, logits)
+        # Contiguous, as rows selected from it will be: programs are for certain strides.
+        state = {} if self.is_last else {name: tensor.contiguous() for name, tensor in state.items()}
+        return {"logits": logits, "entropy": entropy, "exits": exits, "state": state}
+
+
+class _AdaptiveProgram(nn.Module):
+    """All stages for one image, each but the first behind a conditional."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.stages = nn.ModuleList([_StageProgram(model, index) for index in range(model.config.num_stages)])
+
+    def forward(self, pixel_values: torch.Tensor, threshold: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits, exit_stage, entropy = self._run(0, {"pixel_values": pixel_values}, threshold)
+        return {"logits": logits, "exit_stage": exit_stage, "entropy": entropy}
+
+    def _run(
+        self, index: int, state: State, threshold: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        answer = self.stages[index](state, threshold)
+        logits, entropy, state = answer["logits"], answer["entropy"], answer["state"]
+        if index == len(self.stages) - 1:
+            return logits, torch.full_like(entropy, index, dtype=torch.long), entropy
+        names = list(state)
+
+        def accept(logits, entropy, threshold, *tensors):
+            # Copies: a conditional may not return what it was given.
+            return logits.clone(), torch.full_like(entropy, index, dtype=torch.long), entropy.clone()
+
+        def go_on(logits, entropy, threshold, *tensors):
+            return self._run(index + 1, dict(zip(names, tensors)), threshold)
+
+        operands = (logits, entropy, threshold, *state.values())
+        return torch.cond(answer["exits"][0], accept, go_on, operands)
+
+
+def export_stages(model: PreTrainedModel) -> list[torch.export.ExportedProgram]:
+    r"""
+    Each stage as a program of its own, for images of `config.image_size` in batches of any size.
+
+    Args:
+        model (`PreTrainedModel`): a classifier that thinks in stages; it is not changed.
+
+    Returns:
+        One `torch.export.ExportedProgram` per stage. It takes `(state, threshold)`: for the first stage
+        `{"pixel_values": (batch, channels, height, width)}`, for a later one the `state` that the stage before
+        returned, of those images that go on; and τ as float32 `(number of stages - 1,)`. It returns a dict of `logits`
+        `(batch, num_labels)`, `entropy` `(batch,)`, `exits` `(batch,)`, bool, and `state` (a dict whose tensors have
+        the image first; empty after the last stage, where every image exits).
+
+    Raises:
+        ValueError: if the model does not think in stages.
+    """
+    return [program for program, _ in _stage_programs(model)]
+
+
+def export_adaptive(model: PreTrainedModel) -> torch.export.ExportedProgram:
+    r"""
+    The whole model for one image of `config.image_size`, with a conditional (`torch.cond`) after each stage.
+
+    Returns:
+        A `torch.export.ExportedProgram`. It takes `pixel_values` `(1, channels, height, width)` and τ as float32
+        `(number of stages - 1,)`, and returns a dict of `logits` `(1, num_labels)`, `exit_stage` `(1,)`, int64, and
+        `entropy` `(1,)`.
+
+    Raises:
+        ValueError: if the model does not think in stages.
+    """
+    _check_stages(model)
+    return _export(_AdaptiveProgram(model), (_pixel_values(model, 1), _default_threshold(model)), None)
+
+
+@dataclass(frozen=True)
+class OnnxFiles:
+    """
+    What `export_onnx` wrote.
+
+    Attributes:
+        stages: one file per stage, for batches of any size.
+        adaptive: the file of all stages, for one image.
+    """
+
+    stages: list[Path]
+    adaptive: Path
+
+
+def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFiles:
+    r"""
+    Write the model as ONNX: `stage_0.onnx`, `stage_1.onnx` and so on (see `export_stages`), and `adaptive.onnx` with an
+    `If` after each stage but the last (see `export_adaptive`).
+
+    The state between two stages is one tensor for each of its entries: what stage 0 puts out as `stage_0.NAME` goes,
+    row by row for the images that go on, into stage 1 under the same name. `threshold` is an input with a default, that
+    of `model.config`. Labels and exit criterion are in the files' metadata.
+
+    Args:
+        model (`PreTrainedModel`): a classifier that thinks in stages; it is not changed.
+        output_dir (`str` or `os.PathLike`): the folder, made where it is missing.
+
+    Raises:
+        ImportError: without the packages of the extra `onnx`.
+        ValueError: if the model does not think in stages.
+    """
+    if not (is_onnx_available() and find_spec("onnxscript")):
+        raise ImportError('Writing ONNX needs onnx and onnxscript: pip install "hf-thinkingvit[onnx]".')
+    output_dir = Path(output_dir)
+    _check_stages(model)
+    programs = {"adaptive.onnx": (export_adaptive(model), ["pixel_values"], ["logits", "exit_stage", "entropy"])}
+    before: list[str] = ["pixel_values"]
+    for index, (program, state_names) in enumerate(_stage_programs(model)):
+        after = [f"stage_{index}.{name}" for name in state_names]
+        programs[f"stage_{index}.onnx"] = (program, before, ["logits", "entropy", "exits", *after])
+        before = after
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, (program, inputs, outputs) in programs.items():
+        own_weights = name != "adaptive.onnx"  # there, slices of one weight serve all stages
+        _write_onnx(program, model, [*inputs, "threshold"], outputs, output_dir / name, own_weights)
+    stages = [output_dir / f"stage_{index}.onnx" for index in range(model.config.num_stages)]
+    return OnnxFiles(stages, output_dir / "adaptive.onnx")
+
+
+def _check_stages(model: PreTrainedModel) -> None:
+    if not hasattr(model, "run_stage"):
+        raise ValueError(f"{type(model).__name__} does not think in stages: there are none to export.")
+
+
+def _pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
+    size = as_pair(model.config.image_size)
+    return torch.zeros(batch_size, model.config.num_channels, *size, dtype=model.dtype, device=model.device)
+
+
+def _default_threshold(model: PreTrainedModel) -> torch.Tensor:
+    return torch.tensor(ExitRule.from_config(model.config).thresholds, dtype=torch.float32, device=model.device)
+
+
+def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedProgram, list[str]]]:
+    """Each stage's program, and the names in the state that it leaves."""
+    _check_stages(model)
+    # Of two images: a size of 1 would be taken for a constant.
+    state: State = {"pixel_values": _pixel_values(model, 2)}
+    threshold, programs = _default_threshold(model), []
+    for index in range(model.config.num_stages):
+        batch = {name: {0: torch.export.Dim("batch")} for name in state}
+        program = _export(_StageProgram(model, index), (state, threshold), (batch, None))
+        with torch.no_grad():
+            state = program.module()(state, threshold)["state"]
+        programs.append((program, list(state)))
+    return programs
+
+
+def _export(module: nn.Module, arguments: tuple, dynamic_shapes: tuple | None) -> torch.export.ExportedProgram:
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes, strict=True)
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram,
+    model: PreTrainedModel,
+    inputs: list[str],
+    outputs: list[str],
+    path: Path,
+    own_weights: bool,
+) -> None:
+    """With `own_weights`, the file holds the leading slices that it reads; else whole weights, and takes slices."""
+    import onnx_ir
+    from onnxscript import optimizer
+
+    exported = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
+    onnx_model, config = exported.model, model.config
+    graph = onnx_model.graph
+    if own_weights:
+        optimizer.optimize_ir(onnx_model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's traces, with the paths of this machine
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = onnx_ir.Shape([size if isinstance(size, int) else "batch" for size in value.shape])
+    # A default in the ONNX sense: an input that has a value of its own need not be given.
+    threshold = next(value for value in graph.inputs if value.name == "threshold")
+    threshold.const_value = onnx_ir.tensor(_default_threshold(model).cpu().numpy(), name="threshold")
+    graph.register_initializer(threshold)
+    onnx_model.metadata_props.update(
+        model_type=config.model_type,
+        exit_criterion=config.exit_criterion,
+        id2label=json.dumps(config.id2label, ensure_ascii=False),
+    )
+    temporary = path.with_suffix(".partial")
+    exported.save(temporary)
+    temporary.replace(path)
