@@ -5,12 +5,12 @@ import torch
 from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.inference import export_adaptive, export_onnx, export_stages
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model, random_images
+from tests.utils import lively_model, lively_swin, random_images
 
 
-def exits_at_every_stage(images: torch.Tensor, **config):
+def exits_at_every_stage(images: torch.Tensor, make=lively_model, **config):
     """A model, with τ at which some images leave at each stage."""
-    model = lively_model(**config)
+    model = make(**config)
     with torch.no_grad():
         stage_logits = model(images, output_stage_logits=True).stage_logits
     score = EXIT_CRITERIA[model.config.exit_criterion].score
@@ -30,13 +30,15 @@ MODELS = {
         "exit_criterion": "margin",
         "use_distillation_token": True,
     },
+    "swin": {"make": lively_swin, "head_rounds": [[1, 2], [2, 4]], "window_size": 3},
 }
 
 
+@pytest.mark.parametrize("name", ["margin, distillation token", "swin"])
 @torch.no_grad()
-def test_stage_programs_give_the_models_answers():
+def test_stage_programs_give_the_models_answers(name):
     images = random_images(9)
-    model = exits_at_every_stage(images, **MODELS["margin, distillation token"])
+    model = exits_at_every_stage(images, **MODELS[name])
     expected = model(images)
     programs = [program.module() for program in export_stages(model)]
     threshold = torch.tensor(model.config.threshold)
@@ -150,7 +152,7 @@ class TestOnnx:
         model, *_, files = exported
         metadata = {entry.key: entry.value for entry in onnx.load(files.adaptive).metadata_props}
         assert metadata["exit_criterion"] == model.config.exit_criterion
-        assert metadata["model_type"] == "thinkingvit"
+        assert metadata["model_type"] == model.config.model_type
         assert '"0": "LABEL_0"' in metadata["id2label"]
 
 

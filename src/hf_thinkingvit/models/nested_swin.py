@@ -17,7 +17,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .config_checks import as_pair
 from .configuration_nested_vit import Stage
 from .configuration_thinking_swin import ThinkingSwinConfig
-from .nested_layers import KeptTensorsMixin, LeadingSliceMixin, NestedLayerNorm, NestedLinear, ResidualDropout
+from .nested_layers import (
+    KeptTensorsMixin,
+    LeadingSliceMixin,
+    NestedLayerNorm,
+    NestedLinear,
+    ResidualDropout,
+    add_residual,
+    may_overwrite,
+)
 from .nested_vit import eager_attention_forward
 
 
@@ -275,26 +283,29 @@ class NestedSwinMLP(nn.Module):
     def __init__(self, config: ThinkingSwinConfig, full: Stage):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
+        self.is_gelu = config.hidden_act == "gelu"
         self.fc1 = NestedLinear(full.hidden_size, full.intermediate_size)
         self.fc2 = NestedLinear(full.intermediate_size, full.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
         """`hidden_states` (..., width) → the same, through `intermediate_size` channels."""
-        width = hidden_states.shape[-1]
-        tokens = hidden_states.reshape(-1, width)
-        outputs = [
-            self.fc2(self.activation_fn(self.fc1(part, intermediate_size)), width)
-            for part in tokens.split(self._tokens_at_once(tokens, intermediate_size))
-        ]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(hidden_states.shape)
+        # For inference on a CPU so many tokens at a time that what lies between the two maps stays in the cache.
+        if hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            token_bytes = intermediate_size * hidden_states.element_size()
+            at_once = max(MLP_BYTES * torch.get_num_threads() // token_bytes, 1)
+            tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+            if len(tokens) > at_once:
+                parts = [self._run(part, intermediate_size) for part in tokens.split(at_once)]
+                return torch.cat(parts).view(hidden_states.shape)
+        return self._run(hidden_states, intermediate_size)
 
-    def _tokens_at_once(self, tokens: torch.Tensor, intermediate_size: int) -> int:
-        """Inference on a CPU takes so many tokens that what lies between the two maps stays in the cache."""
-        whole = max(len(tokens), 1)
-        if tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return whole
-        in_cache = MLP_BYTES * torch.get_num_threads() // (intermediate_size * tokens.element_size())
-        return min(whole, max(in_cache, 1))
+    def _run(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
+        intermediate = self.fc1(hidden_states, intermediate_size)
+        if self.is_gelu and may_overwrite(self.fc1, self.activation_fn):
+            torch.ops.aten.gelu_(intermediate)
+        else:
+            intermediate = self.activation_fn(intermediate)
+        return self.fc2(intermediate, hidden_states.shape[-1])
 
 
 class NestedSwinBlock(GradientCheckpointingLayer):
@@ -311,10 +322,11 @@ class NestedSwinBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, stage: Stage, windows: Windows, **kwargs) -> torch.Tensor:
         """`hidden_states` (batch, rows, columns, stage.hidden_size) → the same."""
         normed = windows.cut(self.layernorm_before(hidden_states))
+        mlp, dropout = self.mlp, self.dropout
         attn_output, _ = self.attention(normed, windows, **kwargs)
-        hidden_states = hidden_states + self.dropout(windows.join(attn_output))
-        mlp_output = self.mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
-        return hidden_states + self.dropout(mlp_output)
+        hidden_states = add_residual(hidden_states, dropout(windows.join(attn_output)), dropout)
+        mlp_output = mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
+        return add_residual(hidden_states, dropout(mlp_output), mlp.fc2, mlp, dropout)
 
 
 class NestedSwinLayer(nn.Module):
