@@ -125,7 +125,8 @@ class Comparison:
             ratio = "" if rival is None else median_and_quartiles([t / o for o, t in zip(values, rival)])
             share = "" if cost is None else f"{cost / per_image / peak:.0%}"
             self.say(f"| {name} | {per_image * 1e3:.2f} | {1 / per_image:.1f} | {ratio} | {share} |")
-        self.say(f"\nRivals: {' + '.join(self.family.first)} and {' + '.join(self.family.both)}, not compiled.")
+        names = dict.fromkeys(" + ".join(names) for names in (self.family.first, self.family.both))
+        self.say(f"\nThe rival is {' or '.join(names)}, not compiled.")
 
     def _shares(self) -> dict[float, dict[str, list[float]]]:
         entropies = torch.cat([self.model(batch, max_stages=1).entropy for batch in self.batches])

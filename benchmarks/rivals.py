@@ -2,13 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from hf_thinkingvit import ExitRule, ThinkingViTConfig, ThinkingViTForImageClassification
+from hf_thinkingvit import (
+    ExitRule,
+    ThinkingSwinConfig,
+    ThinkingSwinForImageClassification,
+    ThinkingViTConfig,
+    ThinkingViTForImageClassification,
+)
 
 
 def plain_vit(heads: int) -> ViTForImageClassification:
@@ -63,10 +76,19 @@ class Family:
     select_after: Callable[[PreTrainedModel, torch.Tensor, float], torch.Tensor]
 
 
-TIMM_VITS = {
-    "DeiT-Tiny (timm)": lambda: timm_model("deit_tiny_patch16_224"),
-    "DeiT-Small (timm)": lambda: timm_model("deit_small_patch16_224"),
-}
+def swin_select_after(model: ThinkingSwinForImageClassification, pixel_values: torch.Tensor, threshold: float):
+    """Logits of every round for every image, and a selection. (The official code also embeds the patches every time.)"""
+    return model(pixel_values, threshold=threshold, output_stage_logits=True).logits
+
+
+def swin_small() -> SwinForImageClassification:
+    return SwinForImageClassification(SwinConfig(depths=[2, 2, 18, 2], num_labels=1000))
+
+
+def from_timm(names: dict[str, str]) -> dict[str, Callable[[], nn.Module]]:
+    """Models of timm, where it is installed."""
+    return {f"{name} (timm)": partial(timm_model, model) for name, model in names.items() if find_spec("timm")}
+
 
 FAMILIES = {
     "thinkingvit": Family(
@@ -76,8 +98,15 @@ FAMILIES = {
         plain={
             "ViT-Tiny": lambda: plain_vit(3),
             "ViT-Small": lambda: plain_vit(6),
-            **(TIMM_VITS if find_spec("timm") else {}),
+            **from_timm({"DeiT-Tiny": "deit_tiny_patch16_224", "DeiT-Small": "deit_small_patch16_224"}),
         },
         select_after=vit_select_after,
+    ),
+    "thinking_swin": Family(
+        build=lambda: ThinkingSwinForImageClassification(ThinkingSwinConfig(num_labels=1000)),
+        first=("Swin-S",),
+        both=("Swin-S",),
+        plain={"Swin-S": swin_small, **from_timm({"Swin-S": "swin_small_patch4_window7_224"})},
+        select_after=swin_select_after,
     ),
 }

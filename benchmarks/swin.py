@@ -13,9 +13,9 @@ import argparse
 import statistics
 
 import torch
-from transformers import SwinConfig, SwinForImageClassification
 
 from benchmarks.measure import describe_run, measure
+from benchmarks.rivals import swin_small
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification
 from hf_thinkingvit.evaluation import stage_macs
 
@@ -23,7 +23,7 @@ from hf_thinkingvit.evaluation import stage_macs
 @torch.no_grad()
 def compare(batch_size: int, repeats: int, device: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    swin = SwinForImageClassification(SwinConfig(depths=[2, 2, 18, 2], num_labels=1000)).to(device, dtype).eval()
+    swin = swin_small().to(device, dtype).eval()
     last = ThinkingSwinForImageClassification.from_swin(swin, [swin.config.num_heads])
     model = ThinkingSwinForImageClassification(ThinkingSwinConfig(num_labels=1000)).to(device, dtype).eval()
     pixel_values = torch.randn(batch_size, 3, 224, 224, device=device, dtype=dtype)

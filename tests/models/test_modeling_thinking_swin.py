@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, ThinkingSwinModel
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.inference import AdaptiveEngine
-from hf_thinkingvit.models import nested_swin
 from hf_thinkingvit.models.exit_criteria import topk_entropy
 from tests.reference import thinking_swin_stages
 from tests.utils import FIXTURES, lively_swin, middle_threshold, random_images, tiny_swin_config
@@ -99,17 +98,6 @@ class TestRounds:
             alone = model(pixel_values[row : row + 1], threshold=threshold)
             assert alone.exit_stage.item() == together.exit_stage[row].item()
             torch.testing.assert_close(alone.logits[0], together.logits[row], atol=1e-5, rtol=1e-5)
-
-    @torch.no_grad()
-    def test_an_mlp_in_parts_is_the_whole_mlp(self, monkeypatch):
-        model, pixel_values, parts = lively_swin(), random_images(), []
-        expected, _ = thinking_swin_stages(model, pixel_values)
-        mlp = model.thinking_swin.layers[0].blocks[0].mlp
-        mlp.fc2.register_forward_hook(lambda module, args, output: parts.append(len(output)))
-        monkeypatch.setattr(nested_swin, "MLP_BYTES", 4 * 16 * 100)  # 100 tokens of 16 channels
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        torch.testing.assert_close(model(pixel_values, max_stages=1).logits, expected[0], atol=1e-5, rtol=1e-5)
-        assert parts == [100, 100, 100, 84]
 
     @torch.no_grad()
     def test_both_slicings_are_the_same_at_full_width(self):

@@ -6,6 +6,7 @@ Slices are views: no weight is copied. At full width the layers are exactly `nn.
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 
 class KeptTensorsMixin:
@@ -125,6 +126,26 @@ def add_residual(hidden_states: torch.Tensor, branch: torch.Tensor, *modules: nn
     if branch.dtype == hidden_states.dtype and may_overwrite(*modules):  # under autocast, the sum is the wider dtype's
         return branch.add_(hidden_states)
     return hidden_states + branch
+
+
+class NestedMLP(nn.Module):
+    """Two linear maps with an activation between them, on their leading channels."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
+        super().__init__()
+        self.activation_fn = ACT2FN[hidden_act]
+        self.is_gelu = hidden_act == "gelu"
+        self.fc1 = NestedLinear(hidden_size, intermediate_size)
+        self.fc2 = NestedLinear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
+        """`hidden_states` (..., width) → the same shape, by way of the first `intermediate_size` channels."""
+        intermediate = self.fc1(hidden_states, intermediate_size)
+        if self.is_gelu and may_overwrite(self.fc1, self.activation_fn):
+            torch.ops.aten.gelu_(intermediate)
+        else:
+            intermediate = self.activation_fn(intermediate)
+        return self.fc2(intermediate, hidden_states.shape[-1])
 
 
 class ResidualDropout(nn.Module):

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,9 +21,9 @@ from .nested_layers import (
     LeadingSliceMixin,
     NestedLayerNorm,
     NestedLinear,
+    NestedMLP,
     ResidualDropout,
     add_residual,
-    may_overwrite,
 )
 from .nested_vit import eager_attention_forward
 
@@ -34,8 +33,6 @@ from .nested_vit import eager_attention_forward
 NOT_ADJACENT = -100.0
 # Of the norms of patch embedding and patch merging, whatever `layer_norm_eps`, as in Transformers' Swin.
 PATCH_NORM_EPS = 1e-5
-# Of an MLP's intermediate tokens at once, for each thread: about what a core's cache holds.
-MLP_BYTES = 2**20
 # How many kinds of windows (sizes, shifts, dtypes) are remembered before all are made anew.
 KEPT_GRIDS = 16
 
@@ -279,35 +276,6 @@ class NestedSwinAttention(KeptTensorsMixin, nn.Module):
         return self.o_proj(attn_output.reshape(hidden_states.shape), hidden_states.shape[-1]), attn_weights
 
 
-class NestedSwinMLP(nn.Module):
-    def __init__(self, config: ThinkingSwinConfig, full: Stage):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.is_gelu = config.hidden_act == "gelu"
-        self.fc1 = NestedLinear(full.hidden_size, full.intermediate_size)
-        self.fc2 = NestedLinear(full.intermediate_size, full.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
-        """`hidden_states` (..., width) → the same, through `intermediate_size` channels."""
-        # For inference on a CPU so many tokens at a time that what lies between the two maps stays in the cache.
-        if hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            token_bytes = intermediate_size * hidden_states.element_size()
-            at_once = max(MLP_BYTES * torch.get_num_threads() // token_bytes, 1)
-            tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-            if len(tokens) > at_once:
-                parts = [self._run(part, intermediate_size) for part in tokens.split(at_once)]
-                return torch.cat(parts).view(hidden_states.shape)
-        return self._run(hidden_states, intermediate_size)
-
-    def _run(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
-        intermediate = self.fc1(hidden_states, intermediate_size)
-        if self.is_gelu and may_overwrite(self.fc1, self.activation_fn):
-            torch.ops.aten.gelu_(intermediate)
-        else:
-            intermediate = self.activation_fn(intermediate)
-        return self.fc2(intermediate, hidden_states.shape[-1])
-
-
 class NestedSwinBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block with attention in windows."""
 
@@ -316,7 +284,7 @@ class NestedSwinBlock(GradientCheckpointingLayer):
         self.attention = NestedSwinAttention(config, full)
         self.layernorm_before = NestedLayerNorm(full.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = NestedLayerNorm(full.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = NestedSwinMLP(config, full)
+        self.mlp = NestedMLP(full.hidden_size, full.intermediate_size, config.hidden_act)
         self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor, stage: Stage, windows: Windows, **kwargs) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,9 +20,9 @@ from .nested_layers import (
     NestedConv2d,
     NestedLayerNorm,
     NestedLinear,
+    NestedMLP,
     ResidualDropout,
     add_residual,
-    may_overwrite,
 )
 from .packed_tokens import packed_attention
 
@@ -173,23 +172,6 @@ class NestedViTAttention(nn.Module):
         return self.o_proj(attn_output, width), attn_weights
 
 
-class NestedViTMLP(nn.Module):
-    def __init__(self, config: NestedViTConfig):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.is_gelu = config.hidden_act == "gelu"
-        self.fc1 = NestedLinear(config.hidden_size, config.intermediate_size)
-        self.fc2 = NestedLinear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
-        intermediate = self.fc1(hidden_states, intermediate_size)
-        if self.is_gelu and may_overwrite(self.fc1, self.activation_fn):
-            torch.ops.aten.gelu_(intermediate)
-        else:
-            intermediate = self.activation_fn(intermediate)
-        return self.fc2(intermediate, hidden_states.shape[-1])
-
-
 def _keep(hidden_states: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
     return hidden_states if active is None else torch.where(active[..., None], hidden_states, 0.0)
 
@@ -202,7 +184,7 @@ class NestedViTLayer(GradientCheckpointingLayer):
         self.attention = NestedViTAttention(config)
         self.layernorm_before = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = NestedViTMLP(config)
+        self.mlp = NestedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
 
     def forward(
