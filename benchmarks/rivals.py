@@ -77,7 +77,7 @@ class Family:
 
 
 def swin_select_after(model: ThinkingSwinForImageClassification, pixel_values: torch.Tensor, threshold: float):
-    """Logits of every round for every image, and a selection. (The official code also embeds the patches every time.)"""
+    """Logits of every round for every image, and a selection. The official code also embeds the patches every time."""
     return model(pixel_values, threshold=threshold, output_stage_logits=True).logits
 
 
