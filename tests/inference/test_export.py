@@ -171,12 +171,13 @@ def test_the_model_stays_as_it_was():
 
 
 @torch.no_grad()
-def test_one_stage():
-    model, images = lively_model(thinking_stages=[4], num_hidden_layers=1), random_images(3)
-    (program,) = export_stages(model)
-    torch.testing.assert_close(
-        program.module()({"pixel_values": images}, torch.zeros(0))["logits"], model(images).logits
-    )
+def test_one_stage_and_batches_of_any_size():
+    model, images = lively_model(thinking_stages=[4], num_hidden_layers=1), random_images(17)
+    (program,) = (program.module() for program in export_stages(model))
+    expected = model(images).logits
+    for count in (1, 2, 3, 17):
+        logits = program({"pixel_values": images[:count]}, torch.zeros(0))["logits"]
+        torch.testing.assert_close(logits, expected[:count], atol=1e-5, rtol=0)
 
 
 def test_refuses_a_model_without_stages(tmp_path):
