@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compiled_stages import CompiledStage, check_batch_sizes
 from .exit_criteria import ExitRule
@@ -69,6 +70,14 @@ class StagedImageClassifierOutput(ModelOutput):
 def select_rows(state: State, rows: torch.Tensor) -> State:
     """The state of the images `rows` (int64 indices), as a smaller batch."""
     return {name: tensor.index_select(0, rows) for name, tensor in state.items()}
+
+
+def record(module_class: type[nn.Module], index: int = 0) -> OutputRecorder:
+    """What `_can_record_outputs` says of outputs that come stage after stage: entry `index` of what modules return."""
+    recorder = OutputRecorder(module_class, index=index)
+    # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
+    recorder.num_hidden_layers_key = "num_recorded_layers"
+    return recorder
 
 
 def wants_recordings(config, kwargs: dict) -> bool:

@@ -14,10 +14,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
-from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages
+from .early_exit import StagedImageClassifierMixin, State, record, resolve_max_stages
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
 from .swin_weights import import_swin, load_swin, thinking_swin_config_from_swin
@@ -54,13 +54,6 @@ class ThinkingSwinRecycler(nn.Module):
         return (squares + recycled).flatten(3, 4).flatten(1, 2)
 
 
-def _record(target_class: type[nn.Module], index: int = 0) -> OutputRecorder:
-    recorder = OutputRecorder(target_class, index=index)
-    # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
-    recorder.num_hidden_layers_key = "num_recorded_layers"
-    return recorder
-
-
 class ThinkingSwinPreTrainedModel(PreTrainedModel):
     config: ThinkingSwinConfig
     base_model_prefix = "thinking_swin"
@@ -73,7 +66,7 @@ class ThinkingSwinPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": _record(NestedSwinLayer), "attentions": _record(NestedSwinAttention, 1)}
+    _can_record_outputs = {"hidden_states": record(NestedSwinLayer), "attentions": record(NestedSwinAttention, 1)}
     _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()

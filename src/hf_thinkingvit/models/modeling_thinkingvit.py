@@ -11,11 +11,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nested_vit import Stage
 from .configuration_thinkingvit import ThinkingViTConfig
-from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages, wants_recordings
+from .early_exit import StagedImageClassifierMixin, State, record, resolve_max_stages, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import (
     NestedViTAttention,
@@ -40,19 +40,12 @@ class ThinkingViTRecycler(nn.Module):
         return embeddings + self.alpha * self.projection(tokens, embeddings.shape[-1])
 
 
-def _record(target_class: type[nn.Module]) -> OutputRecorder:
-    recorder = OutputRecorder(target_class)
-    # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
-    recorder.num_hidden_layers_key = "num_recorded_layers"
-    return recorder
-
-
 class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
     config: ThinkingViTConfig
     base_model_prefix = "thinkingvit"
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _can_record_outputs = {"hidden_states": _record(NestedViTLayer), "attentions": NestedViTAttention}
+    _can_record_outputs = {"hidden_states": record(NestedViTLayer), "attentions": NestedViTAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -5,13 +5,11 @@ In the order in which pixels flow: embeddings, patch merging, windows, attention
 heads and channels of a layer are used; at full width this is Transformers' Swin.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config_checks import as_pair
 from .configuration_nested_vit import Stage
@@ -25,7 +23,7 @@ from .nested_layers import (
     ResidualDropout,
     add_residual,
 )
-from .nested_vit import eager_attention_forward
+from .nested_vit import attend, check_pixel_values
 
 
 # Added to the attention scores of tokens that the cyclic shift brought into one window from opposite ends of the image:
@@ -77,14 +75,8 @@ class NestedSwinEmbeddings(nn.Module):
 
     def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
         """`ValueError` for images that do not fit: channels, or a size that position embeddings are not made for."""
-        channels, (height, width) = self.config.num_channels, as_pair(self.config.image_size)
-        if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
-            got = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(
-                f"`pixel_values` must have the shape (batch_size, {channels}, height, width), with {channels} channels "
-                f"as in `config.num_channels`, got {got}."
-            )
-        got = tuple(pixel_values.shape[-2:])
+        check_pixel_values(pixel_values, self.config.num_channels)
+        (height, width), got = as_pair(self.config.image_size), tuple(pixel_values.shape[-2:])
         if min(got) < 1:
             raise ValueError(f"`pixel_values` of {got[0]}×{got[1]} pixels are no images.")
         if self.position_embeddings is not None and not interpolate_pos_encoding and got != (height, width):
@@ -258,21 +250,7 @@ class NestedSwinAttention(KeptTensorsMixin, nn.Module):
         batch_size = len(hidden_states) * windows.size**2 // len(windows.order)
         if len(attention_mask) > 1 and batch_size != 1:
             attention_mask = attention_mask.expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if hidden_states.shape[0] == 0:  # not every backend can shape an empty batch
-            attention_interface = eager_attention_forward
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        attn_output, attn_weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(attn_output.reshape(hidden_states.shape), hidden_states.shape[-1]), attn_weights
 
 

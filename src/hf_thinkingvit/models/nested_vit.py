@@ -27,6 +27,16 @@ from .nested_layers import (
 from .packed_tokens import packed_attention
 
 
+def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
+    """`ValueError` for what is no batch of images with `num_channels` channels."""
+    if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != num_channels:
+        got = None if pixel_values is None else tuple(pixel_values.shape)
+        raise ValueError(
+            f"`pixel_values` must have the shape (batch_size, {num_channels}, height, width), with {num_channels} "
+            f"channels as in `config.num_channels`, got {got}."
+        )
+
+
 class NestedViTEmbeddings(nn.Module):
     """
     Patches, class token (and distillation token) and position embeddings. Each channel is computed once: those that the
@@ -71,14 +81,8 @@ class NestedViTEmbeddings(nn.Module):
 
     def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
         """`ValueError` for images that do not fit: channels, or a size that is not to be interpolated to."""
-        channels, (height, width) = self.num_channels, self.image_size
-        if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
-            got = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(
-                f"`pixel_values` must have the shape (batch_size, {channels}, height, width), with {channels} channels "
-                f"as in `config.num_channels`, got {got}."
-            )
-        got = tuple(pixel_values.shape[-2:])
+        check_pixel_values(pixel_values, self.num_channels)
+        (height, width), got = self.image_size, tuple(pixel_values.shape[-2:])
         if not interpolate_pos_encoding and got != self.image_size:
             raise ValueError(
                 f"`pixel_values` must be images of {height}×{width} pixels (`config.image_size`), got "
@@ -106,6 +110,26 @@ def eager_attention_forward(
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
     return attn_output, attn_weights
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """By the backend that the configuration of `module` names; shapes as in `eager_attention_forward`."""
+    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    if query.shape[0] == 0:  # not every backend can shape an empty batch
+        attention_interface = eager_attention_forward
+    dropout = module.attention_dropout if module.training else 0.0
+    return attention_interface(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
+    )
 
 
 class NestedViTAttention(nn.Module):
@@ -153,21 +177,7 @@ class NestedViTAttention(nn.Module):
         if query_lengths is not None:
             attn_output = packed_attention(query, key, value, query_lengths, key_lengths, self.scaling)
             return self.o_proj(attn_output.flatten(2), width), None
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if hidden_states.shape[0] == 0:  # not every backend can shape an empty batch
-            attention_interface = eager_attention_forward
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        attn_output, attn_weights = attend(self, query, key, value, attention_mask, **kwargs)
         attn_output = attn_output.reshape(*hidden_states.shape).contiguous()
         return self.o_proj(attn_output, width), attn_weights
 
