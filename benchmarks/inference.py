@@ -70,6 +70,7 @@ class Comparison:
     dtype: torch.dtype
     compiles: bool
     num_images: int
+    shares: list[float]
     lines: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -133,7 +134,7 @@ class Comparison:
         results = {}
         self.say("\n| r | way | ms per image | time / (t₁ + r·t₂) | throughput: select after = 1 |")
         self.say("|---|---|---|---|---|")
-        for share in SHARES:
+        for share in self.shares:
             threshold = threshold_for_share(entropies, share)
             seconds = measure(self._ways_at(threshold), self.repeats, self.device)
             goes_on = sum(self.model(batch, threshold=threshold).exit_stage.sum().item() for batch in self.batches)
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--family", choices=[*FAMILIES, "avit"], default="thinkingvit")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--num-images", type=int, help="of one measurement; by default 25 single ones or four batches")
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of images that go on")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -208,7 +210,9 @@ def main() -> None:
     for batch_size in arguments.batch_size:
         num_images = arguments.num_images or (SINGLE_IMAGES if batch_size == 1 else 4 * batch_size)
         family = FAMILIES[arguments.family]
-        comparison = Comparison(family, batch_size, arguments.repeats, device, dtype, arguments.compile, num_images)
+        comparison = Comparison(
+            family, batch_size, arguments.repeats, device, dtype, arguments.compile, num_images, arguments.shares
+        )
         results = comparison.run()
         name = f"{arguments.family}-{device.type}-{arguments.dtype}-{batch_size}"
         (arguments.output_dir / f"{name}.md").write_text("\n".join([description, *comparison.lines, ""]), "utf-8")
