@@ -223,7 +223,8 @@ class _StageQueue:
     def take(self, count: int) -> tuple[State, torch.Tensor, float]:
         """The oldest images, at most `count`."""
         states, indices, since = zip(*self.parts)
-        state = {name: torch.cat([part[name] for part in states]) for name in states[0]}
+        # One part that is a batch already, as where every image goes on, is not copied.
+        state = states[0] if len(states) == 1 else {name: torch.cat([s[name] for s in states]) for name in states[0]}
         indices = torch.cat(indices)
         self.parts = []
         if len(indices) > count:
