@@ -185,3 +185,10 @@ def test_refuses_a_model_without_stages(tmp_path):
         with pytest.raises(ValueError, match="does not think in stages"):
             export(lively_avit())
     assert not (tmp_path / "onnx").exists()
+
+
+def test_refuses_bfloat16(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="bfloat16"):
+        export_onnx(lively_model(num_hidden_layers=1).bfloat16(), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()

@@ -136,17 +136,19 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFi
     of `model.config`. Labels and exit criterion are in the files' metadata.
 
     Args:
-        model (`PreTrainedModel`): a classifier that thinks in stages; it is not changed.
+        model (`PreTrainedModel`): a classifier that thinks in stages, in float32 or float16; it is not changed.
         output_dir (`str` or `os.PathLike`): the folder, made where it is missing.
 
     Raises:
         ImportError: without the packages of the extra `onnx`.
-        ValueError: if the model does not think in stages.
+        ValueError: if the model does not think in stages, or is in bfloat16.
     """
     if not (is_onnx_available() and find_spec("onnxscript")):
         raise ImportError('Writing ONNX needs onnx and onnxscript: pip install "hf-thinkingvit[onnx]".')
     output_dir = Path(output_dir)
     _check_stages(model)
+    if model.dtype == torch.bfloat16:
+        raise ValueError("ONNX has no convolution in bfloat16: export `model.float()` or `model.half()`.")
     programs = {"adaptive.onnx": (export_adaptive(model), ["pixel_values"], ["logits", "exit_stage", "entropy"])}
     before: list[str] = ["pixel_values"]
     for index, (program, state_names) in enumerate(_stage_programs(model)):
