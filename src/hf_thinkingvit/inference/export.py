@@ -148,7 +148,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFi
     output_dir = Path(output_dir)
     _check_stages(model)
     if model.dtype == torch.bfloat16:
-        raise ValueError("ONNX has no convolution in bfloat16: export `model.float()` or `model.half()`.")
+        raise ValueError("onnxruntime loads no convolution in bfloat16: export `model.float()` or `model.half()`.")
     programs = {"adaptive.onnx": (export_adaptive(model), ["pixel_values"], ["logits", "exit_stage", "entropy"])}
     before: list[str] = ["pixel_values"]
     for index, (program, state_names) in enumerate(_stage_programs(model)):
