@@ -72,7 +72,8 @@ class _AdaptiveProgram(nn.Module):
         def go_on(logits, entropy, threshold, *tensors):
             return self._run(index + 1, dict(zip(names, tensors)), threshold)
 
-        operands = (logits, entropy, threshold, *state.values())
+        # Copies here as well: nor may two of its arguments share memory, as views of the embeddings do.
+        operands = (logits, entropy, threshold, *(tensor.clone() for tensor in state.values()))
         return torch.cond(answer["exits"][0], accept, go_on, operands)
 
 

@@ -169,8 +169,10 @@ class StagedImageClassifierMixin:
     _COMPILED_FOR = frozenset({"is_last", "interpolate_pos_encoding", "max_stages"})
 
     def _run_compiled(self, method, programs: dict, sizes: list[int], options: dict, *args, **kwargs):
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():  # or exporting: no program in one
+            return method(*args, **kwargs)
         known = {name: value for name, value in kwargs.items() if value is not None}
-        if self.training or torch.is_grad_enabled() or known.keys() - self._COMPILED_FOR:
+        if known.keys() - self._COMPILED_FOR:
             return method(*args, **kwargs)
         *stage_index, state = args
         key = (method.__name__, *stage_index, *known.items())
