@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, SwinForImageClassification
 
 from .configuration_thinking_swin import ThinkingSwinConfig
-from .vit_weights import check_overrides, load_classifier
+from .vit_weights import check_overrides, load_classifier, match_source
 
 
 # What both kinds of model mean in the same way.
@@ -79,12 +79,7 @@ def _source_names(name: str) -> list[str]:
 @torch.no_grad()
 def import_swin(model: PreTrainedModel, swin: PreTrainedModel) -> None:
     """Put the weights of `swin` into `model`, which takes on its dtype and mode; recycling keeps what it has."""
-    if model.config.num_labels != swin.config.num_labels:
-        raise ValueError(
-            f"`id2label` names {model.config.num_labels} labels, but the source has {swin.config.num_labels}: their "
-            "number cannot change here."
-        )
-    model.to(device=swin.device, dtype=swin.dtype).train(swin.training)
+    match_source(model, swin)
     weights = dict(swin.named_parameters())
     for name, parameter in model.named_parameters():
         names = _source_names(name)

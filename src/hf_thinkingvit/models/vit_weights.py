@@ -146,15 +146,20 @@ def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return parameter[tuple(slice(size) for size in shape)]
 
 
+def match_source(model: PreTrainedModel, source: PreTrainedModel) -> None:
+    """`model` takes on device, dtype and mode of `source`; `ValueError` if their numbers of labels differ."""
+    if model.config.num_labels != source.config.num_labels:
+        raise ValueError(
+            f"`id2label` names {model.config.num_labels} labels, but the source has {source.config.num_labels}: their "
+            "number cannot change here."
+        )
+    model.to(device=source.device, dtype=source.dtype).train(source.training)
+
+
 @torch.no_grad()
 def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> None:
     """Put the weights of `vit` into the leading channels and heads of `model`, which takes on its dtype and mode."""
-    if model.config.num_labels != vit.config.num_labels:
-        raise ValueError(
-            f"`id2label` names {model.config.num_labels} labels, but the source has {vit.config.num_labels}: their "
-            "number cannot change here."
-        )
-    model.to(device=vit.device, dtype=vit.dtype).train(vit.training)
+    match_source(model, vit)
     for nested, parameter in _pairs(model, vit):
         _leading(nested, parameter.shape).copy_(parameter)
 
@@ -186,6 +191,7 @@ __all__ = [
     "import_vit",
     "load_classifier",
     "load_vit",
+    "match_source",
     "check_overrides",
     "thinkingvit_config_from_vit",
 ]
