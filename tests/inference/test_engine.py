@@ -234,26 +234,51 @@ class TestFaults:
             list(AdaptiveEngine(model, batch_size=4)(itertools.cycle(random_images(5))))
         assert not reader_threads()
 
-    def test_out_of_memory_halves_the_batch_once(self, model, caplog):
-        images, run_stage = random_images(60), model.run_stage
-        biggest = []
-
-        def of_little_memory(stage_index, state, *args, **kwargs):
-            rows = len(next(iter(state.values())))
-            if rows > 8:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            biggest.append(rows)
-            return run_stage(stage_index, state, *args, **kwargs)
-
+    @pytest.mark.parametrize("device", ["accelerator", "cpu"])
+    def test_out_of_memory_halves_the_batch_once(self, model, caplog, device):
+        images, biggest = random_images(60), []
+        out_of_memory = torch.OutOfMemoryError if device == "accelerator" else RuntimeError
         expected = list(AdaptiveEngine(model, batch_size=16)(images))
-        model.run_stage = of_little_memory
+        give_little_memory(model, 8, device, biggest)
         results = list(AdaptiveEngine(model, batch_size=16)(images))
         assert [result.exit_stage for result in results] == [result.exit_stage for result in expected]
         assert [result.index for result in results] == list(range(60))
         assert max(biggest) == 8
         assert "going on with batches of 8 images" in caplog.text
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(out_of_memory, match="memory"):
             list(AdaptiveEngine(model, batch_size=64)(images))
+
+    @pytest.mark.parametrize("in_order", [True, False])
+    def test_out_of_memory_with_images_of_different_sizes(self, in_order):
+        network = lively_swin()
+        sizes = [32, 32, 32, 48, 48, 32, 48, 32, 32, 32, 32, 48, 48, 48, 48, 48, 48, 32]
+        images = [random_images(1, size, seed=index)[0] for index, size in enumerate(sizes)]
+        with torch.no_grad():
+            first = network(images[0][None], max_stages=1)
+            network.config.threshold = [first.entropy.item(), 0.0]
+            expected = [network(image[None]) for image in images]
+        assert len({outputs.exit_stage.item() for outputs in expected}) > 1
+        give_little_memory(network, 2, "accelerator", [])
+        engine = AdaptiveEngine(network, batch_size=4, in_order=in_order, max_pending=1)
+        results = sorted(engine(images), key=lambda result: result.index)
+        for result, outputs in zip(results, expected, strict=True):
+            assert result.exit_stage == outputs.exit_stage
+            torch.testing.assert_close(result.logits, outputs.logits[0], atol=1e-5, rtol=0)
+
+    def test_out_of_memory_of_less_than_a_batch(self, model):
+        images = random_images(5)
+        give_little_memory(model, 3, "accelerator", [])
+        assert len(list(AdaptiveEngine(model, batch_size=64)(images))) == 5
+
+    def test_another_error_of_a_stage_is_raised(self, model, caplog):
+        def broken(*args, **kwargs):
+            raise RuntimeError("shapes do not match")
+
+        model.run_stage = broken
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            list(AdaptiveEngine(model, batch_size=16)(random_images(60)))
+        assert not reader_threads()
+        assert "memory" not in caplog.text
 
     @pytest.mark.parametrize(
         "arguments",
@@ -262,6 +287,22 @@ class TestFaults:
     def test_refuses(self, model, arguments):
         with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
             AdaptiveEngine(model, **arguments)
+
+
+def give_little_memory(model, most: int, device: str, ran: list[int]) -> None:
+    """Stages of more than `most` images run out of memory, as on that device; `ran` gets the sizes of the others."""
+    run_stage = model.run_stage
+
+    def of_little_memory(stage_index, state, *args, **kwargs):
+        rows = len(next(iter(state.values())))
+        if rows > most:
+            if device == "cpu":
+                torch.empty(2**50)  # raises
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        ran.append(rows)
+        return run_stage(stage_index, state, *args, **kwargs)
+
+    model.run_stage = of_little_memory
 
 
 def iter_into(stream, found: list) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -88,7 +89,8 @@ class AdaptiveEngine:
         processor (`BaseImageProcessor`, *optional*):
             For inputs that are images or paths. Without one they must be tensors `(channels, height, width)`.
         batch_size (`int`, *optional*, defaults to 64):
-            Images of a full batch, at every stage.
+            Images of a full batch, at every stage. Where memory runs out, from then on half of the batch that failed,
+            with a warning; the second time it is an error.
         threshold, max_stages (*optional*):
             As in the model's `forward`.
         in_order (`bool`, *optional*, defaults to `True`):
@@ -220,6 +222,10 @@ class _StageQueue:
     def put(self, state: State, indices: torch.Tensor, since: float) -> None:
         self.parts.append((state, indices, since))
 
+    def put_back(self, state: State, indices: torch.Tensor, since: float) -> None:
+        """Images that were taken and could not run."""
+        self.parts.insert(0, (state, indices, since))
+
     def take(self, count: int) -> tuple[State, torch.Tensor, float]:
         """The oldest images, at most `count`."""
         states, indices, since = zip(*self.parts)
@@ -230,6 +236,11 @@ class _StageQueue:
         if len(indices) > count:
             self.put({name: tensor[count:] for name, tensor in state.items()}, indices[count:], since[-1])
         return {name: tensor[:count] for name, tensor in state.items()}, indices[:count], min(since)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # Only accelerators have an exception of their own for it; Accelerate knows what the others say.
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 class _Stream:
@@ -284,7 +295,7 @@ class _Stream:
                         continue
                     if reading.error is None:
                         state = {"pixel_values": reading.pixel_values[None]}
-                        if not queues[0].fits(state):
+                        while not queues[0].fits(state):
                             yield self._run_queue(0)
                         queues[0].put(state, torch.tensor([reading.index]), time.monotonic())
                     elif reading.index is None or engine.on_error == "raise":
@@ -316,20 +327,16 @@ class _Stream:
 
     def _run_queue(self, stage: int) -> list[EngineResult]:
         """Run a stage on a batch of those that wait for it; the results of those that leave."""
-        state, indices, since = self.queues[stage].take(self.batch_size)
+        batch = self.queues[stage].take(self.batch_size)
         try:
-            return self._run_stage(stage, state, indices, since)
-        except torch.OutOfMemoryError:
-            if self.halved or len(indices) < 2:
+            return self._run_stage(stage, *batch)
+        except RuntimeError as error:
+            if self.halved or len(batch[1]) < 2 or not _is_out_of_memory(error):
                 raise
-        self.halved, self.batch_size = True, max(1, self.batch_size // 2)
+        self.halved, self.batch_size = True, math.ceil(len(batch[1]) / 2)
         logger.warning("out of memory at stage %d: going on with batches of %d images", stage, self.batch_size)
-        half = math.ceil(len(indices) / 2)
-        results = []
-        for rows in (slice(0, half), slice(half, None)):
-            part = {name: tensor[rows] for name, tensor in state.items()}
-            results += self._run_stage(stage, part, indices[rows], since)
-        return results
+        self.queues[stage].put_back(*batch)
+        return self._run_queue(stage)
 
     def _run_stage(self, stage: int, state: State, indices: torch.Tensor, since: float) -> list[EngineResult]:
         answers, state, going_on = self.engine.step(stage, state)
@@ -339,8 +346,8 @@ class _Stream:
         results = []
         if len(going_on):
             following = self.queues[stage + 1]
-            if not following.fits(state):
-                results = self._run_queue(stage + 1)
+            while not following.fits(state):
+                results += self._run_queue(stage + 1)
             following.put(state, indices[going_on], since)
         for index, answer in zip(indices.tolist(), answers):
             if answer[0]:
