@@ -180,6 +180,23 @@ def test_one_stage_and_batches_of_any_size():
         torch.testing.assert_close(logits, expected[:count], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_onnx_in_half_precision(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = lively_model(thinking_stages=[1, 4], num_hidden_layers=1).half()
+    images = random_images(3).half()
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path).adaptive)
+    assert model.config._attn_implementation == "sdpa"  # as it was
+    expected = model(images, threshold=0.0)
+    for image, logits, entropy in zip(images.split(1), expected.logits, expected.entropy, strict=True):
+        feed = {"pixel_values": image.numpy(), "threshold": np.zeros(model.config.num_stages - 1, np.float32)}
+        found, exit_stage, found_entropy = session.run(None, feed)
+        np.testing.assert_allclose(found[0], logits, atol=2e-2)
+        np.testing.assert_allclose(found_entropy[0], entropy, atol=2e-2)
+        assert exit_stage[0] == model.config.num_stages - 1
+
+
 def test_refuses_a_model_without_stages(tmp_path):
     for export in (export_stages, export_adaptive, lambda model: export_onnx(model, tmp_path / "onnx")):
         with pytest.raises(ValueError, match="does not think in stages"):

@@ -9,6 +9,8 @@ an image that exits. In both, τ is an input of the program, not a part of it.
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,12 +152,13 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFi
     _check_stages(model)
     if model.dtype == torch.bfloat16:
         raise ValueError("onnxruntime loads no convolution in bfloat16: export `model.float()` or `model.half()`.")
-    programs = {"adaptive.onnx": (export_adaptive(model), ["pixel_values"], ["logits", "exit_stage", "entropy"])}
-    before: list[str] = ["pixel_values"]
-    for index, (program, state_names) in enumerate(_stage_programs(model)):
-        after = [f"stage_{index}.{name}" for name in state_names]
-        programs[f"stage_{index}.onnx"] = (program, before, ["logits", "entropy", "exits", *after])
-        before = after
+    with _plain_attention(model):
+        programs = {"adaptive.onnx": (export_adaptive(model), ["pixel_values"], ["logits", "exit_stage", "entropy"])}
+        before: list[str] = ["pixel_values"]
+        for index, (program, state_names) in enumerate(_stage_programs(model)):
+            after = [f"stage_{index}.{name}" for name in state_names]
+            programs[f"stage_{index}.onnx"] = (program, before, ["logits", "entropy", "exits", *after])
+            before = after
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, (program, inputs, outputs) in programs.items():
         own_weights = name != "adaptive.onnx"  # there, slices of one weight serve all stages
@@ -167,6 +170,17 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFi
 def _check_stages(model: PreTrainedModel) -> None:
     if not hasattr(model, "run_stage"):
         raise ValueError(f"{type(model).__name__} does not think in stages: there are none to export.")
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile attention is plain operations, which ONNX has in every dtype, whatever the model's backend."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
 
 
 def _pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
