@@ -63,29 +63,35 @@ def test_trainer_without_a_subclass(model, tmp_path):
         torch.testing.assert_close(loaded(pixel_values).logits, model.eval()(pixel_values).logits)
 
 
-@pytest.mark.parametrize(
-    "family, overrides",
-    [
-        ("thinkingvit", {}),
-        ("thinkingvit", {"thinking_stages": [2, 2], "hidden_size": 16}),
-        ("thinking_swin", {}),
-        ("thinking_swin", {"qkv_slicing": "each_projection", "head_rounds": [[1, 2], [1, 2]], "num_heads": [1, 2]}),
-        # The prior compares averages over a batch, which two half batches do not share.
-        ("avit", {"distilled": True, "prior_loss_weight": 0.0}),
-    ],
-)
-def test_two_distributed_processes_train_as_one(family, overrides, tmp_path):
-    weights, script = tmp_path / "weights.pt", Path(train_distributed.__file__)
+DISTRIBUTED = [
+    ("thinkingvit", {}),
+    ("thinkingvit", {"thinking_stages": [2, 2], "hidden_size": 16}),
+    ("thinking_swin", {}),
+    ("thinking_swin", {"qkv_slicing": "each_projection", "head_rounds": [[1, 2], [1, 2]], "num_heads": [1, 2]}),
+    # The prior compares averages over a batch, which two half batches do not share.
+    ("avit", {"distilled": True, "prior_loss_weight": 0.0}),
+]
+
+
+@pytest.fixture(scope="module")
+def trained_by_two_processes(tmp_path_factory) -> Path:
+    """The folder with the weights of each of `DISTRIBUTED`, trained in one launch: starting processes takes longest."""
+    output_dir, script = tmp_path_factory.mktemp("distributed"), Path(train_distributed.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    arguments = [str(script), str(weights), family, json.dumps(overrides)]
-    process = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    arguments = [str(script), str(output_dir), json.dumps(DISTRIBUTED)]
+    process = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=180)
     assert process.returncode == 0, process.stderr
+    return output_dir
 
+
+@pytest.mark.parametrize("index", range(len(DISTRIBUTED)))
+def test_two_distributed_processes_train_as_one(index, trained_by_two_processes):
+    family, overrides = DISTRIBUTED[index]
     model = train_distributed.FAMILIES[family](**overrides).train()
     train_distributed.train(model, slice(0, 8))
-    distributed_weights = torch.load(weights, weights_only=True)
+    distributed_weights = torch.load(trained_by_two_processes / f"{index}.pt", weights_only=True)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(
             distributed_weights[name], tensor, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}"

@@ -1,11 +1,14 @@
 """
 A few training steps under DistributedDataParallel, started by `test_training.py` as
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/models/train_distributed.py WEIGHTS FAMILY CONFIG_JSON
+    python -m torch.distributed.run --nproc-per-node 2 tests/models/train_distributed.py OUTPUT_DIR CASES
+
+CASES is JSON: a list of pairs of a family and what its configuration overrides.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as distributed
@@ -32,11 +35,12 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     share = 8 // distributed.get_world_size()
     start = distributed.get_rank() * share
-    # The default, find_unused_parameters=False, raises in the second step if a parameter got no gradient.
-    wrapped = DistributedDataParallel(FAMILIES[sys.argv[2]](**json.loads(sys.argv[3])).train())
-    train(wrapped, slice(start, start + share))
-    if distributed.get_rank() == 0:
-        torch.save(wrapped.module.state_dict(), sys.argv[1])
+    for index, (family, overrides) in enumerate(json.loads(sys.argv[2])):
+        # The default, find_unused_parameters=False, raises in the second step if a parameter got no gradient.
+        wrapped = DistributedDataParallel(FAMILIES[family](**overrides).train())
+        train(wrapped, slice(start, start + share))
+        if distributed.get_rank() == 0:
+            torch.save(wrapped.module.state_dict(), Path(sys.argv[1]) / f"{index}.pt")
     # All processes done, and nothing of the group alive, before it is taken down: else gloo may abort at exit.
     distributed.barrier()
     del wrapped
