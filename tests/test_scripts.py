@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
-    lively_model(thinking_stages=[1, 4], num_labels=3, **names).save_pretrained(folder / "model")
+    lively_model(thinking_stages=[1, 4], num_hidden_layers=1, num_labels=3, **names).save_pretrained(folder / "model")
     evaluation_image_processor(32).save_pretrained(folder / "model")
     (folder / "images").mkdir()
     write_images(folder / "images", num_train=4, num_test=120)

@@ -23,9 +23,7 @@ def exits_at_every_stage(images: torch.Tensor, make=lively_model, **config):
 
 
 MODELS = {
-    "three stages": {"num_hidden_layers": 2},
-    "margin, distillation token": {
-        "thinking_stages": [2, 4],
+    "three stages, margin, distillation token": {
         "num_hidden_layers": 2,
         "exit_criterion": "margin",
         "use_distillation_token": True,
@@ -34,7 +32,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["margin, distillation token", "swin"])
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_stage_programs_give_the_models_answers(name):
     images = random_images(9)
@@ -184,8 +182,7 @@ def test_one_stage_and_batches_of_any_size():
 def test_onnx_in_half_precision(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = lively_model(thinking_stages=[1, 4], num_hidden_layers=1).half()
-    images = random_images(3).half()
+    model, images = lively_model(thinking_stages=[4], num_hidden_layers=1).half(), random_images(3).half()
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path).adaptive)
     assert model.config._attn_implementation == "sdpa"  # as it was
     expected = model(images, threshold=0.0)
