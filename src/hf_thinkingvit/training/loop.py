@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import math
 import shutil
 import signal
@@ -13,50 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
 from ..hub import accuracy_results, model_card
-from ..image_processing import evaluation_image_processor
-from .checkpoints import Checkpoints, list_checkpoints, replace_folder
+from .checkpoints import Checkpoints, replace_folder
 from .config import TrainingConfig
-from .data import Place, load_data, num_train_images, train_batches
-from .losses import TrainingLoss
-from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
+from .data import Place, train_batches
+from .progress import Progress, changed_fields
 from .seeding import seeded
-from .starting_point import build_model
-
-
-logger = logging.getLogger(__name__)
-
-# What may differ between a run and its continuation without making it another run.
-FREE_TO_CHANGE = {
-    *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
-    *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
-}
+from .setup import TrainingSetup
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    skipped_images: int = 0
-    seconds: float = 0.0
-    best_top1: float = -1.0
-
-
-class TrainingRun:
+class TrainingRun(TrainingSetup):
     """
     A configured run, ready to train.
 
@@ -68,60 +41,7 @@ class TrainingRun:
     """
 
     def __init__(self, config: TrainingConfig):
-        config.check()
-        self.config = config
-        self.output_dir = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=config.trackers or None,
-            project_dir=str(self.output_dir),
-            cpu=config.cpu,
-            dynamo_backend="inductor" if config.compile else None,
-        )
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "FSDP is not supported: it shards weights that do not fit on one device, and these models do. Use "
-                "plain multi-GPU (DDP): `accelerate launch --multi_gpu`."
-            )
-        self._check_output_dir()
-        world_size = self.accelerator.num_processes
-        parts = world_size * config.gradient_accumulation_steps
-        if config.batch_size % parts:
-            raise ValueError(
-                f"`batch_size` ({config.batch_size}) must be a multiple of {parts}: {world_size} processes times "
-                f"{config.gradient_accumulation_steps} accumulated parts."
-            )
-        self.batch_of_process = config.batch_size // parts
-        if config.uses_mixup and self.batch_of_process % 2:
-            raise ValueError(
-                f"mixup and cutmix pair images: {self.batch_of_process} images a process cannot be paired."
-            )
-        with self.accelerator.local_main_process_first():  # one process downloads, the others find it there
-            self.data = load_data(config)
-        self.num_images = num_train_images(config, self.data.train)
-        self.steps_per_epoch = self.num_images // config.batch_size
-        if not self.steps_per_epoch:
-            raise ValueError(f"`batch_size` ({config.batch_size}) is more than there are images ({self.num_images}).")
-        set_seed(config.seed)
-        model = build_model(config, self.data.id2label)
-        self.model_config = model.config
-        self.num_epochs = config.epochs + config.cooldown_epochs
-        self.num_steps = min(self.num_epochs * self.steps_per_epoch, config.max_steps or math.inf)
-        model.to(self.accelerator.device)
-        self.loss = TrainingLoss(config, model.config, self._load_teacher())
-        self.ema = build_ema(config, model)
-        optimizer = build_optimizer(config, model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
-        self.mixup = build_mixup(config, model.config.num_labels)
-        self.processor = evaluation_image_processor(
-            model.config.image_size, config.crop_pct, config.image_mean, config.image_std
-        )
-        self.transform = train_transform(config, model.config.image_size)
-        self.evaluation = self.accelerator.prepare(
-            evaluation_batches(self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers)
-        )
+        super().__init__(config)
         self.checkpoints = Checkpoints(
             self.output_dir / "checkpoints", self.accelerator, self.ema, config.keep_checkpoints
         )
@@ -130,24 +50,6 @@ class TrainingRun:
         self.stop_signal = False
         self._resume()
 
-    def _check_output_dir(self) -> None:
-        """Never write a new run over an old one."""
-        if self.config.resume is None and list_checkpoints(self.output_dir / "checkpoints"):
-            raise ValueError(
-                f"`{self.output_dir}` holds the checkpoints of a run: continue it with `--resume auto`, or choose "
-                "another `output_dir`."
-            )
-
-    def _load_teacher(self) -> PreTrainedModel | None:
-        if self.config.teacher is None:
-            return None
-        teacher = AutoModelForImageClassification.from_pretrained(self.config.teacher)
-        if teacher.config.num_labels != self.model_config.num_labels:
-            raise ValueError(
-                f"The teacher has {teacher.config.num_labels} labels, the data {self.model_config.num_labels}."
-            )
-        return teacher.to(self.accelerator.device).eval().requires_grad_(False)
-
     def _resume(self) -> None:
         if self.config.resume is None:
             return
@@ -155,12 +57,7 @@ class TrainingRun:
         if checkpoint is None:
             return
         saved = self.checkpoints.load(checkpoint)
-        now = self.config.to_dict()
-        changed = [
-            f"{name}: {saved['config'].get(name)!r} then, {now[name]!r} now"
-            for name in now
-            if name not in FREE_TO_CHANGE and saved["config"].get(name) != now[name]
-        ]
+        changed = changed_fields(saved["config"], self.config)
         if changed or saved["steps_per_epoch"] != self.steps_per_epoch:
             what = "; ".join(changed) or f"steps per epoch: {saved['steps_per_epoch']} then, {self.steps_per_epoch} now"
             raise ValueError(
