@@ -1,6 +1,7 @@
 """Where a run stands, and whether a checkpoint belongs to it."""
 
 import dataclasses
+import json
 
 from .config import TrainingConfig
 
@@ -25,10 +26,22 @@ class Progress:
 
 
 def changed_fields(saved: dict, config: TrainingConfig) -> list[str]:
-    """Fields in which the configuration of a checkpoint makes it another run's: their values then and now."""
-    now = config.to_dict()
-    return [
-        f"{name}: {saved[name]!r} then, {now[name]!r} now"
-        for name in now
-        if name not in FREE_TO_CHANGE and saved.get(name) != now[name]
-    ]
+    """
+    What makes a run another one than that of a checkpoint: fields, with their values then and now.
+
+    Args:
+        saved (`dict`): the checkpoint's configuration, from JSON. Fields younger than the checkpoint had their default.
+        config (`TrainingConfig`): the run's.
+    """
+    then = TrainingConfig().to_dict() | saved
+    now = json.loads(json.dumps(config.to_dict()))  # as JSON gives it back
+    changed = []
+    for name in now:
+        if name == "model":
+            fields = sorted(then[name].keys() | now[name].keys())
+            pairs = [(f"model.{field}", then[name].get(field), now[name].get(field)) for field in fields]
+        else:
+            pairs = [(name, then[name], now[name])]
+        if name not in FREE_TO_CHANGE:
+            changed += [f"{field}: {old!r} then, {new!r} now" for field, old, new in pairs if old != new]
+    return changed

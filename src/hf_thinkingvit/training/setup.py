@@ -4,17 +4,57 @@ import math
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..data import evaluation_batches
 from ..image_processing import evaluation_image_processor
-from .checkpoints import list_checkpoints
+from .checkpoints import list_checkpoints, recover_checkpoints, recover_folder
 from .config import TrainingConfig
 from .data import load_data, num_train_images
 from .losses import TrainingLoss
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
 from .starting_point import build_model
+from .stop_signals import ignore_stop_signals
+
+
+# The environment variables in which `accelerate launch` asks for what these runs cannot do.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "A parallelism configuration (tensor, context or sequence parallelism)",
+}
+
+
+def build_accelerator(config: TrainingConfig) -> Accelerator:
+    """Raises `ValueError` where the launcher asks to shard the model."""
+    # Before Accelerate, which asks for a missing package first.
+    for variable, name in UNSUPPORTED.items():
+        if parse_flag_from_env(variable):
+            raise _unsupported(name)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        # As a plugin, because a plain number gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+        cpu=config.cpu,
+        dynamo_backend="inductor" if config.compile else None,
+    )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise _unsupported(kind.value)
+    return accelerator
+
+
+def _unsupported(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is not supported: it divides models that do not fit on one device, and these do. Use plain "
+        "multi-GPU (DDP): `accelerate launch --multi_gpu`."
+    )
 
 
 class TrainingSetup:
@@ -32,19 +72,7 @@ class TrainingSetup:
         config.check()
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=config.trackers or None,
-            project_dir=str(self.output_dir),
-            cpu=config.cpu,
-            dynamo_backend="inductor" if config.compile else None,
-        )
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "FSDP is not supported: it shards weights that do not fit on one device, and these models do. Use "
-                "plain multi-GPU (DDP): `accelerate launch --multi_gpu`."
-            )
+        self.accelerator = build_accelerator(config)
         self._check_output_dir()
         world_size = self.accelerator.num_processes
         parts = world_size * config.gradient_accumulation_steps
@@ -80,13 +108,22 @@ class TrainingSetup:
             model.config.image_size, config.crop_pct, config.image_mean, config.image_std
         )
         self.transform = train_transform(config, model.config.image_size)
-        self.evaluation = self.accelerator.prepare(
-            evaluation_batches(self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers)
+        evaluation = evaluation_batches(
+            self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers
         )
+        evaluation.worker_init_fn = ignore_stop_signals
+        self.evaluation = self.accelerator.prepare(evaluation)
 
     def _check_output_dir(self) -> None:
-        """Never write a new run over an old one."""
-        if self.config.resume is None and list_checkpoints(self.output_dir / "checkpoints"):
+        """Never write a new run over an old one. Mends what a run left that was killed while it replaced a folder."""
+        checkpoints = self.output_dir / "checkpoints"
+        if self.accelerator.is_main_process:
+            recover_checkpoints(checkpoints)
+            for folder in (self.output_dir / "last", self.output_dir / "best", self.config.from_pretrained):
+                if folder:
+                    recover_folder(Path(folder))
+        self.accelerator.wait_for_everyone()
+        if self.config.resume is None and list_checkpoints(checkpoints):
             raise ValueError(
                 f"`{self.output_dir}` holds the checkpoints of a run: continue it with `--resume auto`, or choose "
                 "another `output_dir`."
