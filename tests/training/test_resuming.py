@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
+from hf_thinkingvit.training.stop_signals import ignore_stop_signals
 from tests.training.test_loop import LIVELY, assert_same, launch, weights
-from tests.training.tiny_runs import flags
+from tests.training.tiny_runs import flags, write_images
 
 
 def number_of_optimizer_steps(folder) -> int:
@@ -43,23 +44,27 @@ class TestAnotherAccumulation:
         train(parse_config(flags(images, tmp_path)))
         assert_same(weights(tmp_path), weights(whole[0]))
 
-    def test_two_processes_stop_at_once_and_one_goes_on(self, images, tmp_path, whole):
-        """With data workers, which get the launcher's SIGTERM as well."""
-        endless = {"epochs": 300, "eval_epochs": 1000, "log_steps": 10**6, "max_steps": 10**6, "keep_checkpoints": 300}
-        folder = tmp_path / "stopped"
-        process = launch(flags(images, folder, num_workers=1, save_steps=10**6, **endless), processes=2)
-        while process.poll() is None and not list_checkpoints(folder / "checkpoints"):
-            time.sleep(0.05)
+    def test_two_processes_stop_at_once_and_one_goes_on(self, tmp_path):
+        """
+        Long before anything is logged, saved or evaluated. With data workers, which get the launcher's signal as well.
+        """
+        images, folder = write_images(tmp_path / "images", num_train=1600), tmp_path / "stopped"
+        long = {"log_steps": 1000, "save_steps": 1000, "warmup_epochs": 0, "epochs": 1}  # 200 steps
+        process = launch(flags(images, folder, num_workers=1, **long), processes=2)
+        output = ""
+        while not re.search(r"\| [1-9]\d*/200", output):  # the bar after a step
+            output += (read := process.stdout.read(1))
+            assert read, output
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         assert output.count("stopped by SIGTERM; continue with --resume auto from") == 1, output
         stopped = int(list_checkpoints(folder / "checkpoints")[0].name[5:])
-        endless["max_steps"] = stopped + 4
-        again = flags(images, folder, resume="auto", gradient_accumulation_steps=2, **endless)
-        train(parse_config(again))
-        train(parse_config(flags(images, tmp_path / "alone", **endless)))
-        assert number_of_optimizer_steps(folder) == stopped + 4
-        assert_same(weights(folder), weights(tmp_path / "alone"), tolerance=1e-3)
+        assert stopped < 200
+        long["max_steps"] = stopped + 2
+        train(parse_config(flags(images, folder, resume="auto", gradient_accumulation_steps=2, **long)))
+        train(parse_config(flags(images, tmp_path / "alone", **long)))
+        assert number_of_optimizer_steps(folder) == stopped + 2
+        assert_same(weights(folder), weights(tmp_path / "alone"), tolerance=1e-4)
 
 
 class Interrupted:
@@ -93,6 +98,7 @@ class TestEvaluation:
         self, images, tmp_path, whole, interruption, error, message
     ):
         run = TrainingRun(parse_config(flags(images, tmp_path, eval_batch_size=2)))
+        assert run.evaluation.worker_init_fn is ignore_stop_signals
         run.evaluation = Interrupted(run.evaluation, interruption)
         with pytest.raises(error, match=message):
             run.run()

@@ -119,9 +119,9 @@ class TrainingSetup:
         checkpoints = self.output_dir / "checkpoints"
         if self.accelerator.is_main_process:
             recover_checkpoints(checkpoints)
-            for folder in (self.output_dir / "last", self.output_dir / "best", self.config.from_pretrained):
-                if folder:
-                    recover_folder(Path(folder))
+            read = [path for path in (self.config.from_pretrained, self.config.teacher) if path is not None]
+            for folder in (self.output_dir / "last", self.output_dir / "best", *map(Path, read)):
+                recover_folder(folder)
         self.accelerator.wait_for_everyone()
         if self.config.resume is None and list_checkpoints(checkpoints):
             raise ValueError(

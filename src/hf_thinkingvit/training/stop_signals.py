@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C as a wish to stop, which every process of a run sees at the same step boundary."""
 
+import logging
 import os
 import signal
 import threading
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,8 +39,11 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._group = None
         if accelerator.num_processes > 1 and torch.distributed.is_initialized():
-            # Agreeing on the CPU does not wait for what the accelerator still has to compute.
-            self._group = torch.distributed.new_group(backend="gloo")
+            # Agreeing on the CPU does not wait for what the device still has to compute.
+            try:
+                self._group = torch.distributed.new_group(backend="gloo")
+            except RuntimeError as error:  # a network that it finds no interface of
+                logger.warning("processes agree on stop signals on their devices, every step: %s", error)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -67,7 +73,10 @@ class StopSignals:
             os.write(2, f"\n{self.received.name}: saving and stopping at the end of this step{how}\n".encode())
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that a process has received, if any has: the same answer for all, who must all ask."""
+        """
+        The signal that any process has received, or `None`: the same answer for all processes, which must all call it.
+        Costs about 0.1 ms between two processes on one machine.
+        """
         if self.accelerator.num_processes == 1:
             return self.received
         number = torch.tensor([int(self.received or 0)])
