@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -125,10 +124,9 @@ def whole(images, tmp_path_factory):
 
 
 class TestResuming:
-    @pytest.mark.parametrize("seed", [0])
-    def test_killed_and_resumed_is_bit_identical(self, images, tmp_path, whole, seed):
+    def test_killed_and_resumed_is_bit_identical(self, images, tmp_path, whole):
         words = flags(images, tmp_path, resume="auto", **LIVELY)
-        process = self.started(words, until=random.Random(seed).randrange(1, 8))  # of 9 steps
+        process = self.started(words, until=5)  # of 9 steps
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
