@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.stop_signals import ignore_stop_signals
+from tests.training import tiny_runs
 from tests.training.test_loop import LIVELY, assert_same, launch, weights
 from tests.training.tiny_runs import flags, write_images
 
@@ -170,6 +171,14 @@ class TestMistakes:
         words = flags(images, whole[0], resume="auto", **{"model.thinking_stages": "[1, 2, 4]"})
         with pytest.raises(ValueError, match=r"another run \(model.thinking_stages: \[1, 2\] then, \[1, 2, 4\] now\)"):
             TrainingRun(parse_config(words))
+
+    def test_other_labels_in_the_same_place(self, tmp_path, monkeypatch):
+        images = write_images(tmp_path / "images")
+        train(parse_config(flags(images, tmp_path / "run", max_steps=1)))
+        monkeypatch.setattr(tiny_runs, "LABELS", [*tiny_runs.LABELS, "emu"])
+        write_images(images)
+        with pytest.raises(ValueError, match="do not fit this model.* labels of the data .* have changed"):
+            TrainingRun(parse_config(flags(images, tmp_path / "run", resume="auto")))
 
     def test_fields_that_the_checkpoint_does_not_know_had_their_default(self, images, tmp_path, whole):
         folder = shutil.copytree(whole[0], tmp_path / "run")

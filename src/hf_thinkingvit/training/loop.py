@@ -68,7 +68,13 @@ class TrainingRun(TrainingSetup):
                 f"{checkpoint} belongs to another run ({what}). Continue it as it was, or start a new one in another "
                 "`output_dir`, with `from_pretrained` if it should begin with these weights."
             )
-        self.checkpoints.load(checkpoint)
+        try:
+            self.checkpoints.load(checkpoint)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights of {checkpoint} do not fit this model. The configuration is the same, so the labels of "
+                f"the data or the model that the run started from have changed: {error}"
+            ) from error
         self.progress = Progress(**saved["progress"])
         self.history = saved["history"]
         if self.progress.step_in_epoch == self.steps_per_epoch:  # as checkpoints once said of a finished epoch
