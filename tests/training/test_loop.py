@@ -1,10 +1,10 @@
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,20 +124,45 @@ def whole(images, tmp_path_factory):
 
 
 class TestResuming:
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_killed_and_resumed_is_bit_identical(self, images, tmp_path, whole, seed):
+    def test_killed_and_resumed_is_bit_identical(self, images, tmp_path, whole):
         words = flags(images, tmp_path, resume="auto", **LIVELY)
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        target = random.Random(seed).randrange(1, 8)  # of 9 steps
-        checkpoints = tmp_path / "checkpoints"
-        while process.poll() is None and not any(int(p.name[5:]) >= target for p in list_checkpoints(checkpoints)):
-            time.sleep(0.005)
+        process = self.started(words, until=5)  # of 9 steps
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
         train(parse_config(words))
         assert_same(weights(tmp_path), whole)
+
+    def test_ctrl_c_saves_first(self, images, tmp_path, whole):
+        """A terminal sends it to every process of its group, data workers included."""
+        words = flags(images, tmp_path, resume="auto", num_workers=2, **LIVELY)
+        process = self.started(words, until=2)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1, errors
+        assert "SIGINT: saving" in errors
+        newest = list_checkpoints(tmp_path / "checkpoints")[0]
+        assert f"stopped by SIGINT; continue with --resume auto from {newest}" in errors
+        assert "Traceback" not in errors
+        train(parse_config(words))
+        assert_same(weights(tmp_path), whole)
+
+    @staticmethod
+    def started(words: list[str], until: int) -> subprocess.Popen:
+        """A run in a process group of its own, as soon as it has a checkpoint of step `until`."""
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *words],
+            start_new_session=True,
+            # Whoever runs the tests in the background may ignore it.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        checkpoints = Path(words[words.index("--output_dir") + 1]) / "checkpoints"
+        while process.poll() is None and not any(int(p.name[5:]) >= until for p in list_checkpoints(checkpoints)):
+            time.sleep(0.005)
+        return process
 
     def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(self, images, tmp_path, whole):
         train(parse_config(flags(images, tmp_path, max_steps=4, **LIVELY)))

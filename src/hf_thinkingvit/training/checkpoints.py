@@ -2,7 +2,8 @@
 Checkpoints that a killed run can trust: written beside, checked, and moved into place in one step.
 
 A checkpoint is a folder `step-00001234`, complete as soon as it has that name. `manifest.json` in it lists each file's
-size and SHA-256, so that what a disk lost afterwards is seen as well.
+size and SHA-256, so that what a disk lost afterwards is seen as well. `evaluated.json` is added to it once the model of
+that step has been evaluated.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+EVALUATED = "evaluated.json"
 EMA = "ema.safetensors"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
@@ -69,23 +73,75 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def _step(path: Path) -> int:
+    return int(_COMPLETE.fullmatch(path.name)[1])
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, the newest first."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and _COMPLETE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_COMPLETE.fullmatch(path.name)[1]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
 
 
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Move a folder to where another may be, so that at any moment one of them is complete."""
-    for path in (*_files(temporary), temporary):
-        _sync(path)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(final: Path) -> Iterator[Path]:
+    """
+    A new folder to write, which takes the place of `final` when the context ends without an error. After an error, such
+    as a full disk, it is deleted, `final` is as it was, and an `OSError` says so.
+
+    No portable call exchanges two folders, so there is a moment with `final` moved aside: `recover_folder` mends what a
+    run that is killed in it leaves behind.
+    """
+    temporary, old = _partial(final), _set_aside(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*_files(temporary), temporary):
+            _sync(path)
+    except Exception as error:  # of a full disk, torch says no more than "iostream error"
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(temporary.parent).free
+        raise OSError(
+            f"{final} could not be written ({error}; {free} bytes are free there). It is as it was."
+        ) from error
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     temporary.rename(final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _set_aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def recover_folder(final: Path) -> None:
+    """Move a folder back that `replacing_folder` had set aside when it was killed."""
+    old = _set_aside(final)
+    if old.is_dir() and not final.exists():
+        logger.warning("%s was being replaced when its run was killed: the one before is back in its place", final)
+        old.rename(final)
+        _sync(final.parent)
+
+
+def recover_checkpoints(folder: Path) -> None:
+    for old in folder.glob(".step-*.old"):
+        recover_folder(folder / old.name.removeprefix(".").removesuffix(".old"))
 
 
 class Checkpoints:
@@ -104,38 +160,51 @@ class Checkpoints:
         self.last_good: Path | None = None
 
     def save(self, step: int, progress: dict) -> Path:
-        """Write everything that the run needs to go on from optimizer step `step`."""
-        final, temporary = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.partial"
-        main = self.accelerator.is_main_process
+        """
+        Write everything that the run needs to go on from optimizer step `step`. After an error, such as a full disk,
+        the checkpoints are those that there were.
+        """
+        final, main = self.folder / f"step-{step:08d}", self.accelerator.is_main_process
+        with replacing_folder(final) if main else nullcontext(_partial(final)) as temporary:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(temporary))
+            self.accelerator.wait_for_everyone()
+            if main:
+                if self.ema is not None:
+                    save_file({k: v.contiguous() for k, v in self.ema.state_dict().items()}, temporary / EMA)
+                (temporary / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+                manifest = {
+                    str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
+                    for path in _files(temporary)
+                }
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                _sync(temporary / MANIFEST)
         if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if main:
-            if self.ema is not None:
-                save_file({k: v.contiguous() for k, v in self.ema.state_dict().items()}, temporary / EMA)
-            (temporary / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
-            manifest = {
-                str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
-                for path in _files(temporary)
-            }
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _sync(temporary / MANIFEST)
-            replace_folder(temporary, final)
-            for old in list_checkpoints(self.folder)[self.keep :]:
+            # Later steps can only be of a run that went on from before them; they are no reason to delete this one.
+            until_now = [path for path in list_checkpoints(self.folder) if _step(path) <= step]
+            for old in (*until_now[self.keep :], *self.folder.glob(".step-*.partial")):
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.last_good = final
         return final
 
+    def holds_last_good(self) -> bool:
+        """Whether the checkpoint that a run resumed from, if any, is one of its own."""
+        return self.last_good is None or self.last_good.parent.resolve() == self.folder.resolve()
+
+    def add_evaluation(self, progress: dict) -> None:
+        """Record in the newest checkpoint how far its run is once the model of that step has been evaluated."""
+        if self.accelerator.is_main_process:
+            replace_file(self.last_good / EVALUATED, json.dumps(progress, indent=1))
+        self.accelerator.wait_for_everyone()
+
     def find(self, resume: str) -> Path | None:
         """
-        The checkpoint to resume from: for `"auto"` the newest undamaged one, or `None` where there is none yet.
+        The checkpoint to resume from, of one of three: `"auto"` for the newest undamaged one of this run, or `None`
+        where there is none yet; the folder of a checkpoint; the folder of a run, for its newest undamaged one.
 
         Raises:
-            ValueError: if a checkpoint that was asked for is damaged or missing, or all of several are damaged.
+            ValueError: if what was asked for does not exist, or is damaged.
         """
         found: list = [None, None]  # checkpoint, error
         if self.accelerator.is_main_process:
@@ -150,23 +219,43 @@ class Checkpoints:
         return None if found[0] is None else Path(found[0])
 
     def _find(self, resume: str) -> str | None:
-        candidates = list_checkpoints(self.folder) if resume == "auto" else [Path(resume)]
-        for path in candidates:
-            damage = find_damage(path)
-            if damage is None:
-                return str(path)
-            logger.warning("the checkpoint %s is damaged: %s", path, damage)
-        if not candidates:
-            return None
+        path = Path(resume)
+        if resume == "auto":
+            candidates = list_checkpoints(self.folder)
+            if not candidates:
+                return None
+        elif path.is_dir() and (_COMPLETE.fullmatch(path.name) or (path / MANIFEST).exists()):
+            candidates = [path]
+        else:
+            candidates = list_checkpoints(path) or list_checkpoints(path / self.folder.name)
+            if not candidates:
+                raise ValueError(f"`resume`: there is no checkpoint {path}{self._what_there_is(path)}.")
+        damages = {}
+        for candidate in candidates:
+            damages[candidate] = find_damage(candidate)
+            if damages[candidate] is None:
+                return str(candidate)
+            logger.warning("the checkpoint %s is damaged: %s", candidate, damages[candidate])
         raise ValueError(
-            f"All checkpoints to resume from are damaged: {', '.join(map(str, candidates))}. Move them away to start "
-            "anew."
+            f"All checkpoints to resume from are damaged: {'; '.join(f'{p}: {d}' for p, d in damages.items())}. Move "
+            "them away to start anew."
         )
 
-    def load(self, path: Path) -> dict:
-        """Restore model, optimizer, scaler and moving average; the progress that was saved with them."""
+    def _what_there_is(self, path: Path) -> str:
+        folders = dict.fromkeys((path.parent, path.parent / self.folder.name, self.folder))
+        there = [str(found) for folder in folders for found in list_checkpoints(folder)]
+        return f"; there are {', '.join(there)}" if there else f", nor any in {self.folder}"
+
+    def read(self, path: Path) -> dict:
+        """The progress that was saved with a checkpoint."""
+        try:
+            return json.loads((path / EVALUATED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not evaluated, or not read well: it will be evaluated (again)
+            return json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+
+    def load(self, path: Path) -> None:
+        """Restore model, optimizer, scaler and moving average."""
         self.accelerator.load_state(str(path))
         if self.ema is not None:
             self.ema.load_state_dict(load_file(path / EMA))
         self.last_good = path
-        return json.loads((path / PROGRESS).read_text(encoding="utf-8"))

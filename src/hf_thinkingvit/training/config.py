@@ -112,7 +112,7 @@ class TrainingConfig:
 
     save_steps: int = _help("optimizer steps between checkpoints, besides those at each epoch", 1000)
     keep_checkpoints: int = _help("newest checkpoints to keep", 2)
-    resume: str | None = _help("'auto': from output_dir's newest complete checkpoint, if any; or a checkpoint's folder")
+    resume: str | None = _help("'auto': from output_dir's newest checkpoint, if any; or folder of a checkpoint or run")
     eval_epochs: int = _help("epochs between evaluations; the last epoch is always evaluated", 1)
     eval_batch_size: int = _help("images per process and forward pass in evaluation", 256)
     log_steps: int = _help("optimizer steps between logged losses", 10)

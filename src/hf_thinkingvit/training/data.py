@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from ..data import ImageSplit, as_image_split, decode, find_split, load_splits
 from .config import TrainingConfig
 from .seeding import seeded
+from .stop_signals import ignore_stop_signals
 
 
 logger = logging.getLogger(__name__)
@@ -228,6 +229,7 @@ def train_batches(config: TrainingConfig, data: ImageSplit, transform: Any, plac
     options = {
         "num_workers": config.num_workers,
         "collate_fn": collate,
+        "worker_init_fn": ignore_stop_signals,
         "pin_memory": torch.cuda.is_available() and not config.cpu,
     }
     if not config.streaming:

@@ -4,59 +4,35 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import signal
-import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
-from ..hub import accuracy_results, model_card
-from ..image_processing import evaluation_image_processor
-from .checkpoints import Checkpoints, list_checkpoints, replace_folder
+from .checkpoints import Checkpoints, replace_file
 from .config import TrainingConfig
-from .data import Place, load_data, num_train_images, train_batches
-from .losses import TrainingLoss
-from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
+from .data import Place, train_batches
+from .progress import Progress, changed_fields
+from .saved_models import save_model
 from .seeding import seeded
-from .starting_point import build_model
+from .setup import TrainingSetup
+from .stop_signals import StopSignals
 
 
 logger = logging.getLogger(__name__)
-
-# What may differ between a run and its continuation without making it another run.
-FREE_TO_CHANGE = {
-    *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
-    *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
-}
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    skipped_images: int = 0
-    seconds: float = 0.0
-    best_top1: float = -1.0
-
-
-class TrainingRun:
+class TrainingRun(TrainingSetup):
     """
     A configured run, ready to train.
 
@@ -68,85 +44,15 @@ class TrainingRun:
     """
 
     def __init__(self, config: TrainingConfig):
-        config.check()
-        self.config = config
-        self.output_dir = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=config.trackers or None,
-            project_dir=str(self.output_dir),
-            cpu=config.cpu,
-            dynamo_backend="inductor" if config.compile else None,
-        )
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "FSDP is not supported: it shards weights that do not fit on one device, and these models do. Use "
-                "plain multi-GPU (DDP): `accelerate launch --multi_gpu`."
-            )
-        self._check_output_dir()
-        world_size = self.accelerator.num_processes
-        parts = world_size * config.gradient_accumulation_steps
-        if config.batch_size % parts:
-            raise ValueError(
-                f"`batch_size` ({config.batch_size}) must be a multiple of {parts}: {world_size} processes times "
-                f"{config.gradient_accumulation_steps} accumulated parts."
-            )
-        self.batch_of_process = config.batch_size // parts
-        if config.uses_mixup and self.batch_of_process % 2:
-            raise ValueError(
-                f"mixup and cutmix pair images: {self.batch_of_process} images a process cannot be paired."
-            )
-        with self.accelerator.local_main_process_first():  # one process downloads, the others find it there
-            self.data = load_data(config)
-        self.num_images = num_train_images(config, self.data.train)
-        self.steps_per_epoch = self.num_images // config.batch_size
-        if not self.steps_per_epoch:
-            raise ValueError(f"`batch_size` ({config.batch_size}) is more than there are images ({self.num_images}).")
-        set_seed(config.seed)
-        model = build_model(config, self.data.id2label)
-        self.model_config = model.config
-        self.num_epochs = config.epochs + config.cooldown_epochs
-        self.num_steps = min(self.num_epochs * self.steps_per_epoch, config.max_steps or math.inf)
-        model.to(self.accelerator.device)
-        self.loss = TrainingLoss(config, model.config, self._load_teacher())
-        self.ema = build_ema(config, model)
-        optimizer = build_optimizer(config, model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
-        self.mixup = build_mixup(config, model.config.num_labels)
-        self.processor = evaluation_image_processor(
-            model.config.image_size, config.crop_pct, config.image_mean, config.image_std
-        )
-        self.transform = train_transform(config, model.config.image_size)
-        self.evaluation = self.accelerator.prepare(
-            evaluation_batches(self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers)
-        )
+        super().__init__(config)
         self.checkpoints = Checkpoints(
             self.output_dir / "checkpoints", self.accelerator, self.ema, config.keep_checkpoints
         )
         self.progress = Progress()
         self.history: list[dict] = []
-        self.stop_signal = False
+        self.stop_signals = StopSignals(self.accelerator)
+        self.within_step = False
         self._resume()
-
-    def _check_output_dir(self) -> None:
-        """Never write a new run over an old one."""
-        if self.config.resume is None and list_checkpoints(self.output_dir / "checkpoints"):
-            raise ValueError(
-                f"`{self.output_dir}` holds the checkpoints of a run: continue it with `--resume auto`, or choose "
-                "another `output_dir`."
-            )
-
-    def _load_teacher(self) -> PreTrainedModel | None:
-        if self.config.teacher is None:
-            return None
-        teacher = AutoModelForImageClassification.from_pretrained(self.config.teacher)
-        if teacher.config.num_labels != self.model_config.num_labels:
-            raise ValueError(
-                f"The teacher has {teacher.config.num_labels} labels, the data {self.model_config.num_labels}."
-            )
-        return teacher.to(self.accelerator.device).eval().requires_grad_(False)
 
     def _resume(self) -> None:
         if self.config.resume is None:
@@ -154,37 +60,60 @@ class TrainingRun:
         checkpoint = self.checkpoints.find(self.config.resume)
         if checkpoint is None:
             return
-        saved = self.checkpoints.load(checkpoint)
-        now = self.config.to_dict()
-        changed = [
-            f"{name}: {saved['config'].get(name)!r} then, {now[name]!r} now"
-            for name in now
-            if name not in FREE_TO_CHANGE and saved["config"].get(name) != now[name]
-        ]
+        saved = self.checkpoints.read(checkpoint)
+        changed = changed_fields(saved["config"], self.config)
         if changed or saved["steps_per_epoch"] != self.steps_per_epoch:
             what = "; ".join(changed) or f"steps per epoch: {saved['steps_per_epoch']} then, {self.steps_per_epoch} now"
             raise ValueError(
                 f"{checkpoint} belongs to another run ({what}). Continue it as it was, or start a new one in another "
                 "`output_dir`, with `from_pretrained` if it should begin with these weights."
             )
+        try:
+            self.checkpoints.load(checkpoint)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights of {checkpoint} do not fit this model. The configuration is the same, so the labels of "
+                f"the data or the model that the run started from have changed: {error}"
+            ) from error
         self.progress = Progress(**saved["progress"])
         self.history = saved["history"]
+        if self.progress.step_in_epoch == self.steps_per_epoch:  # as checkpoints once said of a finished epoch
+            self._next_epoch()
+        if self.config.streaming and self.progress.step_in_epoch and saved.get("readers", self.readers) != self.readers:
+            logger.warning(
+                "the stream was read by %s and is now by %s: until the end of this epoch, images may be seen twice or "
+                "not at all",
+                saved["readers"],
+                self.readers,
+            )
         self.accelerator.print(f"resuming from {checkpoint}, step {self.progress.step} of {self.num_steps}")
+
+    @property
+    def readers(self) -> dict[str, int]:
+        """On which the order of a stream depends."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "workers per process": self.config.num_workers,
+            "images per batch": self.batch_of_process,
+        }
 
     def save(self) -> Path:
         """A checkpoint of the finished step; of weights that are finite only."""
+        if self.within_step:
+            raise RuntimeError("A step that is not finished cannot be saved: continue from the checkpoint before it.")
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
         if not self.accelerator.reduce(finite.int(), reduction="sum") == self.accelerator.num_processes:
             raise self._diverged(f"the weights are no longer finite at step {self.progress.step}")
-        return self.checkpoints.save(
-            self.progress.step,
-            {
-                "progress": dataclasses.asdict(self.progress),
-                "history": self.history,
-                "steps_per_epoch": self.steps_per_epoch,
-                "config": self.config.to_dict(),
-            },
-        )
+        return self.checkpoints.save(self.progress.step, self._state())
+
+    def _state(self) -> dict:
+        return {
+            "progress": dataclasses.asdict(self.progress),
+            "history": self.history,
+            "steps_per_epoch": self.steps_per_epoch,
+            "readers": self.readers,
+            "config": self.config.to_dict(),
+        }
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -203,6 +132,7 @@ class TrainingRun:
 
     def train_batch(self, batch: dict[str, torch.Tensor], part: int) -> dict[str, torch.Tensor]:
         """Forward and backward of one part of a step; with the last part, the step. Its losses, detached."""
+        self.within_step = True
         step, rank = self.progress.step, self.accelerator.process_index
         device = self.accelerator.device
         pixel_values = batch["pixel_values"].to(device, non_blocking=True)
@@ -213,6 +143,8 @@ class TrainingRun:
                 pixel_values, targets = self.mixup(pixel_values, labels)
             inputs = {}
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, step, part, rank, 1)).generate_state(1)[0]))
+        # Accelerate counts parts from wherever the checkpoint left its count, which need not be the start of a step.
+        self.accelerator.step = part
         with self.accelerator.accumulate(self.model):
             with self.accelerator.autocast():
                 outputs = self.model(pixel_values, **inputs)
@@ -230,11 +162,26 @@ class TrainingRun:
         self.schedule.step_update(self.progress.step)
         if self.ema is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        if self.progress.step_in_epoch == self.steps_per_epoch:
+            self._next_epoch()
+        self.within_step = False
+
+    def _next_epoch(self) -> None:
+        self.progress.epoch += 1
+        self.progress.step_in_epoch = 0
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict:
-        """Train to the end; what was measured, as in `results.json`. Raises `TrainingDivergedError`."""
+        """
+        Train to the end, and return what was measured, as in `results.json`.
+
+        Raises:
+            TrainingDivergedError: if loss or weights are no longer finite.
+            SystemExit: after SIGTERM or Ctrl-C, when a checkpoint has been saved; its message says how to continue.
+        """
+        if self.within_step:
+            raise RuntimeError("This run was interrupted in the middle of a step: make another with `resume='auto'`.")
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self.config.save(self.output_dir / "config.yaml")
@@ -243,9 +190,6 @@ class TrainingRun:
                 k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.config.to_dict().items()
             }
             self.accelerator.init_trackers("hf-thinkingvit", flat)
-        # Python lets only the main thread listen to signals; elsewhere whoever runs this must stop it.
-        listens = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(signal.SIGTERM, self._on_signal) if listens else None
         self.model.train()
         self.schedule.step_update(self.progress.step)
         bar = tqdm(
@@ -256,18 +200,20 @@ class TrainingRun:
             disable=not self.accelerator.is_main_process,
         )
         try:
-            while self.progress.step < self.num_steps:
-                self._run_epoch(bar)
-            if not self.history or self.history[-1]["step"] != self.progress.step:
-                self.evaluate()
+            with self.stop_signals.listening():
+                if not self.checkpoints.holds_last_good():
+                    self.save()
+                self._evaluate_if_due()  # what a run was stopped in
+                while self.progress.step < self.num_steps:
+                    self._run_epoch(bar)
+                    self._evaluate_if_due()
         finally:
             bar.close()
-            if listens:
-                signal.signal(signal.SIGTERM, previous)
             self.accelerator.end_training()
         return self._results()
 
     def _run_epoch(self, bar: tqdm) -> None:
+        """The rest of an epoch, with a checkpoint at its end."""
         config, accumulation = self.config, self.config.gradient_accumulation_steps
         sums: dict[str, torch.Tensor] = {}
         count, skipped, started, part = 0, 0, time.perf_counter(), 0
@@ -280,36 +226,32 @@ class TrainingRun:
                 continue
             self.finish_step()
             bar.update()
-            step, last = self.progress.step, self.progress.step >= self.num_steps
-            ends = self.progress.step_in_epoch == self.steps_per_epoch
-            saves = step % config.save_steps == 0
-            # A lone process looks for a signal at every step; several must agree, which costs a message.
-            asks = self.accelerator.num_processes == 1 and self.stop_signal
-            if step % config.log_steps == 0 or saves or ends or last or asks:
+            ends = self.progress.step_in_epoch == 0 or self.progress.step >= self.num_steps
+            stop = self.stop_signals.agreed()
+            saves = ends or stop is not None or self.progress.step % config.save_steps == 0
+            if saves or self.progress.step % config.log_steps == 0:
                 seconds = time.perf_counter() - started
-                stop = self._log(bar, {name: value / count for name, value in sums.items()}, skipped, count, seconds)
+                self._log(bar, {name: value / count for name, value in sums.items()}, skipped, count, seconds)
                 sums, count, skipped, started = {}, 0, 0, time.perf_counter()
-                if stop:
-                    path = self.save()
-                    raise SystemExit(f"stopped by SIGTERM; continue with --resume auto from {path}")
-            if saves and not ends:
+            if saves:
                 self.save()
                 started = time.perf_counter()
-            if last or ends:
+            if stop is not None:
+                raise self._stopped(stop)
+            if ends:
                 break
-        if self.progress.step_in_epoch == self.steps_per_epoch:
-            self.progress.epoch += 1
-            self.progress.step_in_epoch = 0
-            if self.progress.epoch % config.eval_epochs == 0 or self.progress.step >= self.num_steps:
-                self.evaluate()
-        self.save()
 
-    def _log(self, bar: tqdm, losses: dict[str, torch.Tensor], skipped: int, count: int, seconds: float) -> bool:
-        """Average over the processes and report; whether a signal asked any of them to stop."""
+    def _stopped(self, stop: signal.Signals) -> SystemExit:
+        """To raise when the newest checkpoint is of the step that was finished last."""
+        message = f"stopped by {stop.name}; continue with --resume auto from {self.checkpoints.last_good}"
+        return SystemExit(message if self.accelerator.is_main_process else 1)
+
+    def _log(self, bar: tqdm, losses: dict[str, torch.Tensor], skipped: int, count: int, seconds: float) -> None:
+        """Average over the processes and report."""
         names = list(losses)
         row = torch.stack([losses[name].float().cpu() for name in names]).tolist()
-        local = torch.tensor([*row, float(skipped), float(self.stop_signal)], device=self.accelerator.device)
-        *means, skipped, stop = self.accelerator.reduce(local, reduction="sum").tolist()
+        local = torch.tensor([*row, float(skipped)], device=self.accelerator.device)
+        *means, skipped = self.accelerator.reduce(local, reduction="sum").tolist()
         means = {name: value / self.accelerator.num_processes for name, value in zip(names, means)}
         if not all(math.isfinite(value) for value in means.values()):
             raise self._diverged(
@@ -325,7 +267,6 @@ class TrainingRun:
             values = {f"train/{name}": value for name, value in means.items()}
             values |= {"train/learning_rate": learning_rate, "train/images_per_second": images}
             self.accelerator.log(values, step=self.progress.step)
-        return stop > 0
 
     def _diverged(self, what: str) -> TrainingDivergedError:
         good = self.checkpoints.last_good
@@ -335,13 +276,32 @@ class TrainingRun:
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
+    def _evaluate_if_due(self) -> None:
+        """
+        After the checkpoint of the same step, so that neither a signal nor a kill during an evaluation loses training:
+        whoever resumes evaluates again.
+        """
+        progress = self.progress
+        ends_epoch = progress.step > 0 and progress.step_in_epoch == 0 and progress.epoch % self.config.eval_epochs == 0
+        evaluated = self.history and self.history[-1]["step"] == progress.step
+        if evaluated or not (ends_epoch or progress.step >= self.num_steps):
+            return
+        self.evaluate()
+        self.checkpoints.add_evaluation(self._state())
+
+    def _until_stopped(self, batches: Iterable[dict]) -> Iterator[dict]:
+        for batch in batches:
+            if (stop := self.stop_signals.agreed()) is not None:
+                raise self._stopped(stop)
+            yield batch
+
     def evaluate(self) -> dict[str, dict]:
         """Top-1 and top-5 per stage of the weights and their moving average; saves the last model, and the best."""
         started = time.perf_counter()
         models = {"weights": self.accelerator.unwrap_model(self.model, keep_torch_compile=False)}
         if self.ema is not None:
             models["ema"] = self.ema.module
-        results = evaluate_accuracy(self.accelerator, models, self.evaluation)
+        results = evaluate_accuracy(self.accelerator, models, self._until_stopped(self.evaluation))
         better = max(results, key=lambda name: results[name]["top1"][-1])
         self.history.append(
             {"step": self.progress.step, "epoch": self.progress.epoch, "chosen": better, "results": results}
@@ -365,29 +325,10 @@ class TrainingRun:
             folders.append("best")
         if self.accelerator.is_main_process:
             for folder in folders:
-                self._save_model(self.output_dir / folder, models[better], results[better])
-            (self.output_dir / "results.json").write_text(json.dumps(self._results(), indent=1), encoding="utf-8")
+                save_model(self.output_dir / folder, models[better], results[better], self, self.progress)
+            replace_file(self.output_dir / "results.json", json.dumps(self._results(), indent=1))
         self.accelerator.wait_for_everyone()
         return results
-
-    def _save_model(self, folder: Path, model: PreTrainedModel, result: dict) -> None:
-        temporary = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        self.processor.save_pretrained(temporary)
-        config = self.config
-        training = {
-            "data": f"`{config.dataset}`, split `{config.train_split}`, {self.num_images} images",
-            "epochs": f"{self.progress.epoch} of {self.num_epochs}, {self.progress.step} optimizer steps",
-            "batch size": config.batch_size,
-            "learning rate": f"{config.scaled_learning_rate:g} at that batch size",
-            "seed": config.seed,
-        }
-        dataset = Path(config.dataset).name
-        results = accuracy_results(model, result, dataset, split=config.eval_split, training=training)
-        card = model_card(model, results, name=f"{config.model_type}-{dataset}", license=config.model_license)
-        card.save(temporary / "README.md")
-        replace_folder(temporary, folder)
 
     def _results(self) -> dict:
         cuda = self.accelerator.device.type == "cuda"
@@ -400,9 +341,6 @@ class TrainingRun:
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
             "history": self.history,
         }
-
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        self.stop_signal = True
 
 
 def train(config: TrainingConfig) -> dict:

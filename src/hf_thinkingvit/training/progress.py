@@ -1,0 +1,47 @@
+"""Where a run stands, and whether a checkpoint belongs to it."""
+
+import dataclasses
+import json
+
+from .config import TrainingConfig
+
+
+# What may differ between a run and its continuation without making it another run.
+FREE_TO_CHANGE = {
+    *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
+    *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
+}
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    skipped_images: int = 0
+    seconds: float = 0.0
+    best_top1: float = -1.0
+
+
+def changed_fields(saved: dict, config: TrainingConfig) -> list[str]:
+    """
+    What makes a run another one than that of a checkpoint: fields, with their values then and now.
+
+    Args:
+        saved (`dict`): the checkpoint's configuration, from JSON. Fields younger than the checkpoint had their default.
+        config (`TrainingConfig`): the run's.
+    """
+    then = TrainingConfig().to_dict() | saved
+    now = json.loads(json.dumps(config.to_dict()))  # as JSON gives it back
+    changed = []
+    for name in now:
+        if name == "model":
+            fields = sorted(then[name].keys() | now[name].keys())
+            pairs = [(f"model.{field}", then[name].get(field), now[name].get(field)) for field in fields]
+        else:
+            pairs = [(name, then[name], now[name])]
+        if name not in FREE_TO_CHANGE:
+            changed += [f"{field}: {old!r} then, {new!r} now" for field, old, new in pairs if old != new]
+    return changed

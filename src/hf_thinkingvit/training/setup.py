@@ -1,0 +1,140 @@
+"""What a run is made of: processes, data, model, losses, optimizer, schedule, and what it is evaluated with."""
+
+import math
+from pathlib import Path
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from ..data import evaluation_batches
+from ..image_processing import evaluation_image_processor
+from .checkpoints import list_checkpoints, recover_checkpoints, recover_folder
+from .config import TrainingConfig
+from .data import load_data, num_train_images
+from .losses import TrainingLoss
+from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
+from .starting_point import build_model
+from .stop_signals import ignore_stop_signals
+
+
+# The environment variables in which `accelerate launch` asks for what these runs cannot do.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "A parallelism configuration (tensor, context or sequence parallelism)",
+}
+
+
+def build_accelerator(config: TrainingConfig) -> Accelerator:
+    """Raises `ValueError` where the launcher asks to shard the model."""
+    # Before Accelerate, which asks for a missing package first.
+    for variable, name in UNSUPPORTED.items():
+        if parse_flag_from_env(variable):
+            raise _unsupported(name)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        # As a plugin, because a plain number gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+        cpu=config.cpu,
+        dynamo_backend="inductor" if config.compile else None,
+    )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise _unsupported(kind.value)
+    return accelerator
+
+
+def _unsupported(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is not supported: it divides models that do not fit on one device, and these do. Use plain "
+        "multi-GPU (DDP): `accelerate launch --multi_gpu`."
+    )
+
+
+class TrainingSetup:
+    """
+    Everything that a run needs before its first step.
+
+    Args:
+        config (`TrainingConfig`): checked.
+
+    Raises:
+        ValueError: where the configuration, the data and the machine do not fit together; before anything is written.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        config.check()
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.accelerator = build_accelerator(config)
+        self._check_output_dir()
+        world_size = self.accelerator.num_processes
+        parts = world_size * config.gradient_accumulation_steps
+        if config.batch_size % parts:
+            raise ValueError(
+                f"`batch_size` ({config.batch_size}) must be a multiple of {parts}: {world_size} processes times "
+                f"{config.gradient_accumulation_steps} accumulated parts."
+            )
+        self.batch_of_process = config.batch_size // parts
+        if config.uses_mixup and self.batch_of_process % 2:
+            raise ValueError(
+                f"mixup and cutmix pair images: {self.batch_of_process} images a process cannot be paired."
+            )
+        with self.accelerator.local_main_process_first():  # one process downloads, the others find it there
+            self.data = load_data(config)
+        self.num_images = num_train_images(config, self.data.train)
+        self.steps_per_epoch = self.num_images // config.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"`batch_size` ({config.batch_size}) is more than there are images ({self.num_images}).")
+        set_seed(config.seed)
+        model = build_model(config, self.data.id2label)
+        self.model_config = model.config
+        self.num_epochs = config.epochs + config.cooldown_epochs
+        self.num_steps = min(self.num_epochs * self.steps_per_epoch, config.max_steps or math.inf)
+        model.to(self.accelerator.device)
+        self.loss = TrainingLoss(config, model.config, self._load_teacher())
+        self.ema = build_ema(config, model)
+        optimizer = build_optimizer(config, model)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
+        self.mixup = build_mixup(config, model.config.num_labels)
+        self.processor = evaluation_image_processor(
+            model.config.image_size, config.crop_pct, config.image_mean, config.image_std
+        )
+        self.transform = train_transform(config, model.config.image_size)
+        evaluation = evaluation_batches(
+            self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers
+        )
+        evaluation.worker_init_fn = ignore_stop_signals
+        self.evaluation = self.accelerator.prepare(evaluation)
+
+    def _check_output_dir(self) -> None:
+        """Never write a new run over an old one. Mends what a run left that was killed while it replaced a folder."""
+        checkpoints = self.output_dir / "checkpoints"
+        if self.accelerator.is_main_process:
+            recover_checkpoints(checkpoints)
+            read = [path for path in (self.config.from_pretrained, self.config.teacher) if path is not None]
+            for folder in (self.output_dir / "last", self.output_dir / "best", *map(Path, read)):
+                recover_folder(folder)
+        self.accelerator.wait_for_everyone()
+        if self.config.resume is None and list_checkpoints(checkpoints):
+            raise ValueError(
+                f"`{self.output_dir}` holds the checkpoints of a run: continue it with `--resume auto`, or choose "
+                "another `output_dir`."
+            )
+
+    def _load_teacher(self) -> PreTrainedModel | None:
+        if self.config.teacher is None:
+            return None
+        teacher = AutoModelForImageClassification.from_pretrained(self.config.teacher)
+        if teacher.config.num_labels != self.model_config.num_labels:
+            raise ValueError(
+                f"The teacher has {teacher.config.num_labels} labels, the data {self.model_config.num_labels}."
+            )
+        return teacher.to(self.accelerator.device).eval().requires_grad_(False)
