@@ -19,6 +19,7 @@ from transformers import (
     pipeline,
 )
 
+from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.loop import TrainingDivergedError
@@ -227,6 +228,7 @@ def sources(tmp_path_factory):
     ViTForImageClassification(ViTConfig(**fields)).save_pretrained(folder / "vit")
     DeiTForImageClassificationWithTeacher(DeiTConfig(**fields)).save_pretrained(folder / "deit")
     ViTForImageClassification(ViTConfig(**{**fields, "num_labels": 3})).save_pretrained(folder / "teacher")
+    evaluation_image_processor(32).save_pretrained(folder / "teacher")
     return folder
 
 

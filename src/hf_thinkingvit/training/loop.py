@@ -16,17 +16,19 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
-from ..hub import accuracy_results, model_card
-from ..image_processing import evaluation_image_processor
 from .checkpoints import Checkpoints, list_checkpoints, replace_folder
 from .config import TrainingConfig
+from .continuation import as_begun
 from .data import Place, load_data, num_train_images, train_batches
+from .distillation import load_teacher
 from .losses import TrainingLoss
+from .preprocessing import run_image_processor
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
+from .reporting import report_test, save_card, training_facts
 from .seeding import seeded
 from .starting_point import build_model
 
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
     *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
+    "test_split",
 }
 
 
@@ -69,7 +72,7 @@ class TrainingRun:
 
     def __init__(self, config: TrainingConfig):
         config.check()
-        self.config = config
+        config = self.config = as_begun(config)
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -104,21 +107,22 @@ class TrainingRun:
         if not self.steps_per_epoch:
             raise ValueError(f"`batch_size` ({config.batch_size}) is more than there are images ({self.num_images}).")
         set_seed(config.seed)
-        model = build_model(config, self.data.id2label)
+        say = self.accelerator.print
+        say(f"the best epoch is chosen by `{self.data.selected_on}`; `{self.data.split}` is reported")
+        model = build_model(config, self.data.id2label, say)
+        self.processor, config = run_image_processor(config, model.config, say)
+        self.config = config
         self.model_config = model.config
         self.num_epochs = config.epochs + config.cooldown_epochs
         self.num_steps = min(self.num_epochs * self.steps_per_epoch, config.max_steps or math.inf)
         model.to(self.accelerator.device)
-        self.loss = TrainingLoss(config, model.config, self._load_teacher())
+        self.loss = TrainingLoss(config, model.config, load_teacher(config, model.config, self.accelerator.device, say))
         self.ema = build_ema(config, model)
         optimizer = build_optimizer(config, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)
-        self.processor = evaluation_image_processor(
-            model.config.image_size, config.crop_pct, config.image_mean, config.image_std
-        )
-        self.transform = train_transform(config, model.config.image_size)
+        self.transform = train_transform(config, model.config.image_size, self.processor.resample)
         self.evaluation = self.accelerator.prepare(
             evaluation_batches(self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers)
         )
@@ -127,6 +131,7 @@ class TrainingRun:
         )
         self.progress = Progress()
         self.history: list[dict] = []
+        self.test: dict | None = None
         self.stop_signal = False
         self._resume()
 
@@ -137,16 +142,6 @@ class TrainingRun:
                 f"`{self.output_dir}` holds the checkpoints of a run: continue it with `--resume auto`, or choose "
                 "another `output_dir`."
             )
-
-    def _load_teacher(self) -> PreTrainedModel | None:
-        if self.config.teacher is None:
-            return None
-        teacher = AutoModelForImageClassification.from_pretrained(self.config.teacher)
-        if teacher.config.num_labels != self.model_config.num_labels:
-            raise ValueError(
-                f"The teacher has {teacher.config.num_labels} labels, the data {self.model_config.num_labels}."
-            )
-        return teacher.to(self.accelerator.device).eval().requires_grad_(False)
 
     def _resume(self) -> None:
         if self.config.resume is None:
@@ -159,7 +154,7 @@ class TrainingRun:
         changed = [
             f"{name}: {saved['config'].get(name)!r} then, {now[name]!r} now"
             for name in now
-            if name not in FREE_TO_CHANGE and saved["config"].get(name) != now[name]
+            if name not in FREE_TO_CHANGE and saved["config"].get(name, now[name]) != now[name]
         ]
         if changed or saved["steps_per_epoch"] != self.steps_per_epoch:
             what = "; ".join(changed) or f"steps per epoch: {saved['steps_per_epoch']} then, {self.steps_per_epoch} now"
@@ -260,6 +255,16 @@ class TrainingRun:
                 self._run_epoch(bar)
             if not self.history or self.history[-1]["step"] != self.progress.step:
                 self.evaluate()
+            self.test = report_test(
+                self.accelerator,
+                self.output_dir,
+                self.config,
+                self.data,
+                self.processor,
+                self.num_images,
+                self.history,
+            )
+            self._save_results()
         finally:
             bar.close()
             if listens:
@@ -366,27 +371,22 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             for folder in folders:
                 self._save_model(self.output_dir / folder, models[better], results[better])
-            (self.output_dir / "results.json").write_text(json.dumps(self._results(), indent=1), encoding="utf-8")
+        self._save_results()
         self.accelerator.wait_for_everyone()
         return results
+
+    def _save_results(self) -> None:
+        if self.accelerator.is_main_process:
+            (self.output_dir / "results.json").write_text(json.dumps(self._results(), indent=1), encoding="utf-8")
 
     def _save_model(self, folder: Path, model: PreTrainedModel, result: dict) -> None:
         temporary = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
         self.processor.save_pretrained(temporary)
-        config = self.config
-        training = {
-            "data": f"`{config.dataset}`, split `{config.train_split}`, {self.num_images} images",
-            "epochs": f"{self.progress.epoch} of {self.num_epochs}, {self.progress.step} optimizer steps",
-            "batch size": config.batch_size,
-            "learning rate": f"{config.scaled_learning_rate:g} at that batch size",
-            "seed": config.seed,
-        }
-        dataset = Path(config.dataset).name
-        results = accuracy_results(model, result, dataset, split=config.eval_split, training=training)
-        card = model_card(model, results, name=f"{config.model_type}-{dataset}", license=config.model_license)
-        card.save(temporary / "README.md")
+        step, epoch = self.progress.step, self.progress.epoch
+        training = training_facts(self.config, self.data, self.num_images, epoch, step)
+        save_card(temporary, model, result, self.config, self.data, training, split=self.data.selected_on)
         replace_folder(temporary, folder)
 
     def _results(self) -> dict:
@@ -398,6 +398,10 @@ class TrainingRun:
             "processes": self.accelerator.num_processes,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            # Which images choose the best epoch, and which are reported: measured once, at the end.
+            "selected_on": self.data.selected_on,
+            "split": self.data.split,
+            "test": self.test,
             "history": self.history,
         }
 

@@ -14,6 +14,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..models.config_checks import as_pair
 from .config import TrainingConfig
@@ -23,7 +24,9 @@ from .config import TrainingConfig
 NO_WEIGHT_DECAY = ("*cls_token", "*distillation_token", "*position_embeddings", "*relative_position_bias_table")
 
 
-def train_transform(config: TrainingConfig, image_size: int | tuple[int, int]) -> Any:
+def train_transform(
+    config: TrainingConfig, image_size: int | tuple[int, int], resample: int = Image.Resampling.BICUBIC
+) -> Any:
     """From a PIL image to a normalised float32 tensor `(channels, height, width)`."""
     transform = create_transform(
         as_pair(image_size),
@@ -33,9 +36,9 @@ def train_transform(config: TrainingConfig, image_size: int | tuple[int, int]) -
         hflip=config.horizontal_flip,
         color_jitter=config.color_jitter or None,
         auto_augment=config.auto_augment,
-        interpolation="bicubic",
-        mean=tuple(config.image_mean),
-        std=tuple(config.image_std),
+        interpolation=Image.Resampling(resample).name.lower(),
+        mean=tuple(config.image_mean or IMAGENET_DEFAULT_MEAN),
+        std=tuple(config.image_std or IMAGENET_DEFAULT_STD),
         re_prob=config.random_erasing,
         re_mode="pixel",
     )
