@@ -8,7 +8,7 @@ from tests.training.tiny_runs import write_images
 
 # Training needs the extra `train`; the other tests do not.
 collect_ignore = (
-    [] if find_spec("timm") else [f"test_{name}.py" for name in ("config", "data", "loop", "losses", "recipe")]
+    [] if find_spec("timm") else [f"test_{name}.py" for name in ("config", "data", "loop", "losses", "preprocessing", "recipe", "splits")]
 )
 
 
