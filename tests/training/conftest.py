@@ -7,9 +7,8 @@ from tests.training.tiny_runs import write_images
 
 
 # Training needs the extra `train`; the other tests do not.
-collect_ignore = (
-    [] if find_spec("timm") else [f"test_{name}.py" for name in ("config", "data", "loop", "losses", "preprocessing", "recipe", "splits")]
-)
+NEEDS_TIMM = ("config", "data", "loop", "losses", "preprocessing", "recipe", "splits")
+collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEEDS_TIMM]
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ class TrainingRun:
             raise ValueError(f"`batch_size` ({config.batch_size}) is more than there are images ({self.num_images}).")
         set_seed(config.seed)
         say = self.accelerator.print
-        say(f"the best epoch is chosen by `{self.data.selected_on}`; `{self.data.split}` is reported")
+        say(self.data.summary)
         model = build_model(config, self.data.id2label, say)
         self.processor, config = run_image_processor(config, model.config, say)
         self.config = config

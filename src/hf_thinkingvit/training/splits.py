@@ -41,6 +41,12 @@ class TrainingData:
     selected_on: str
     split: str
 
+    @property
+    def summary(self) -> str:
+        if self.selected_on == self.split:
+            return f"the best epoch is chosen by the images that are reported (`{self.split}`)"
+        return f"the best epoch is chosen by `{self.selected_on}`; `{self.split}` is measured once, at the end"
+
 
 def selection_split(config: TrainingConfig, splits: Mapping[str, Rows]) -> str | None:
     """
