@@ -152,3 +152,6 @@ class TestLabelsOfTheTeacher:
         found = load_teacher(config, student, torch.device("cpu"), said.append)
         assert found.order.tolist() == [1, 0, 2]
         assert "another order" in said[0]
+        pixels = torch.rand(2, 3, 32, 32)
+        mean, std = (torch.tensor(STUDENT[name])[:, None, None] for name in ("image_mean", "image_std"))
+        torch.testing.assert_close(found.preprocess((pixels - 0.5) / 0.5), (pixels - mean) / std, atol=1e-5, rtol=0)

@@ -28,7 +28,9 @@ FREE_FIELDS = frozenset(
 SCHEDULE_FIELDS = frozenset({"thinking_stages", "head_rounds", "gate_scale", "gate_center"})
 
 
-def build_model(config: TrainingConfig, id2label: dict[int, str], report: Callable[[str], None]) -> PreTrainedModel:
+def build_model(
+    config: TrainingConfig, id2label: dict[int, str], report: Callable[[str], None] = print
+) -> PreTrainedModel:
     """
     The model to train, for these labels, in float32.
 
