@@ -103,13 +103,12 @@ def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
             accelerator = Accelerator(cpu=True)
             batches = accelerator.prepare(evaluation_batches(split, processor, batch_size=250))
             found = evaluate_accuracy(accelerator, {"half": measured}, batches)["half"]
-            facts = {"split": "test", "selected_on": "test", "training": training}
-            results = accuracy_results(model, found, "uoft-cs/cifar10", **facts)
+            results = accuracy_results(model, found, "uoft-cs/cifar10", split="test", training=training)
         else:
             model.config.threshold = 1.4  # about half of the multiply-accumulates, for 0.3 points
             answers, _ = evaluate_thresholds(measured, dataset, processor, split="test", batch_size=250)
             results = answers.results([round(0.2 * step, 1) for step in range(13)])
-            results |= {"dataset": "uoft-cs/cifar10", "split": "test", "selected_on": "test", "training": training}
+            results |= {"dataset": "uoft-cs/cifar10", "split": "test", "training": training}
         folder = checkpoints / f"{model.config.model_type}-cifar10"
         # In a clone of this repository the package is at hand: no copy of its code beside the weights.
         model.save_pretrained(folder)

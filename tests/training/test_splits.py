@@ -1,5 +1,6 @@
 """Which images choose the best epoch, and which are reported."""
 
+import hashlib
 import json
 
 import datasets
@@ -155,7 +156,6 @@ class TestOutcome:
             assert "best epoch chosen by: `held out from train`" in card
             assert f"| stage 1 | {measured['top1'][-1]:.2f} |" in card
             assert "split: test\n" in card  # of the model index
-            assert "the best epoch was chosen by others (`held out from train`)" in card
 
     def test_a_finished_run_reports_the_same_again(self, run):
         _, words, results = run
@@ -172,7 +172,6 @@ class TestOutcome:
         assert (results["selected_on"], results["split"], results["test"]) == ("test", "test", None)
         card = (tmp_path / "best" / "README.md").read_text()
         assert "best epoch chosen by: `test`" in card
-        assert "The best epoch was chosen by these images, which makes the figures optimistic." in card
         assert "chosen by the images that are reported (`test`)" in capsys.readouterr().out
 
     def test_a_run_of_a_version_that_held_nothing_out_goes_on(self, train_and_test, tmp_path):
@@ -184,8 +183,13 @@ class TestOutcome:
         saved = json.loads(progress.read_text())
         for name in ("validation_fraction", "test_split", "label_map"):
             del saved["config"][name]
-        progress.write_text(json.dumps(saved))
+        written = json.dumps(saved).encode()
+        progress.write_bytes(written)
+        manifest = json.loads((progress.parent / "manifest.json").read_text())
+        manifest["progress.json"] = {"size": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+        (progress.parent / "manifest.json").write_text(json.dumps(manifest))
         words = words[: words.index("--validation_fraction")] + words[words.index("--validation_fraction") + 2 :]
         config = as_begun(parse_config([*words, "--resume", "auto"]))
         assert config.validation_fraction == 0.0
         assert len(load_data(config).train.rows) == 40
+        assert TrainingRun(parse_config([*words, "--resume", "auto"])).progress.step == 1

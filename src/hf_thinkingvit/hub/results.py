@@ -8,7 +8,6 @@ What a model card may say: measured results, as a mapping or as a JSON file of t
      "calibration": {"statement": "...", "target": "risk", "threshold": 0.5, "epsilon": 0.01, "delta": 0.05, ...},
      "training": {"epochs": 100, ...}}
 
-`split` was measured, and `selected_on` names the images that the best epoch was chosen by, where a training chose one.
 `stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per exit;
 `plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A model
 without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and

@@ -10,6 +10,8 @@ from .config import TrainingConfig
 
 # Filled in from the starting point when a run begins.
 FILLED_IN = ("image_mean", "image_std", "crop_pct")
+# What runs of versions before a field did, where that is not its default.
+OLDER_RUNS = {"validation_fraction": 0.0}
 
 
 def as_begun(config: TrainingConfig) -> TrainingConfig:
@@ -23,8 +25,7 @@ def as_begun(config: TrainingConfig) -> TrainingConfig:
         except (OSError, ValueError, KeyError):
             continue
         taken = {name: saved.get(name) for name in FILLED_IN if getattr(config, name) is None}
-        if "validation_fraction" not in saved:
-            taken["validation_fraction"] = 0.0
+        taken |= {name: value for name, value in OLDER_RUNS.items() if name not in saved}
         return dataclasses.replace(config, **taken)
     return config
 
@@ -32,6 +33,5 @@ def as_begun(config: TrainingConfig) -> TrainingConfig:
 def _checkpoints(config: TrainingConfig) -> list[Path]:
     if config.resume is None:
         return []
-    if config.resume == "auto":
-        return list_checkpoints(Path(config.output_dir) / "checkpoints")
-    return [Path(config.resume)]
+    folder = Path(config.output_dir if config.resume == "auto" else config.resume)
+    return [*list_checkpoints(folder / "checkpoints"), folder]

@@ -22,7 +22,7 @@ from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
 from .checkpoints import Checkpoints, list_checkpoints, replace_folder
 from .config import TrainingConfig
-from .continuation import as_begun
+from .continuation import OLDER_RUNS, as_begun
 from .data import Place, load_data, num_train_images, train_batches
 from .distillation import load_teacher
 from .losses import TrainingLoss
@@ -151,10 +151,11 @@ class TrainingRun:
             return
         saved = self.checkpoints.load(checkpoint)
         now = self.config.to_dict()
+        then = {**now, **OLDER_RUNS, **saved["config"]}
         changed = [
-            f"{name}: {saved['config'].get(name)!r} then, {now[name]!r} now"
+            f"{name}: {then[name]!r} then, {now[name]!r} now"
             for name in now
-            if name not in FREE_TO_CHANGE and saved["config"].get(name, now[name]) != now[name]
+            if name not in FREE_TO_CHANGE and then[name] != now[name]
         ]
         if changed or saved["steps_per_epoch"] != self.steps_per_epoch:
             what = "; ".join(changed) or f"steps per epoch: {saved['steps_per_epoch']} then, {self.steps_per_epoch} now"
