@@ -53,6 +53,8 @@ def train(name: str, start: str | None, epochs: int, flags: list[str], output_di
         return
     command = [sys.executable, ROOT / "examples" / "train.py", "--dataset", dataset]
     command += ["--config", CONFIGS / ("avit_cifar10.yaml" if "A-ViT" in name else "thinkingvit_cifar10.yaml")]
+    # The table is of the last epoch, so nothing in it is chosen by the test images.
+    command += ["--eval_split", "test"]
     command += ["--output_dir", folder, "--epochs", epochs, "--resume", "auto", "--cpu", "--num_workers", 0]
     if start is not None:
         source = output_dir / start.replace(" ", "-") / "vit"

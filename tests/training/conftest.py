@@ -7,8 +7,8 @@ from tests.training.tiny_runs import write_images
 
 
 # Training needs the extra `train`; the other tests do not.
-needs_train = ("config", "data", "loop", "losses", "recipe", "resuming")
-collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in needs_train]
+NEEDS_TIMM = ("config", "data", "loop", "losses", "preprocessing", "recipe", "resuming", "splits")
+collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEEDS_TIMM]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tests.training.tiny_runs import LABELS, encoded_image, write_images
 
 
 def config(dataset, **overrides) -> TrainingConfig:
-    return TrainingConfig(**{"dataset": str(dataset), "num_workers": 0, "cpu": True, **overrides})
+    return TrainingConfig(**{"dataset": str(dataset), "eval_split": "test", "num_workers": 0, "cpu": True, **overrides})
 
 
 def place(**overrides) -> Place:
@@ -135,10 +135,10 @@ class TestSources:
                 (tmp_path / split / label).mkdir(parents=True)
                 for index in range(2):
                     (tmp_path / split / label / f"{index}.png").write_bytes(encoded_image(index))
-        data = load_data(config(tmp_path))
+        data = load_data(config(tmp_path, eval_split=None))
         assert data.id2label == {0: "ant", 1: "bee"}
         assert (len(data.train.rows), len(data.evaluation.rows)) == (4, 4)
-        assert len(read(plain(tmp_path), stop=1)[0]["labels"]) == 4
+        assert len(read(plain(tmp_path, eval_split=None), stop=1)[0]["labels"]) == 4
 
     def test_labels_without_names_are_given_some(self, tmp_path):
         features = Features({"img": Image(), "label": Value("string")})

@@ -19,6 +19,7 @@ from transformers import (
     pipeline,
 )
 
+from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.loop import TrainingDivergedError
@@ -232,6 +233,8 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path, streaming):
         words += ["--streaming", "--images_per_epoch", "24", "--no_shuffle", "--batch_size", "24"]
         words += ["--crop_scale", "1", "1", "--crop_ratio", "1", "1", "--horizontal_flip", "0", "--random_erasing", "0"]
         words += ["--auto_augment", "none", "--color_jitter", "0"]
+    else:  # images held out of train choose, and test is measured at the end
+        words += ["--eval_split", "none", "--validation_fraction", "0.25"]
     process = launch([*flags(images, tmp_path / "two"), *words], processes=2)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
@@ -241,6 +244,8 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path, streaming):
     assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), tolerance=1e-5)
     alone = json.loads((tmp_path / "one" / "results.json").read_text())
     assert results["history"][-1]["results"] == alone["history"][-1]["results"]  # padded images counted once
+    assert results["test"] == alone["test"]
+    assert (results["test"] is None) == streaming
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +257,7 @@ def sources(tmp_path_factory):
     ViTForImageClassification(ViTConfig(**fields)).save_pretrained(folder / "vit")
     DeiTForImageClassificationWithTeacher(DeiTConfig(**fields)).save_pretrained(folder / "deit")
     ViTForImageClassification(ViTConfig(**{**fields, "num_labels": 3})).save_pretrained(folder / "teacher")
+    evaluation_image_processor(32).save_pretrained(folder / "teacher")
     return folder
 
 

@@ -1,5 +1,10 @@
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_thinkingvit import (
     AViTConfig,
@@ -8,7 +13,15 @@ from hf_thinkingvit import (
     ThinkingViTForImageClassification,
 )
 from hf_thinkingvit.training import TrainingConfig
-from hf_thinkingvit.training.recipe import build_mixup, build_optimizer, build_schedule, train_transform
+from hf_thinkingvit.training.data import Place, load_data, train_batches
+from hf_thinkingvit.training.recipe import (
+    _augment_operations,
+    build_mixup,
+    build_optimizer,
+    build_schedule,
+    posterize_to_any_depth,
+    train_transform,
+)
 from tests.utils import tiny_config, tiny_swin_config
 
 
@@ -53,3 +66,44 @@ def test_the_published_augmentation():
     mixup = build_mixup(TrainingConfig(), num_labels=1000)
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.switch_prob, mixup.label_smoothing) == (0.8, 1.0, 0.5, 0.1)
     assert build_mixup(TrainingConfig(mixup=0.0, cutmix=0.0), num_labels=1000) is None
+
+
+class TestPublishedAugmentation:
+    def test_runs_with_every_operation(self, images):
+        """1440 images, on which every operation of RandAugment is met, and posterize also with 0 bits."""
+        config = TrainingConfig(dataset=str(images), eval_split="test", num_workers=0, cpu=True)
+        transform, met, bits = train_transform(config, 16), set(), set()
+        operations = list(_augment_operations(transform.transforms))
+        for operation in operations:
+
+            def spy(image, *arguments, _original=operation.aug_fn, _name=operation.name, **kwargs):
+                met.add(_name)
+                if _name == "PosterizeIncreasing":
+                    bits.add(arguments[0])
+                return _original(image, *arguments, **kwargs)
+
+            operation.aug_fn = spy
+        data = load_data(config).train
+        for epoch in range(60):
+            place = Place(batch_size=24, rank=0, world_size=1, seed=0, epoch=epoch, start=0, stop=1)
+            (batch,) = train_batches(config, data, transform, place)
+            assert batch["pixel_values"].isfinite().all()
+            assert int(batch["skipped"]) == 0
+        assert met == {operation.name for operation in operations}
+        assert len(met) == 15
+        assert 0 in bits
+
+    def test_posterize_to_no_bits_is_black(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        assert not np.asarray(posterize_to_any_depth(image, 0)).any()
+        assert np.array_equal(np.asarray(posterize_to_any_depth(image, 2)), pixels & 0b11000000)
+        assert posterize_to_any_depth(image, 8) is image
+
+    @pytest.mark.parametrize("policy", ["rand-m10-inc1", "original-mstd0.5", "v0", "augmix-m10-w3"])
+    def test_every_kind_of_policy_may_posterize_to_no_bits(self, policy):
+        transform = train_transform(TrainingConfig(auto_augment=policy), 16)
+        transform = pickle.loads(pickle.dumps(copy.deepcopy(transform)))  # as workers get it
+        functions = {op.name: op.aug_fn for op in _augment_operations(transform.transforms)}
+        posterizes = [function for name, function in functions.items() if name.startswith("Posterize")]
+        assert posterizes and all(function is posterize_to_any_depth for function in posterizes)

@@ -41,6 +41,7 @@ def flags(dataset: Path, output_dir: Path, **overrides) -> list[str]:
         "dataset": dataset,
         "output_dir": output_dir,
         "cpu": True,
+        "eval_split": "test",
         "model.thinking_stages": "[1, 2]",
         "model.hidden_size": 16,
         "model.num_hidden_layers": 2,

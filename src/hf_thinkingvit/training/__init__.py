@@ -4,10 +4,10 @@ Training: objectives beyond those that the models compute themselves, and runs o
 `train` and `parse_config` need the packages of the extra `hf-thinkingvit[train]` (timm among them).
 """
 
-from .distillation import DistillationLoss, teacher_loss
+from .distillation import DistillationLoss, Teacher, teacher_loss
 
 
-__all__ = ["DistillationLoss", "TrainingConfig", "TrainingRun", "parse_config", "teacher_loss", "train"]
+__all__ = ["DistillationLoss", "Teacher", "TrainingConfig", "TrainingRun", "parse_config", "teacher_loss", "train"]
 
 _LAZY = {"TrainingConfig": "config", "parse_config": "config", "TrainingRun": "loop", "train": "loop"}
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..auto import FAMILIES
+from .labels import LABEL_MAPS
 
 
 MODEL_CONFIGS = {config_class.model_type: config_class for config_class, _, _ in FAMILIES}
@@ -48,11 +48,24 @@ class TrainingConfig:
     model: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
     from_pretrained: str | None = _help("start from a model of this package: folder or Hub id; `model` overrides it")
     from_vit: str | None = _help("start from a plain ViT or DeiT, for thinking_swin a Swin: folder or Hub id")
+    label_map: str = _help(
+        "how the labels of the data, the starting point and the teacher are paired: index where they number the same "
+        "classes under other names",
+        "name",
+        choices=list(LABEL_MAPS),
+    )
     freeze: list[str] = _help("parameters to leave as they are: names with wildcards, such as '*.alpha'", [])
     attn_implementation: str | None = _help("attention backend: eager, sdpa, flash_attention_2, ...")
 
     train_split: str = _help("split to train on", "train")
-    eval_split: str | None = _help("split to evaluate on; 'validation', else 'test', where not given")
+    eval_split: str | None = _help(
+        "split to evaluate on and choose the best epoch by; where not given 'validation', else held-out training images"
+    )
+    validation_fraction: float = _help(
+        "share of the training images held out to choose by, where there is no validation split; 0 to choose on 'test'",
+        0.1,
+    )
+    test_split: str | None = _help("split to measure once, at the end; where not given 'test', if it has labels")
     image_column: str | None = _help("column of images; found by its type where not given")
     label_column: str | None = _help("column of labels; found by its type where not given")
     streaming: bool = _help("read the data as a stream instead of downloading it first", False)
@@ -79,8 +92,8 @@ class TrainingConfig:
     clip_grad: float | None = _help("greatest norm of the gradients")
     ema_decay: float = _help("of the moving average of the weights; 0 for none", 0.99996)
 
-    image_mean: list[float] = _help("of each channel", list(IMAGENET_DEFAULT_MEAN))
-    image_std: list[float] = _help("of each channel", list(IMAGENET_DEFAULT_STD))
+    image_mean: list[float] | None = _help("of each channel; that of the model started from, else ImageNet's")
+    image_std: list[float] | None = _help("of each channel; that of the model started from, else ImageNet's")
     crop_scale: list[float] = _help("smallest and greatest share of the image that a random crop keeps", [0.08, 1.0])
     crop_ratio: list[float] = _help("smallest and greatest aspect ratio of a random crop", [3 / 4, 4 / 3])
     horizontal_flip: float = _help("probability of a flip", 0.5)
@@ -90,7 +103,9 @@ class TrainingConfig:
     mixup: float = _help("alpha of mixup; 0 for none", 0.8)
     cutmix: float = _help("alpha of cutmix; 0 for none", 1.0)
     mixup_switch_prob: float = _help("probability of cutmix where both are on", 0.5)
-    crop_pct: float = _help("share of the shorter side that evaluation crops", 0.9)
+    crop_pct: float | None = _help(
+        "share of the shorter side that evaluation crops; as the model started from does, else 0.9"
+    )
 
     label_smoothing: float = _help("share of the target spread over all labels", 0.1)
     stage_sampling: str = _help(
@@ -145,8 +160,11 @@ class TrainingConfig:
         for name in ("max_steps", "max_train_samples", "max_eval_samples", "images_per_epoch", "clip_grad"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay!r}.")
+        for name in ("ema_decay", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")
+        if self.label_map not in LABEL_MAPS:
+            raise ValueError(f"`label_map` must be one of {list(LABEL_MAPS)}, got {self.label_map!r}.")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"`warmup_epochs` ({self.warmup_epochs}) must be fewer than `epochs` ({self.epochs}).")
         for name in ("crop_scale", "crop_ratio"):

@@ -21,19 +21,11 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from ..data import ImageSplit, as_image_split, decode, find_split, load_splits
 from .config import TrainingConfig
 from .seeding import seeded
+from .splits import TrainingData, hold_out, is_labelled, reported_split, selection_split
 from .stop_signals import ignore_stop_signals
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run reads: both splits with the same labels, named by `id2label`."""
-
-    train: ImageSplit
-    evaluation: ImageSplit
-    id2label: dict[int, str]
 
 
 def load_data(config: TrainingConfig) -> TrainingData:
@@ -42,25 +34,38 @@ def load_data(config: TrainingConfig) -> TrainingData:
         ValueError: if the data, a split or a column cannot be found; the message says what there is, or how to log in.
     """
     splits = load_splits(config.dataset, config.streaming)
-    train, evaluation = (
-        as_image_split(
-            find_split(splits, name, config.dataset, candidates),
-            config.dataset,
-            config.image_column,
-            config.label_column,
-        )
-        for name, candidates in ((config.train_split, ()), (config.eval_split, ("validation", "test", "val")))
-    )
-    if train.label_names is None:
-        train, evaluation = _with_named_labels(train, evaluation)
-    if train.label_names != evaluation.label_names:
+    find_split(splits, config.train_split, config.dataset)
+    selected_on = selection_split(config, splits)
+    reported = reported_split(config, splits, selected_on)
+    read = {
+        role: as_image_split(splits[name], config.dataset, config.image_column, config.label_column)
+        for role, name in (("train", config.train_split), ("evaluation", selected_on), ("test", reported))
+        if name is not None
+    }
+    if "test" in read and not is_labelled(read["test"]):
+        if config.test_split is not None:
+            raise ValueError(f"The images of split {reported!r} of `{config.dataset}` have no labels to measure with.")
+        del read["test"]
+    if read["train"].label_names is None:
+        read = _with_named_labels(read)
+    if any(split.label_names != read["train"].label_names for split in read.values()):
         raise ValueError(f"The splits of `{config.dataset}` have different labels.")
-    train, evaluation = train.take(config.max_train_samples), evaluation.take(config.max_eval_samples)
-    return TrainingData(train, evaluation, dict(enumerate(train.label_names)))
+    if selected_on is None:
+        read["train"], read["evaluation"] = hold_out(read["train"], config.validation_fraction)
+        selected_on = f"held out from {config.train_split}"
+    return TrainingData(
+        train=read["train"].take(config.max_train_samples),
+        evaluation=read["evaluation"].take(config.max_eval_samples),
+        test=read["test"].take(config.max_eval_samples) if "test" in read else None,
+        id2label=dict(enumerate(read["train"].label_names)),
+        selected_on=selected_on,
+        split=reported if "test" in read else selected_on,
+    )
 
 
-def _with_named_labels(train: ImageSplit, evaluation: ImageSplit) -> tuple[ImageSplit, ImageSplit]:
+def _with_named_labels(splits: dict[str, ImageSplit]) -> dict[str, ImageSplit]:
     """Labels that are words or numbers as indices, named by what they were, in the order of the training split's."""
+    train = splits["train"]
     column = train.label_column
     if isinstance(train.rows, datasets.IterableDataset):
         raise ValueError(
@@ -68,14 +73,14 @@ def _with_named_labels(train: ImageSplit, evaluation: ImageSplit) -> tuple[Image
             "searched for them: download the data instead."
         )
     names = [str(label) for label in sorted(train.rows.unique(column))]
-    unknown = {str(label) for label in evaluation.rows.unique(column)} - set(names)
+    unknown = {str(label) for split in splits.values() for label in split.rows.unique(column)} - set(names)
     if unknown:
         raise ValueError(f"`{train.name}` is evaluated on labels that it is not trained on: {sorted(unknown)[:10]}.")
     words, labels = datasets.Value("string"), datasets.ClassLabel(names=names)
-    return tuple(
-        replace(split, rows=split.rows.cast_column(column, words).cast_column(column, labels), label_names=names)
-        for split in (train, evaluation)
-    )
+    return {
+        role: replace(split, rows=split.rows.cast_column(column, words).cast_column(column, labels), label_names=names)
+        for role, split in splits.items()
+    }
 
 
 @dataclass(frozen=True)

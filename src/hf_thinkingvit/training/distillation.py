@@ -1,12 +1,22 @@
 """Learning from a teacher: DeiT's distillation (arXiv 2012.12877, section 4) for models with a distillation head."""
 
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
+
+from .labels import first_difference, label_names, match_labels
+from .preprocessing import load_image_processor, read_preprocessing
+
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
 
 
 def teacher_loss(
@@ -27,14 +37,155 @@ def teacher_loss(
     return F.kl_div(log_probabilities, target, reduction="batchmean", log_target=True) * temperature**2
 
 
+class Teacher(nn.Module):
+    r"""
+    A teacher that is asked with the student's batches: pixels are normalised and resized as the teacher's own image
+    processor does, and its logits come in the order of the student's labels. In evaluation mode and frozen.
+
+    Args:
+        model (`PreTrainedModel`):
+            Any Transformers image classifier.
+        image_processor (`BaseImageProcessor`, *optional*):
+            The teacher's, such as `AutoImageProcessor` loads. Without it the teacher gets the student's pixels as they
+            are, which is right only if both are preprocessed alike.
+        image_mean, image_std (`list[float]`, *optional*):
+            The student's normalisation, for pixel values between 0 and 1. Needed with `image_processor`.
+        image_size (`int` or `(height, width)`, *optional*):
+            Of the student's batches, in pixels. Needed with `image_processor`: the teacher gets the size that it makes
+            of images of this size, by resizing alone (bilinear or bicubic, antialiased): a training crop is not cropped
+            again.
+        id2label (`dict[int, str]`, *optional*):
+            The student's labels. Without them both must number the same labels alike.
+        label_map (`str`, *optional*, defaults to `"name"`):
+            How labels are paired, by name or by `"index"`; see `match_labels`.
+
+    Raises:
+        ValueError: if the teacher has other labels, or its processor does more than to resize, crop, scale and shift.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: BaseImageProcessor | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label_map: str = "name",
+    ):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.size: tuple[int, int] | None = None
+        self.by_number = False
+        order = None if id2label is None else self._order_of(label_names(id2label), label_map)
+        self.register_buffer("order", order, persistent=False)
+        scale = shift = None
+        if image_processor is not None:
+            if image_mean is None or image_std is None or image_size is None:
+                raise ValueError(
+                    "A teacher's `image_processor` needs the student's `image_mean`, `image_std`, `image_size`."
+                )
+            own = read_preprocessing(image_processor, image_size, model.name_or_path or type(model).__name__)
+            self.size, self.resample = own.image_size, own.resample
+            # (x · std + mean − own mean) / own std, as one scale and one shift of each channel.
+            mean, std, own_mean, own_std = (
+                torch.tensor(values, dtype=torch.float64)[:, None, None]
+                for values in (image_mean, image_std, own.image_mean, own.image_std)
+            )
+            scale, shift = (std / own_std).float(), ((mean - own_mean) / own_std).float()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def _order_of(self, names: list[str], label_map: str) -> torch.Tensor | None:
+        """The teacher's class of each label; `None` if they are in the same order."""
+        own = label_names(self.model.config.id2label)
+        if len(own) != len(names):
+            raise ValueError(f"The teacher has {len(own)} labels, the student {len(names)}: they must be the same.")
+        match = match_labels(names, own, label_map)
+        if match is None:
+            index, name, other = first_difference(names, own)
+            raise ValueError(
+                f"The teacher's labels are not the student's: {index} is {other!r} there and {name!r} here. "
+                'If both number the same classes under other names, `label_map` "index" pairs them by number.'
+            )
+        self.by_number = match.by_number
+        return None if match.same_order else torch.tensor(match.order)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """It stays in evaluation mode."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values` (batch, channels, height, width) as the student gets them → its logits (batch, num_labels)."""
+        logits = self.model(self.preprocess(pixel_values)).logits
+        return logits if self.order is None else logits[:, self.order]
+
+    def preprocess(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The student's pixels as the teacher expects them, in the teacher's dtype."""
+        if self.scale is not None:
+            pixel_values = pixel_values.float() * self.scale + self.shift
+            if pixel_values.shape[-2:] != self.size:
+                mode = "bilinear" if self.resample == Image.Resampling.BILINEAR else "bicubic"
+                pixel_values = F.interpolate(pixel_values, size=self.size, mode=mode, antialias=True)
+        return pixel_values.to(self.model.dtype)
+
+
+def load_teacher(
+    config: "TrainingConfig", model_config: PreTrainedConfig, device: torch.device, report: Callable[[str], None]
+) -> Teacher | None:
+    """
+    The teacher of a run on `device`; `None` if it has none.
+
+    Args:
+        config (`TrainingConfig`): of the run, with the student's normalisation.
+        model_config (`PreTrainedConfig`): of the student.
+        report (`Callable`): told in words what follows from the teacher's settings.
+
+    Raises:
+        ValueError: if it has other labels, or no image processor that says what it expects.
+    """
+    if config.teacher is None:
+        return None
+    processor = load_image_processor(config.teacher)
+    if processor is None:
+        raise ValueError(
+            f"The teacher `{config.teacher}` has no image processor (preprocessor_config.json), so nothing says which "
+            "normalisation and size it expects: save one with it, for instance "
+            "`evaluation_image_processor(224).save_pretrained(folder)`."
+        )
+    model = AutoModelForImageClassification.from_pretrained(config.teacher, dtype=torch.float32)
+    teacher = Teacher(
+        model,
+        processor,
+        config.image_mean,
+        config.image_std,
+        model_config.image_size,
+        id2label=model_config.id2label,
+        label_map=config.label_map,
+    )
+    if teacher.by_number:
+        report(f"the labels of the teacher `{config.teacher}` are taken by number")
+    elif teacher.order is not None:
+        report(f"the teacher `{config.teacher}` has the same labels in another order: its answers are reordered")
+    return teacher.to(device)
+
+
+def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
+    """A bare model as a teacher that is preprocessed as the student and numbers its labels alike."""
+    return teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+
+
 class DistillationLoss(nn.Module):
     r"""
     The training loss of a distilled model with a teacher: the class head learns from the labels, the distillation head
     from the teacher. What else the model's own loss holds (A-ViT's ponder and prior losses) stays in it.
 
     Args:
-        teacher (`PreTrainedModel`):
-            Any Transformers image classifier with the student's labels. Put into evaluation mode and frozen.
+        teacher (`Teacher` or `PreTrainedModel`):
+            Any Transformers image classifier, in a `Teacher` that knows its image processor and its labels. A bare
+            model gets the student's pixels as they are, and must number the same labels alike: of that only their
+            number can be checked here. Put into evaluation mode and frozen.
         kind (`"hard"` or `"soft"`, *optional*, defaults to `"hard"`):
             See `teacher_loss`.
         weight (`float`, *optional*, defaults to 0.5):
@@ -47,14 +198,22 @@ class DistillationLoss(nn.Module):
     Example:
 
     ```python
-    >>> distillation = DistillationLoss(AutoModelForImageClassification.from_pretrained("microsoft/resnet-50"))
+    >>> teacher = Teacher(
+    ...     AutoModelForImageClassification.from_pretrained("microsoft/resnet-50"),
+    ...     AutoImageProcessor.from_pretrained("microsoft/resnet-50"),
+    ...     image_mean=processor.image_mean,  # the student's
+    ...     image_std=processor.image_std,
+    ...     image_size=student.config.image_size,
+    ...     id2label=student.config.id2label,
+    ... )
+    >>> distillation = DistillationLoss(teacher)
     >>> outputs = student(pixel_values, labels=labels)  # in training mode
     >>> distillation(outputs, pixel_values, labels).backward()
     ```"""
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
+        teacher: Teacher | PreTrainedModel,
         kind: Literal["hard", "soft"] = "hard",
         weight: float = 0.5,
         temperature: float = 3.0,
@@ -69,7 +228,7 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"`temperature` must be above 0, got {temperature!r}.")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"`label_smoothing` must be between 0 and 1, got {label_smoothing!r}.")
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = as_teacher(teacher)
         self.kind, self.weight, self.temperature = kind, weight, temperature
         self.label_smoothing = label_smoothing
 
@@ -90,8 +249,7 @@ class DistillationLoss(nn.Module):
         """
         if outputs.get("distillation_logits") is None or outputs.get("task_loss") is None:
             raise ValueError("`outputs` must be of a distilled model, called with `labels` in training mode.")
-        with torch.no_grad():
-            teacher_logits = self.teacher(pixel_values).logits
+        teacher_logits = self.teacher(pixel_values)
         if teacher_logits.shape != outputs.distillation_logits.shape:
             raise ValueError(
                 f"The teacher has {teacher_logits.shape[-1]} labels, the student "

@@ -19,7 +19,7 @@ from .checkpoints import Checkpoints, replace_file
 from .config import TrainingConfig
 from .data import Place, train_batches
 from .progress import Progress, changed_fields
-from .saved_models import save_model
+from .reporting import report_test, save_model, say_accuracy
 from .seeding import seeded
 from .setup import TrainingSetup
 from .stop_signals import StopSignals
@@ -50,6 +50,7 @@ class TrainingRun(TrainingSetup):
         )
         self.progress = Progress()
         self.history: list[dict] = []
+        self.test: dict | None = None
         self.stop_signals = StopSignals(self.accelerator)
         self.within_step = False
         self._resume()
@@ -207,6 +208,8 @@ class TrainingRun(TrainingSetup):
                 while self.progress.step < self.num_steps:
                     self._run_epoch(bar)
                     self._evaluate_if_due()
+                self.test = report_test(self, self.history, self._until_stopped)
+                self._save_results()
         finally:
             bar.close()
             self.accelerator.end_training()
@@ -307,18 +310,7 @@ class TrainingRun(TrainingSetup):
             {"step": self.progress.step, "epoch": self.progress.epoch, "chosen": better, "results": results}
         )
         top1 = results[better]["top1"][-1]
-        for name, result in results.items():
-            stages = ", ".join(f"{value:.2f}" for value in result["top1"])
-            self.accelerator.print(f"\nepoch {self.progress.epoch}, {name}: top-1 {stages} %", end="")
-            if self.config.trackers:
-                values = {f"eval/{name}/top1_stage_{stage}": value for stage, value in enumerate(result["top1"])}
-                values |= {f"eval/{name}/top5_stage_{stage}": value for stage, value in enumerate(result["top5"])}
-                self.accelerator.log(values, step=self.progress.step)
-        if self.progress.skipped_images:
-            self.accelerator.print(
-                f"\n{self.progress.skipped_images} training images could not be decoded so far", end=""
-            )
-        self.accelerator.print(f" ({time.perf_counter() - started:.0f} s)")
+        say_accuracy(self, self.progress, results, time.perf_counter() - started)
         folders = ["last"]
         if top1 > self.progress.best_top1:
             self.progress.best_top1 = top1
@@ -326,9 +318,13 @@ class TrainingRun(TrainingSetup):
         if self.accelerator.is_main_process:
             for folder in folders:
                 save_model(self.output_dir / folder, models[better], results[better], self, self.progress)
-            replace_file(self.output_dir / "results.json", json.dumps(self._results(), indent=1))
+        self._save_results()
         self.accelerator.wait_for_everyone()
         return results
+
+    def _save_results(self) -> None:
+        if self.accelerator.is_main_process:
+            replace_file(self.output_dir / "results.json", json.dumps(self._results(), indent=1))
 
     def _results(self) -> dict:
         cuda = self.accelerator.device.type == "cuda"
@@ -339,6 +335,10 @@ class TrainingRun(TrainingSetup):
             "processes": self.accelerator.num_processes,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            # Which images choose the best epoch, and which are reported: measured once, at the end.
+            "selected_on": self.data.selected_on,
+            "split": self.data.split,
+            "test": self.test,
             "history": self.history,
         }
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .config import TrainingConfig
-from .distillation import DistillationLoss, teacher_loss
+from .distillation import DistillationLoss, Teacher, teacher_loss
 from .seeding import seeded
 
 
@@ -20,13 +20,21 @@ class TrainingLoss:
     Args:
         config (`TrainingConfig`): of the run.
         model_config (`PreTrainedConfig`): of the model.
-        teacher (`PreTrainedModel`, *optional*): an image classifier with the same labels.
+        teacher (`Teacher` or `PreTrainedModel`, *optional*): an image classifier with the same labels; a bare model
+            gets the student's pixels as they are.
 
     Raises:
         ValueError: where the configuration asks for what this model cannot do.
     """
 
-    def __init__(self, config: TrainingConfig, model_config: PreTrainedConfig, teacher: PreTrainedModel | None = None):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model_config: PreTrainedConfig,
+        teacher: Teacher | PreTrainedModel | None = None,
+    ):
+        if isinstance(teacher, PreTrainedModel):
+            teacher = Teacher(teacher, id2label=model_config.id2label, label_map=config.label_map)
         self.config, self.teacher = config, teacher
         self.num_stages = getattr(model_config, "num_stages", 1)
         weights = getattr(model_config, "stage_loss_weights", None) or [1.0 / self.num_stages] * self.num_stages
@@ -78,8 +86,7 @@ class TrainingLoss:
             return loss, self._parts(outputs, [loss])
         teacher_logits = None
         if self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(pixel_values).logits
+            teacher_logits = self.teacher(pixel_values)
         answers = outputs.get("stage_logits") or self._heads(outputs)
         losses = [
             self._answer_loss(logits, targets, teacher_logits, None if logits is answers[-1] else answers[-1])

@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 from .config import TrainingConfig
+from .continuation import OLDER_RUNS
 
 
 # What may differ between a run and its continuation without making it another run.
 FREE_TO_CHANGE = {
     *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
     *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
+    "test_split",
 }
 
 
@@ -30,10 +32,11 @@ def changed_fields(saved: dict, config: TrainingConfig) -> list[str]:
     What makes a run another one than that of a checkpoint: fields, with their values then and now.
 
     Args:
-        saved (`dict`): the checkpoint's configuration, from JSON. Fields younger than the checkpoint had their default.
+        saved (`dict`): the checkpoint's configuration, from JSON. Fields younger than the checkpoint had their
+            default, or what runs did before there was the field.
         config (`TrainingConfig`): the run's.
     """
-    then = TrainingConfig().to_dict() | saved
+    then = TrainingConfig().to_dict() | OLDER_RUNS | saved
     now = json.loads(json.dumps(config.to_dict()))  # as JSON gives it back
     changed = []
     for name in now:

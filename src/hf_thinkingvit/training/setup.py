@@ -5,14 +5,15 @@ from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
-from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..data import evaluation_batches
-from ..image_processing import evaluation_image_processor
 from .checkpoints import list_checkpoints, recover_checkpoints, recover_folder
 from .config import TrainingConfig
+from .continuation import as_begun
 from .data import load_data, num_train_images
+from .distillation import load_teacher
 from .losses import TrainingLoss
+from .preprocessing import run_image_processor
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
 from .starting_point import build_model
 from .stop_signals import ignore_stop_signals
@@ -74,6 +75,7 @@ class TrainingSetup:
         self.output_dir = Path(config.output_dir)
         self.accelerator = build_accelerator(config)
         self._check_output_dir()
+        config = as_begun(config)
         world_size = self.accelerator.num_processes
         parts = world_size * config.gradient_accumulation_steps
         if config.batch_size % parts:
@@ -93,21 +95,22 @@ class TrainingSetup:
         if not self.steps_per_epoch:
             raise ValueError(f"`batch_size` ({config.batch_size}) is more than there are images ({self.num_images}).")
         set_seed(config.seed)
-        model = build_model(config, self.data.id2label)
+        say = self.accelerator.print
+        say(self.data.summary)
+        model = build_model(config, self.data.id2label, say)
         self.model_config = model.config
+        self.processor, config = run_image_processor(config, model.config, say)
+        self.config = config
         self.num_epochs = config.epochs + config.cooldown_epochs
         self.num_steps = min(self.num_epochs * self.steps_per_epoch, config.max_steps or math.inf)
         model.to(self.accelerator.device)
-        self.loss = TrainingLoss(config, model.config, self._load_teacher())
+        self.loss = TrainingLoss(config, model.config, load_teacher(config, model.config, self.accelerator.device, say))
         self.ema = build_ema(config, model)
         optimizer = build_optimizer(config, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)
-        self.processor = evaluation_image_processor(
-            model.config.image_size, config.crop_pct, config.image_mean, config.image_std
-        )
-        self.transform = train_transform(config, model.config.image_size)
+        self.transform = train_transform(config, model.config.image_size, self.processor.resample)
         evaluation = evaluation_batches(
             self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers
         )
@@ -128,13 +131,3 @@ class TrainingSetup:
                 f"`{self.output_dir}` holds the checkpoints of a run: continue it with `--resume auto`, or choose "
                 "another `output_dir`."
             )
-
-    def _load_teacher(self) -> PreTrainedModel | None:
-        if self.config.teacher is None:
-            return None
-        teacher = AutoModelForImageClassification.from_pretrained(self.config.teacher)
-        if teacher.config.num_labels != self.model_config.num_labels:
-            raise ValueError(
-                f"The teacher has {teacher.config.num_labels} labels, the data {self.model_config.num_labels}."
-            )
-        return teacher.to(self.accelerator.device).eval().requires_grad_(False)

@@ -4,45 +4,60 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..auto import FAMILIES
 from ..models import swin_weights, vit_weights
 from ..models.config_checks import as_pair
 from .config import MODEL_CONFIGS, TrainingConfig
+from .labels import first_difference, label_names, match_labels
 
 
 CLASSIFIERS = {config_class.model_type: classifier for config_class, _, classifier in FAMILIES}
+HEADS = ("classifier", "distillation_classifier")
+# How a model trains and when it stops computing: every weight means the same whatever they are.
+FREE_FIELDS = frozenset(
+    {
+        *("threshold", "exit_criterion", "entropy_top_k", "stage_loss_weights", "label_smoothing", "halting_epsilon"),
+        *("ponder_loss_weight", "prior_loss_weight", "target_depth", "prior_std"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range"),
+    }
+)
+# Which parts of the same weights are used, and when: another function, which training can go on from.
+SCHEDULE_FIELDS = frozenset({"thinking_stages", "head_rounds", "gate_scale", "gate_center"})
 
 
-def build_model(config: TrainingConfig, id2label: dict[int, str]) -> PreTrainedModel:
-    """The model to train, for these labels. Raises `ValueError` for fields that do not fit."""
-    labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+def build_model(
+    config: TrainingConfig, id2label: dict[int, str], report: Callable[[str], None] = print
+) -> PreTrainedModel:
+    """
+    The model to train, for these labels, in float32.
+
+    Args:
+        config (`TrainingConfig`): of the run.
+        id2label (`dict[int, str]`): the data's labels.
+        report (`Callable`): told in words what of the starting point is replaced or used otherwise.
+
+    Raises:
+        ValueError: for fields that do not fit, and for a starting point of which anything but its classifier would have
+            to be replaced.
+    """
     classifier = CLASSIFIERS[config.model_type]
-    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if config.from_vit:
-        start, fixed_fields = _plain_start(classifier)
-        model = start(config.from_vit, **{n: value for n, value in config.model.items() if n not in fixed_fields})
-        for name in config.model.keys() & set(fixed_fields):
-            if _comparable(getattr(model.config, name)) != _comparable(config.model[name]):
-                raise ValueError(
-                    f"`model.{name}` is {config.model[name]}, but starting from `{config.from_vit}` it is "
-                    f"{getattr(model.config, name)}."
-                )
-        model = _with_labels(model, labels)
-        if attention:
-            model.set_attn_implementation(config.attn_implementation)
+        model = _from_plain(config, classifier)
     elif config.from_pretrained:
-        start = AutoConfig.from_pretrained(config.from_pretrained)
-        if start.model_type != config.model_type:
-            raise ValueError(
-                f"`from_pretrained` is a {start.model_type} model, but `model_type` is {config.model_type}."
-            )
-        model = classifier.from_pretrained(
-            config.from_pretrained, **config.model, **labels, **attention, ignore_mismatched_sizes=True
-        )
+        model = _from_pretrained(config, classifier, report)
     else:
-        model = classifier(MODEL_CONFIGS[config.model_type](**config.model, **labels, **attention))
+        model = classifier(MODEL_CONFIGS[config.model_type](**config.model, **_labels(id2label)))
+    if config.from_vit or config.from_pretrained:
+        # Half precision, as checkpoints are stored in, would train with rounded updates.
+        model = with_labels(model.float(), id2label, config.label_map, report)
+        model.config.dtype = torch.float32
+        if vars(model.config).pop("calibration", None) is not None:
+            report("the starting point was calibrated; what that promises does not hold for what is trained from it")
+    if config.attn_implementation:
+        model.set_attn_implementation(config.attn_implementation)
     for pattern in config.freeze:
         frozen = [parameter for name, parameter in model.named_parameters() if fnmatch(name, pattern)]
         if not frozen:
@@ -52,26 +67,119 @@ def build_model(config: TrainingConfig, id2label: dict[int, str]) -> PreTrainedM
     return model
 
 
-def _plain_start(classifier: type[PreTrainedModel]) -> tuple[Callable, tuple[str, ...]]:
-    """How the classifier starts from a plain model, and the fields that the plain model's weights fix."""
+def _from_plain(config: TrainingConfig, classifier: type[PreTrainedModel]) -> PreTrainedModel:
+    """From a plain ViT, DeiT or Swin. What its weights were trained with stays as it is."""
+    weights, start = vit_weights, getattr(classifier, "from_vit", None)
     if hasattr(classifier, "from_swin"):
-        return classifier.from_swin, swin_weights.FIXED_FIELDS
-    return classifier.from_vit, vit_weights.FIXED_FIELDS
+        weights, start = swin_weights, classifier.from_swin
+    fixed = {*weights.FIXED_FIELDS, *weights.SHARED_FIELDS} - FREE_FIELDS
+    model = start(config.from_vit, **{name: value for name, value in config.model.items() if name not in fixed})
+    _check_unchanged(config.from_vit, model.config, {name: config.model[name] for name in config.model.keys() & fixed})
+    return model
+
+
+def _from_pretrained(
+    config: TrainingConfig, classifier: type[PreTrainedModel], report: Callable[[str], None]
+) -> PreTrainedModel:
+    """From a model of this package, with all of its weights."""
+    source = config.from_pretrained
+    saved = AutoConfig.from_pretrained(source)
+    if saved.model_type != config.model_type:
+        raise ValueError(f"`from_pretrained` is a {saved.model_type} model, but `model_type` is {config.model_type}.")
+    allowed = FREE_FIELDS | SCHEDULE_FIELDS
+    if saved.model_type == "thinking_swin":
+        allowed |= {"image_size"}  # its windows have the same size whatever the image's
+    _check_unchanged(source, saved, {name: value for name, value in config.model.items() if name not in allowed})
+    changed = [
+        f"`{name}` {getattr(saved, name)} → {value}"
+        for name, value in config.model.items()
+        if name not in FREE_FIELDS and _comparable(getattr(saved, name)) != _comparable(value)
+    ]
+    model, loading = classifier.from_pretrained(
+        source, **config.model, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    mismatched = [f"{name} {tuple(there)} → {tuple(here)}" for name, there, here in loading["mismatched_keys"]]
+    problems = [
+        f"{what}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in (
+            ("not in it", loading["missing_keys"]),
+            ("of another shape", mismatched),
+            ("in it, but not used", loading["unexpected_keys"]),
+        )
+        if names
+    ]
+    if problems:
+        cause = f" after changing {', '.join(changed)}" if changed else ""
+        raise ValueError(
+            f"The weights of `{source}` do not fit{cause}: {'; '.join(problems)}. Only a classifier for other labels "
+            "is replaced: leave these fields as they are, or train without `from_pretrained`."
+        )
+    if changed:
+        report(f"the weights of `{source}` are used otherwise than they were trained: {', '.join(changed)}")
+    return model
+
+
+def _check_unchanged(source: str, saved: Any, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if _comparable(getattr(saved, name)) != _comparable(value):
+            raise ValueError(
+                f"`model.{name}` is {value}, but starting from `{source}` it is {getattr(saved, name)}: its weights "
+                "were trained so. Leave it as it is, or train from the beginning."
+            )
 
 
 def _comparable(value: Any) -> Any:
     """Sizes as pairs, and lists as tuples."""
+    if isinstance(value, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in value):
+        return tuple(map(tuple, value))
     return as_pair(value) if isinstance(value, (int, list, tuple)) else value
 
 
-def _with_labels(model: PreTrainedModel, labels: dict[str, dict]) -> PreTrainedModel:
-    """The same weights with a head for other labels, freshly initialised if there are more or fewer of them."""
-    num_labels = len(labels["id2label"])
-    if num_labels != model.config.num_labels:
-        fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **labels}))
-        heads = ("classifier.", "distillation_classifier.")
+def _labels(id2label: dict[int, str]) -> dict[str, dict]:
+    return {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+
+
+@torch.no_grad()
+def with_labels(
+    model: PreTrainedModel, id2label: dict[int, str], label_map: str, report: Callable[[str], None]
+) -> PreTrainedModel:
+    """
+    The same model for other labels: with its classifier, in their order, if they are the same labels; else with one
+    that is freshly initialised.
+
+    Args:
+        model (`PreTrainedModel`): a classifier of this package.
+        id2label (`dict[int, str]`): the new labels.
+        label_map (`str`): how they are paired, by `"name"` or by `"index"`; see `match_labels`.
+        report (`Callable`): told in words what becomes of the classifier.
+    """
+    names, own = label_names(id2label), label_names(model.config.id2label)
+    match = match_labels(names, own, label_map)
+    if match is None:
+        if len(names) != len(own):
+            why = f"it has {len(own)} labels, the data {len(names)}"
+        else:
+            index, name, other = first_difference(names, own)
+            why = f"label {index} is {other!r} there and {name!r} in the data; `--label_map index` would keep it"
+        report(f"the classifier is freshly initialised: {why}")
+        fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **_labels(id2label)}))
+        heads = tuple(f"{head}." for head in HEADS)
         body = {name: value for name, value in model.state_dict().items() if not name.startswith(heads)}
-        fresh.load_state_dict(body, strict=False)
-        return fresh
+        missing, unexpected = fresh.load_state_dict(body, strict=False)
+        odd = [*unexpected, *(name for name in missing if not name.startswith(heads))]
+        if odd:
+            raise ValueError(f"Only a classifier can be replaced, but other weights differ as well: {odd[:5]}.")
+        return fresh.train(model.training)
+    if match.by_number:
+        report("the classifier is kept, and its labels are taken by number")
+    elif not match.same_order:
+        report("the classifier is kept, and its labels are put into the order of the data's")
+    if not match.same_order:
+        order = torch.tensor(match.order)
+        for head in HEADS:
+            if getattr(model, head, None) is not None:
+                for parameter in getattr(model, head).parameters():
+                    parameter.copy_(parameter[order])
+    labels = _labels(id2label)
     model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]
     return model

@@ -1,0 +1,149 @@
+"""What models expect of their pixels: read from image processors of any kind, and the processor of a run."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import cached_file
+
+from ..image_processing import evaluation_image_processor
+from ..models.config_checks import as_pair
+
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+
+class Preprocessing(NamedTuple):
+    """
+    Attributes:
+        image_mean, image_std: of each channel, for pixel values between 0 and 1.
+        image_size: (height, width) that an image gets.
+        resample: the interpolation.
+    """
+
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    image_size: tuple[int, int]
+    resample: Image.Resampling
+
+
+def load_image_processor(source: str | os.PathLike, **overrides: Any) -> BaseImageProcessor | None:
+    """
+    The image processor saved with a model; `None` if there is none.
+
+    Raises:
+        OSError, ValueError: if there is one that cannot be loaded, or the Hub cannot be asked.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(source, **overrides)
+    except (OSError, ValueError):
+        if cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
+            return None
+        raise
+
+
+def read_preprocessing(processor: BaseImageProcessor, image_size: int | tuple[int, int], name: str) -> Preprocessing:
+    """
+    What a processor makes of an image of `image_size`, (height, width): measured on images of one colour, since every
+    kind of processor has settings of its own.
+
+    Args:
+        processor (`BaseImageProcessor`): of any model.
+        image_size (`int` or `(height, width)`): in pixels.
+        name (`str`): of the model, for messages.
+
+    Raises:
+        ValueError: if it does more to colours than to scale and shift each channel, or pads.
+    """
+    height, width = as_pair(image_size)
+    colours = torch.tensor([(0, 0, 0), (255, 255, 255), (51, 102, 204)], dtype=torch.float64)
+    images = [Image.new("RGB", (width, height), tuple(colour)) for colour in colours.int().tolist()]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    if not torch.is_tensor(pixels) or pixels.dim() != 4 or pixels.shape[1] != 3:
+        raise ValueError(
+            f"The image processor of `{name}` ({type(processor).__name__}) must make `pixel_values` of shape (batch, "
+            f"3, height, width), got {tuple(pixels.shape) if torch.is_tensor(pixels) else type(pixels).__name__}."
+        )
+    pixels = pixels.double()
+    black, white, between = pixels.mean(dim=(2, 3))
+    spread = (pixels.amax(dim=(2, 3)) - pixels.amin(dim=(2, 3))).max()
+    off = (black + (white - black) * colours[2] / 255 - between).abs().max()
+    if max(spread, off) > 1e-3 or (white - black).abs().min() < 1e-6:
+        raise ValueError(
+            f"The image processor of `{name}` ({type(processor).__name__}) does more to colours than to scale and "
+            "shift each channel, or it pads images: it cannot be used here."
+        )
+    std = 1 / (white - black)
+    resample = getattr(processor, "resample", None)
+    if resample is None and isinstance(settings := getattr(processor, "data_config", None), dict):  # of timm's models
+        resample = getattr(Image.Resampling, str(settings.get("interpolation")).upper(), None)
+    return Preprocessing(
+        # Rounded, so that 0.485 is 0.485 again.
+        image_mean=tuple(round(value, 6) for value in (-black * std).tolist()),
+        image_std=tuple(round(value, 6) for value in std.tolist()),
+        image_size=(pixels.shape[2], pixels.shape[3]),
+        resample=Image.Resampling(Image.Resampling.BICUBIC if resample is None else resample),
+    )
+
+
+def run_image_processor(
+    config: "TrainingConfig", model_config: PreTrainedConfig, report: Callable[[str], None]
+) -> tuple[BaseImageProcessor, "TrainingConfig"]:
+    """
+    The image processor of a run, saved with its models: that of the model it starts from, with what the configuration
+    says otherwise; ImageNet's normalisation where it starts from none.
+
+    Args:
+        config (`TrainingConfig`): of the run.
+        model_config (`PreTrainedConfig`): of the model to train.
+        report (`Callable`): told in words which it is.
+
+    Returns:
+        The processor, and `config` with `image_mean` and `image_std` (and without a source, `crop_pct`) filled in.
+    """
+    source = config.from_vit or config.from_pretrained
+    size = as_pair(model_config.image_size)
+    found = load_image_processor(source) if source else None
+    crop_pct = 0.9 if config.crop_pct is None else config.crop_pct
+    if found is None:
+        processor = evaluation_image_processor(
+            size,
+            crop_pct,
+            IMAGENET_DEFAULT_MEAN if config.image_mean is None else config.image_mean,
+            IMAGENET_DEFAULT_STD if config.image_std is None else config.image_std,
+        )
+        if source and None in (config.image_mean, config.image_std, config.crop_pct):
+            report(f"`{source}` has no image processor: ImageNet's normalisation and crop where none are configured")
+        return processor, _filled_in(config, processor.image_mean, processor.image_std, crop_pct)
+    settings = read_preprocessing(found, size, str(source))
+    mean, std = config.image_mean or settings.image_mean, config.image_std or settings.image_std
+    if config.crop_pct is not None or settings.image_size != size:
+        processor = evaluation_image_processor(size, crop_pct, mean, std, settings.resample)
+    else:
+        crop_pct, processor = None, found
+        if config.image_mean or config.image_std:
+            normalisation = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+            processor = load_image_processor(source, image_mean=list(mean), image_std=list(std), **normalisation)
+    changed = [
+        name
+        for name, value, own in (("image_mean", mean, settings.image_mean), ("image_std", std, settings.image_std))
+        if tuple(value) != own
+    ]
+    changed += ["crop_pct"] if config.crop_pct is not None else []
+    kept = f"; {', '.join(f'`{name}`' for name in changed)} as configured" if changed else ""
+    report(
+        f"image processor of `{source}`: mean {list(mean)}, standard deviation {list(std)}, "
+        f"{settings.resample.name.lower()}, {size[0]} × {size[1]} pixels{kept}"
+    )
+    return processor, _filled_in(config, mean, std, crop_pct)
+
+
+def _filled_in(config: "TrainingConfig", mean: Any, std: Any, crop_pct: float | None) -> "TrainingConfig":
+    return dataclasses.replace(config, image_mean=list(mean), image_std=list(std), crop_pct=crop_pct)

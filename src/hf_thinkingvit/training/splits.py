@@ -1,0 +1,116 @@
+"""
+Which images a run learns from, which choose its best epoch, and which are reported.
+
+Choosing among epochs by the images that are then reported makes the report optimistic. So images are held out of the
+training split for choosing where a data set has no validation split, and its test split is measured once, at the end.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import datasets
+import numpy as np
+
+from ..data import ImageSplit, Rows, find_split
+from .config import TrainingConfig
+
+
+# Not the run's seed: runs of several seeds compare, and a run that starts from another's model never chooses by images
+# that it has learned.
+HOLD_OUT_SEED = 0
+VALIDATION_SPLITS = ("validation", "val")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """
+    What a run reads: splits with the same labels, named by `id2label`.
+
+    Attributes:
+        train: to learn from.
+        evaluation: measured after epochs; the best epoch is chosen by it.
+        test: measured once, at the end; `None` where `evaluation` is what is reported.
+        selected_on, split: what the images are called that choose the best epoch, and those that are reported.
+    """
+
+    train: ImageSplit
+    evaluation: ImageSplit
+    id2label: dict[int, str]
+    test: ImageSplit | None
+    selected_on: str
+    split: str
+
+    @property
+    def summary(self) -> str:
+        if self.selected_on == self.split:
+            return f"the best epoch is chosen by the images that are reported (`{self.split}`)"
+        return f"the best epoch is chosen by `{self.selected_on}`; `{self.split}` is measured once, at the end"
+
+
+def selection_split(config: TrainingConfig, splits: Mapping[str, Rows]) -> str | None:
+    """
+    Name of the split that chooses the best epoch; `None` if images are to be held out of the training split.
+
+    Raises:
+        ValueError: if there is no such split, or the data are a stream and have no validation split.
+    """
+    if config.eval_split is not None:
+        find_split(splits, config.eval_split, config.dataset)
+        return config.eval_split
+    candidates = VALIDATION_SPLITS if config.validation_fraction else (*VALIDATION_SPLITS, "test")
+    found = [name for name in candidates if name in splits and name != config.train_split]
+    if found:
+        return found[0]
+    if not config.validation_fraction:
+        find_split(splits, None, config.dataset, candidates)
+        raise ValueError(f"`{config.dataset}` has nothing but its training split to evaluate on: name an `eval_split`.")
+    if config.streaming:
+        raise ValueError(
+            f"`{config.dataset}` has no validation split to choose the best epoch by (it has {list(splits)}), and no "
+            "images can be held out of a stream: name an `eval_split` (with `test`, the best epoch is chosen by the "
+            "images that are reported), or download the data instead."
+        )
+    return None
+
+
+def reported_split(config: TrainingConfig, splits: Mapping[str, Rows], selected_on: str | None) -> str | None:
+    """Name of the split to measure once, at the end, if it has labels; `None` if what chooses is what is reported."""
+    if config.test_split is not None:
+        find_split(splits, config.test_split, config.dataset)
+        return None if config.test_split == selected_on else config.test_split
+    return "test" if "test" in splits and "test" not in (selected_on, config.train_split) else None
+
+
+def is_labelled(split: ImageSplit) -> bool:
+    """Whether images have labels: published test splits often have -1. Of a stream, its first image tells."""
+    column = split.label_column
+    if isinstance(split.rows, datasets.IterableDataset):
+        labels = [row[column] for row in split.rows.take(1)]
+    else:
+        labels = split.rows.unique(column)
+    return bool(labels) and all(label is not None and label != -1 for label in labels)
+
+
+def hold_out(split: ImageSplit, fraction: float) -> tuple[ImageSplit, ImageSplit]:
+    """
+    Two parts of a split in its order: the rest, and a random `fraction` of each label's images (at least one image in
+    all). Where a label has too few images for that, a random part of them all. Always the same part.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    labels = np.asarray(split.rows.select_columns(split.label_column).with_format("numpy")[:][split.label_column])
+    count, held_out = len(labels), math.ceil(fraction * len(labels))
+    if held_out >= count:
+        raise ValueError(
+            f"Holding {held_out} of the {count} training images of `{split.name}` out leaves none to train on: lower "
+            "`validation_fraction`, or name an `eval_split`."
+        )
+    present, images_of_label = np.unique(labels, return_counts=True)
+    stratified = images_of_label.min() > 1 and min(held_out, count - held_out) >= len(present)
+    kind = datasets.ClassLabel(names=split.label_names)  # `train_test_split` stratifies by such a column only
+    features = datasets.Features({"label": kind, "row": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"label": labels, "row": np.arange(count)}, features=features)
+    parts = rows.train_test_split(held_out, stratify_by_column="label" if stratified else None, seed=HOLD_OUT_SEED)
+    return tuple(replace(split, rows=split.rows.select(sorted(parts[name]["row"]))) for name in ("train", "test"))

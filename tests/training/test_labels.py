@@ -1,0 +1,44 @@
+import pytest
+
+from hf_thinkingvit.training.labels import first_difference, match_labels
+
+
+SAME = ["cat", "dog", "owl"]
+
+
+@pytest.mark.parametrize(
+    "names, other, order, by_number",
+    [
+        (SAME, SAME, (0, 1, 2), False),
+        (SAME, ["Cat, true cat", "DOG", " owl"], (0, 1, 2), False),
+        (["snow_owl", "cat"], ["snow owl", "cat"], (0, 1), False),
+        (SAME, ["dog", "owl", "cat"], (2, 0, 1), False),
+        (["crane", "crane", "cat"], ["crane", "crane", "cat"], (0, 1, 2), False),
+        # Names that say nothing.
+        (SAME, ["LABEL_0", "LABEL_1", "LABEL_2"], (0, 1, 2), True),
+        # A folder's numbers in the order of words: each is the class of that number.
+        (["0", "10", "2", *"3456789", "1"], [f"class {i}" for i in range(11)], (0, 10, 2, *range(3, 10), 1), True),
+        (["0", "2", "1"], ["LABEL_0", "LABEL_1", "LABEL_2"], (0, 2, 1), True),
+    ],
+)
+def test_finds_the_class_of_each_label(names, other, order, by_number):
+    assert match_labels(names, other) == (order, by_number)
+
+
+@pytest.mark.parametrize(
+    "names, other",
+    [
+        (SAME, ["cat", "dog"]),
+        (SAME, ["cat", "dog", "fish"]),
+        (["crane", "crane", "cat"], ["cat", "crane", "crane"]),  # which crane is which, no name says
+        (["LABEL_1", "LABEL_0"], ["cat", "dog"]),
+    ],
+)
+def test_says_where_they_are_not_the_same(names, other):
+    assert match_labels(names, other) is None
+
+
+def test_by_index_whatever_the_names():
+    assert match_labels(SAME, ["a", "b", "c"], "index") == ((0, 1, 2), True)
+    assert match_labels(SAME, ["a", "b"], "index") is None
+    assert first_difference(SAME, ["cat", "hound", "owl"]) == (1, "dog", "hound")
