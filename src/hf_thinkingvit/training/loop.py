@@ -215,7 +215,7 @@ class TrainingRun:
         torch.manual_seed(int(np.random.SeedSequence((self.config.seed, step, part, rank, 1)).generate_state(1)[0]))
         with self.accelerator.accumulate(self.model):
             with self.accelerator.autocast():
-                outputs = self.model(pixel_values, **inputs)
+                outputs = self.model(pixel_values, **inputs, **self.loss.outputs_needed)
                 loss, parts = self.loss(outputs, pixel_values, targets, step)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.config.clip_grad is not None:
