@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .config_checks import as_plain_numbers, check_label_smoothing
-from .exit_criteria import check_exit_fields, default_exit_fields
+from .exit_criteria import check_exit_fields, default_exit_fields, same_threshold, suits_problem_type
 
 
 class StagedConfig(PreTrainedConfig):
@@ -26,7 +26,8 @@ class StagedConfig(PreTrainedConfig):
             paper's formula), `"max_probability"` or `"margin"` (largest minus second largest probability); for
             multi-label classification `"mean_binary_entropy"` (of each label's sigmoid, averaged over the labels: from
             0 to ln 2). By default `"mean_binary_entropy"` where `problem_type` is `"multi_label_classification"`, and
-            `"topk_entropy"` otherwise. Setting another one later unsets `threshold`, which must then be set as well.
+            `"topk_entropy"` otherwise. Setting another one later (or a `problem_type` that it does not suit) unsets
+            `threshold`, which must then be set as well; only 0 keeps its meaning from one entropy to another.
         entropy_top_k (`int`, *optional*, defaults to 10):
             How many of the largest probabilities `"topk_entropy"` keeps.
         stage_loss_weights (`list[float]`, *optional*):
@@ -49,9 +50,13 @@ class StagedConfig(PreTrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "threshold":
             value = as_plain_numbers(value)
-        before = self.__dict__.get(name)
+        before = self.__dict__.get("exit_criterion")
         super().__setattr__(name, value)
-        if name == "exit_criterion" and before is not None and value != before:
+        if before is None:  # under construction: the fields are judged together when all of them are set
+            return
+        if name == "problem_type" and not suits_problem_type(before, value):
+            self.exit_criterion, _ = default_exit_fields(value, None, 0.0, 0)
+        elif name == "exit_criterion" and not same_threshold(before, value, self.threshold):
             # The old τ would be read on the new criterion's scale; without one, everything that needs it refuses.
             self.threshold = None
 
@@ -81,7 +86,7 @@ class StagedConfig(PreTrainedConfig):
         if "exit_criterion" in overrides and "threshold" not in overrides and "threshold" in config_dict:
             problem_type, saved = config_dict.get("problem_type"), config_dict.get("exit_criterion")
             saved, _ = default_exit_fields(problem_type, saved, config_dict["threshold"], 0)
-            if overrides["exit_criterion"] != saved:
+            if not same_threshold(saved, overrides["exit_criterion"], config_dict["threshold"]):
                 raise ValueError(
                     f"`exit_criterion` = {overrides['exit_criterion']!r} alone would read the saved `threshold` "
                     f"({config_dict['threshold']}), which is on the scale of {saved!r}, on another scale: give both "

@@ -145,6 +145,22 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
 }
 
 
+def suits_problem_type(exit_criterion: str, problem_type: str | None) -> bool:
+    """Whether the criterion judges answers of that kind: a softmax, or each label by itself."""
+    criterion = EXIT_CRITERIA.get(exit_criterion)
+    if criterion is None or problem_type not in ("single_label_classification", "multi_label_classification"):
+        return True
+    return criterion.multi_label == (problem_type == "multi_label_classification")
+
+
+def same_threshold(before: str, after: str, threshold: float | Sequence[float] | None) -> bool:
+    """Whether τ means the same to both criteria. To different ones only 0 does, and to entropies: nothing exits."""
+    if before == after or threshold is None:
+        return True
+    entropies = all(name in EXIT_CRITERIA and EXIT_CRITERIA[name].exits_below for name in (before, after))
+    return entropies and not any(threshold if isinstance(threshold, Sequence) else [threshold])
+
+
 def default_exit_fields(
     problem_type: str | None, exit_criterion: str | None, threshold: float | Sequence[float] | None, num_exits: int
 ) -> tuple[str, float | Sequence[float]]:
@@ -225,15 +241,12 @@ class ExitRule:
     def check_problem_type(self, problem_type: str | None) -> None:
         """`ValueError` if this rule would judge answers to such a problem by what they do not say."""
         criterion = EXIT_CRITERIA[self.criterion]
-        if criterion.multi_label and problem_type == "single_label_classification":
+        if not suits_problem_type(self.criterion, problem_type):
+            names = sorted(name for name in EXIT_CRITERIA if suits_problem_type(name, problem_type))
+            judged = "each label by itself" if criterion.multi_label else "a softmax"
             raise ValueError(
-                f"`exit_criterion` = {self.criterion!r} judges the answers of multi-label classification, but "
-                f"`problem_type` is {problem_type!r}: choose one of {_names(multi_label=False)}, with its `threshold`."
-            )
-        if not criterion.multi_label and problem_type == "multi_label_classification":
-            raise ValueError(
-                f"`exit_criterion` = {self.criterion!r} judges a softmax, which multi-label classification does not "
-                f"have: set `exit_criterion` to one of {_names(multi_label=True)}, with its `threshold`."
+                f"`exit_criterion` = {self.criterion!r} judges {judged}, not the answer of {problem_type}: set "
+                f"`exit_criterion` to one of {names}, with its `threshold`."
             )
         # One output has no entropy, and the softmax of several means nothing: every image would exit at once.
         if problem_type == "regression" and self.thresholds and (any(self.thresholds) or not criterion.exits_below):
@@ -265,10 +278,6 @@ class ExitRule:
             return torch.ones_like(score, dtype=torch.bool)
         threshold = self.thresholds[stage_index]
         return score < threshold if EXIT_CRITERIA[self.criterion].exits_below else score > threshold
-
-
-def _names(multi_label: bool) -> list[str]:
-    return sorted(name for name, criterion in EXIT_CRITERIA.items() if criterion.multi_label == multi_label)
 
 
 def check_exit_fields(config) -> None:

@@ -41,4 +41,10 @@ def _unknown_argument(model: PreTrainedModel, name: str) -> str:
 def warn_of_outside_loss(model: PreTrainedModel, message: str) -> None:
     """Warn, once, of a call in training mode without labels: a loss computed outside may see part of the outputs."""
     if model.training and torch.is_grad_enabled():
-        logger.warning_once(f"{type(model).__name__} was called in training mode without `labels`. {message}")
+        _warn_once(f"{type(model).__name__} was called in training mode without `labels`. {message}")
+
+
+# torch.compile calls such a function while it traces, and so warns when it compiles, without a break in the graph.
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    logger.warning_once(message)
