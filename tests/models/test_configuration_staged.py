@@ -33,6 +33,7 @@ class TestDefaults:
             ({"exit_criterion": "margin", "threshold": 0.9}, "margin", 0.9),
             ({"num_labels": 1}, "topk_entropy", 0.0),
             ({"id2label": {0: "age"}}, "topk_entropy", 0.0),
+            ({"id2label": {0: "cat", 1: "dog"}, "num_labels": 1}, "topk_entropy", 0.0),
             ({"problem_type": "regression", "num_labels": 3}, "topk_entropy", 0.0),
         ],
     )

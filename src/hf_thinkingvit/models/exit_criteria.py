@@ -191,6 +191,12 @@ def _needs_threshold(exit_criterion: str) -> str:
     )
 
 
+def answer_entropy(logits: torch.Tensor, config) -> torch.Tensor:
+    """The entropy to report of a model that has no exit criterion: that of its problem type's default criterion."""
+    criterion, _ = default_exit_fields(configured_problem_type(config), None, 0.0, 0)
+    return EXIT_CRITERIA[criterion].score(logits, 10)
+
+
 def resolve_thresholds(threshold: float | Sequence[float], num_exits: int) -> tuple[float, ...]:
     """
     One τ per exit, as Python numbers, from one number or from `num_exits` of them (every stage but the last is an
