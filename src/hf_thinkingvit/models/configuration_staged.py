@@ -61,9 +61,8 @@ class StagedConfig(PreTrainedConfig):
             self.threshold = None
 
     def __post_init__(self, **kwargs):
-        num_labels = kwargs.get("num_labels") or (
-            2 if self.id2label is None else len(self.id2label)
-        )  # Transformers' rule
+        # As Transformers resolves it: `num_labels` wins over `id2label`.
+        num_labels = kwargs.get("num_labels") or (2 if self.id2label is None else len(self.id2label))
         problem_type = "regression" if self.problem_type is None and num_labels == 1 else self.problem_type
         self.exit_criterion, self.threshold = default_exit_fields(
             problem_type, self.exit_criterion, self.threshold, self.num_stages - 1

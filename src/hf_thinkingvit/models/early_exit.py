@@ -54,7 +54,8 @@ class StagedImageClassifierOutput(ModelOutput):
             The accepted stage, counted from 0.
         entropy (`torch.FloatTensor` of shape `(batch_size,)`):
             Entropy in nats of the accepted stage's answer, float32 whatever the model's dtype: over all classes where
-            `exit_criterion` is `"entropy"`, over the `entropy_top_k` most probable otherwise.
+            `exit_criterion` is `"entropy"`, of each label averaged over the labels where it is `"mean_binary_entropy"`,
+            over the `entropy_top_k` most probable classes otherwise.
         stage_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_stage_logits=True` or in training mode):
             Logits `(batch_size, num_labels)` of every stage for every image, also of stages after its exit: asking for
             them makes all images run all stages. The other fields do not change.
