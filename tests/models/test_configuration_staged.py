@@ -167,6 +167,13 @@ class TestChangedCriterion:
         config, unused = ThinkingViTConfig.from_pretrained(tmp_path, threshold=0.3, other=1, return_unused_kwargs=True)
         assert config.threshold == 0.3 and unused == {"other": 1}
 
+    @pytest.mark.parametrize("value", ["confidence", ["entropy"], None])
+    def test_setting_what_is_no_criterion(self, value):
+        config = tiny_config(threshold=0.5)
+        config.exit_criterion = value
+        with pytest.raises(ValueError, match="`exit_criterion` must be one of"):
+            config.validate()
+
     def test_setting_the_attribute_unsets_the_threshold(self, tmp_path):
         model = lively_model(threshold=0.5)
         model.config.exit_criterion = "margin"

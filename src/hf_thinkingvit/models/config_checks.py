@@ -24,7 +24,8 @@ def as_plain_numbers(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
-        return type(value)(map(as_plain_numbers, value))
+        plain = [as_plain_numbers(entry) for entry in value]
+        return tuple(plain) if isinstance(value, tuple) else plain
     return value
 
 

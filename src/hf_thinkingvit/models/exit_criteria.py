@@ -147,7 +147,7 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
 
 def suits_problem_type(exit_criterion: str, problem_type: str | None) -> bool:
     """Whether the criterion judges answers of that kind: a softmax, or each label by itself."""
-    criterion = EXIT_CRITERIA.get(exit_criterion)
+    criterion = EXIT_CRITERIA.get(exit_criterion) if isinstance(exit_criterion, str) else None
     if criterion is None or problem_type not in ("single_label_classification", "multi_label_classification"):
         return True
     return criterion.multi_label == (problem_type == "multi_label_classification")
@@ -157,7 +157,8 @@ def same_threshold(before: str, after: str, threshold: float | Sequence[float] |
     """Whether τ means the same to both criteria. To different ones only 0 does, and to entropies: nothing exits."""
     if before == after or threshold is None:
         return True
-    entropies = all(name in EXIT_CRITERIA and EXIT_CRITERIA[name].exits_below for name in (before, after))
+    criteria = [EXIT_CRITERIA.get(name) if isinstance(name, str) else None for name in (before, after)]
+    entropies = all(criterion is not None and criterion.exits_below for criterion in criteria)
     return entropies and not any(threshold if isinstance(threshold, Sequence) else [threshold])
 
 
