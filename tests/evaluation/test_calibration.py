@@ -109,6 +109,12 @@ def test_criteria_that_exit_above():
     assert 0 < found.threshold < 1
 
 
+def test_the_grid_covers_the_range_of_its_criterion():
+    answers = StageAnswers(**{**vars(draw(50, 0)), "criterion": "mean_binary_entropy"})
+    grid = threshold_grid(answers, steps=100)
+    assert grid[0] == 0.0 and grid[-2] == pytest.approx(math.log(2)) and grid[-1] > math.log(2)
+
+
 @pytest.mark.parametrize("criterion", ["topk_entropy", "entropy", "max_probability", "margin"])
 def test_the_grid_goes_from_no_exit_to_all(criterion):
     answers = StageAnswers(

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
 from hf_thinkingvit.data import as_image_split, evaluation_batches
 from hf_thinkingvit.evaluation import LabelMap, collect_stage_answers, evaluate_thresholds, stage_macs
+from hf_thinkingvit.evaluation.accuracy import evaluate_accuracy
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.utils import lively_model, lively_swin
 
@@ -166,3 +168,14 @@ def test_refuses_models_without_stages():
     network = lively_avit()
     with pytest.raises(ValueError, match="does not think in stages"):
         collect_stage_answers(network, [], LabelMap(network.config))
+
+
+@pytest.mark.parametrize("fields", [{"problem_type": "multi_label_classification"}, {"problem_type": "regression"}])
+def test_refuses_models_that_do_not_choose_one_class(fields):
+    network = model(**fields)
+    for measure in (
+        lambda: evaluate_thresholds(network, images([0, 1]), PROCESSOR, progress=False),
+        lambda: evaluate_accuracy(Accelerator(cpu=True), {"weights": network}, []),
+    ):
+        with pytest.raises(ValueError, match="single-label classification, but this model's `problem_type` is"):
+            measure()

@@ -12,6 +12,7 @@ from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
+from hf_thinkingvit.models.exit_criteria import mean_binary_entropy
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import HostSynchronisations, lively_model, lively_swin, random_images
 
@@ -309,3 +310,10 @@ def iter_into(stream, found: list) -> None:
     """What comes before an exception."""
     for result in stream:
         found.append(result)  # noqa: PERF402  extend() would lose what came before the exception
+
+
+def test_the_entropy_of_a_multi_label_avit_is_of_each_label():
+    network = lively_avit(problem_type="multi_label_classification")
+    results = list(AdaptiveEngine(network)(random_images(3)))
+    expected = mean_binary_entropy(torch.stack([result.logits for result in results]))
+    assert [result.entropy for result in results] == pytest.approx(expected.tolist())

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from hf_thinkingvit import EXIT_CRITERIA, ExitRule
-from hf_thinkingvit.models.exit_criteria import entropy, margin, max_probability, resolve_thresholds, topk_entropy
+from hf_thinkingvit.models.exit_criteria import (
+    entropy,
+    margin,
+    max_probability,
+    mean_binary_entropy,
+    resolve_thresholds,
+    topk_entropy,
+)
 
 
 LOGITS = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)) * 4
@@ -50,7 +57,7 @@ def test_scores_are_float32_of_half_precision_logits(name, dtype):
     torch.testing.assert_close(score, EXIT_CRITERIA[name].score(LOGITS.to(dtype).float(), 10))
 
 
-@pytest.mark.parametrize("name", ["topk_entropy", "entropy"])
+@pytest.mark.parametrize("name", ["topk_entropy", "entropy", "mean_binary_entropy"])
 def test_zero_threshold_never_exits_however_certain(name):
     certain = torch.cat([LOGITS * scale for scale in (1, 5, 20, 100, 1e4)])
     _, exits = ExitRule(name, (0.0,), 10).judge(0, certain)
@@ -79,10 +86,34 @@ def test_a_broken_answer_goes_on(name):
     assert exits[[0, 1, 2, 5]].all()
 
 
-def test_reports_the_full_entropy_under_its_criterion_and_the_topk_entropy_otherwise():
+def test_reports_the_entropy_of_an_entropy_criterion_and_the_topk_entropy_otherwise():
+    entropies = {"entropy": entropy, "mean_binary_entropy": mean_binary_entropy}
     for name in EXIT_CRITERIA:
         reported, _ = ExitRule(name, (0.5,), 10).judge(0, LOGITS)
-        torch.testing.assert_close(reported, entropy(LOGITS) if name == "entropy" else topk_entropy(LOGITS))
+        torch.testing.assert_close(reported, entropies.get(name, topk_entropy)(LOGITS))
+
+
+def test_mean_binary_entropy_is_of_each_label_by_itself():
+    probabilities = LOGITS.double().sigmoid()
+    expected = (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).mean(-1)
+    torch.testing.assert_close(mean_binary_entropy(LOGITS), expected.float())
+    torch.testing.assert_close(mean_binary_entropy(-LOGITS), mean_binary_entropy(LOGITS))
+    assert mean_binary_entropy(torch.zeros(1, 7)).item() == pytest.approx(math.log(2))
+    # Small entropies are not lost beside large logits.
+    certain = mean_binary_entropy(torch.tensor([[20.0], [-20.0], [1e4]]))
+    assert certain.tolist() == pytest.approx([21 * math.exp(-20), 21 * math.exp(-20), 0.0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(EXIT_CRITERIA))
+@pytest.mark.parametrize("num_labels", [2, 3, 50])
+def test_the_maximum_is_the_greatest_score(name, num_labels):
+    criterion = EXIT_CRITERIA[name]
+    maximum = criterion.maximum(num_labels, 10)
+    one_hot = torch.zeros(1, num_labels)
+    one_hot[0, 0] = 1e4
+    extremes = torch.cat([torch.zeros(1, num_labels), one_hot])
+    assert criterion.score(extremes, 10).max().item() == pytest.approx(maximum)
+    assert criterion.score(LOGITS[:, :num_labels], 10).max().item() <= maximum
 
 
 def test_the_last_stage_always_answers():

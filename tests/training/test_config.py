@@ -87,3 +87,8 @@ def test_refuses_unknown_fields_of_a_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_config(write(tmp_path / "run.yaml", "learning_rat: 1\n"))
     assert "Did you mean `learning_rate`?" in capsys.readouterr().err
+
+
+def test_smoothing_is_of_the_run_not_of_the_models_own_loss():
+    with pytest.raises(ValueError, match="`model.label_smoothing` is of the model's own loss: set `label_smoothing`"):
+        TrainingConfig(model={"label_smoothing": 0.1}).check()

@@ -18,6 +18,8 @@ from transformers import (
     ViTForImageClassification,
     pipeline,
 )
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
@@ -104,6 +106,14 @@ class TestOutcome:
     def test_refuses_to_continue_as_another_run(self, run, images):
         with pytest.raises(ValueError, match=r"belongs to another run \(seed: 0 then, 1 now\)"):
             TrainingRun(parse_config(flags(images, run[0], seed=1, resume="auto")))
+
+
+def test_mixup_trains_every_stage_without_a_warning(images, tmp_path):
+    """Targets are mixed, so that the model is called without labels."""
+    logging.warning_once.cache_clear()
+    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.forward_arguments")) as captured:
+        train(parse_config(flags(images, tmp_path, mixup=0.8, max_steps=1)))
+    assert captured.out == ""
 
 
 def test_learns(images, tmp_path):

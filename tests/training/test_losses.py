@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.losses import TrainingLoss
@@ -117,3 +119,15 @@ def test_refuses_what_the_model_cannot_do():
         TrainingLoss(config(stage_sampling="sandwich"), lively_model(thinking_stages=[2, 4]).config)
     with pytest.raises(ValueError, match="at least two stages"):
         TrainingLoss(config(inplace_distillation=0.5), lively_avit().config)
+    with pytest.raises(ValueError, match="cross-entropy are of single-label classification"):
+        TrainingLoss(config(), lively_model(problem_type="multi_label_classification").config)
+
+
+@pytest.mark.parametrize("lively", [lively_model, lively_avit])
+def test_asks_the_model_for_what_it_is_computed_from(lively):
+    """So that the model does not warn of a loss computed outside."""
+    model = lively().train()
+    logging.warning_once.cache_clear()
+    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.forward_arguments")) as captured:
+        model(random_images(4), **TrainingLoss(config(), model.config).outputs_needed)
+    assert captured.out == ""

@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .labels import check_single_label
+
 
 def answers(model: nn.Module, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """
@@ -35,8 +37,10 @@ def evaluate_accuracy(
         of; and the mean of what the model measures of itself.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if there are no images, or a model is not for single-label classification.
     """
+    for model in models.values():
+        check_single_label(model.config)
     was_training = {name: model.training for name, model in models.items()}
     sums: dict[str, torch.Tensor] = {}
     names: dict[str, list[str]] = {}

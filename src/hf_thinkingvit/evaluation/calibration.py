@@ -83,12 +83,10 @@ def least_images(epsilon: float, delta: float) -> int:
 
 def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
     """From the τ at which nothing exits early to the one at which everything does, over the criterion's range."""
-    if not EXIT_CRITERIA[answers.criterion].exits_below:
-        return np.linspace(1.0, 0.0, steps + 1).tolist()
-    classes = (
-        min(answers.entropy_top_k, answers.num_labels) if answers.criterion == "topk_entropy" else answers.num_labels
-    )
-    limit = math.log(max(classes, 2))  # the greatest entropy that there is
+    criterion = EXIT_CRITERIA[answers.criterion]
+    limit = criterion.maximum(answers.num_labels, answers.entropy_top_k)
+    if not criterion.exits_below:
+        return np.linspace(limit, 0.0, steps + 1).tolist()
     return np.linspace(0.0, limit + limit / steps, steps + 2).tolist()
 
 
@@ -278,7 +276,9 @@ def measure_stage_milliseconds(model: PreTrainedModel, pixel_values: torch.Tenso
         return time.perf_counter() - started
 
     # The τ at which nothing exits early.
-    never = 0.0 if EXIT_CRITERIA[model.config.exit_criterion].exits_below else 1.0
+    config = model.config
+    criterion = EXIT_CRITERIA[config.exit_criterion]
+    never = 0.0 if criterion.exits_below else criterion.maximum(config.num_labels, config.entropy_top_k)
     was_training = model.training
     model.eval()
     try:

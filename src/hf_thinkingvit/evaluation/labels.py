@@ -5,6 +5,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedConfig
 
+from ..models.config_checks import configured_problem_type
+
+
+def check_single_label(config: PreTrainedConfig) -> None:
+    """`ValueError` if the model does not choose one class, so that top-1 and top-5 would measure nothing."""
+    problem_type = configured_problem_type(config)
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"Top-1 accuracy and cross-entropy are of single-label classification, but this model's `problem_type` is "
+            f"{problem_type!r}: compute its loss and its metrics from `logits` or `stage_logits` of its outputs."
+        )
+
 
 class LabelMap:
     """
@@ -22,7 +34,8 @@ class LabelMap:
         name (`str`): of the dataset, for messages.
 
     Raises:
-        ValueError: if a label of the dataset is no class of the model.
+        ValueError: if a label of the dataset is no class of the model, or the model is not for single-label
+            classification.
     """
 
     def __init__(
@@ -33,6 +46,7 @@ class LabelMap:
         restrict: bool | None = None,
         name: str = "the dataset",
     ):
+        check_single_label(config)
         self.num_classes, self.name = config.num_labels, name
         self.table: torch.Tensor | None = None
         if label_names is not None:

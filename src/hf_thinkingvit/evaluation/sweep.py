@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data import as_image_split, evaluation_batches, find_split, load_splits
-from ..models.config_checks import as_pair
+from ..models.config_checks import as_pair, as_plain_numbers
 from ..models.exit_criteria import EXIT_CRITERIA, ExitRule, resolve_thresholds
 from .labels import LabelMap
 from .macs import stage_macs
@@ -69,6 +69,7 @@ class StageAnswers:
 
     def row(self, threshold: Threshold) -> dict[str, Any]:
         """Accuracy (%), cost and exits under a τ; accuracies of exits that no image takes are `None`."""
+        threshold = as_plain_numbers(threshold)
         stages = self.exit_stages(threshold)
         right = self.at(self.top1, stages)
         took = [stages == stage for stage in range(self.num_stages)]

@@ -18,12 +18,6 @@ from .results import num_stages, read_results
 
 SWEEP_ROWS = 12  # what a reader takes in; the results file has every row
 
-CRITERIA = {
-    "topk_entropy": "the entropy of the {top_k} largest probabilities (renormalised, in nats)",
-    "entropy": "the entropy of all probabilities (in nats)",
-    "max_probability": "the largest probability",
-    "margin": "the difference of the two largest probabilities",
-}
 METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
 COLUMNS = {
     "top1": ("top-1 (%)", "{:.2f}"),
@@ -117,9 +111,9 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
     if num_stages(config) > 1:  # one stage has no exit, and so no τ
         description["override"] = f"threshold={config.threshold}"
         description["threshold"] = _threshold(config.threshold)
-        criterion = CRITERIA.get(config.exit_criterion, f"`{config.exit_criterion}`")
-        description["criterion"] = criterion.format(top_k=config.entropy_top_k)
-        description["side"] = "below" if EXIT_CRITERIA[config.exit_criterion].exits_below else "above"
+        criterion = EXIT_CRITERIA[config.exit_criterion]
+        description["criterion"] = criterion.description.format(top_k=config.entropy_top_k)
+        description["side"] = "below" if criterion.exits_below else "above"
     return description
 
 

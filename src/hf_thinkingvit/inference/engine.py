@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..models.early_exit import State, resolve_max_stages, select_rows
-from ..models.exit_criteria import ExitRule, topk_entropy
+from ..models.exit_criteria import ExitRule, answer_entropy
 from .reader import Reader
 
 
@@ -188,7 +188,8 @@ class AdaptiveEngine:
         is_last = stage == self.num_stages - 1
         logits, state = self.stages.run_stage(stage, state, is_last=is_last)
         if self.rule is None:
-            entropies, exits = topk_entropy(logits), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            entropies = answer_entropy(logits, self.model.config)
+            exits = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         else:
             entropies, exits = self.rule.judge(stage, logits)
         # One copy to the host, and so one synchronisation, for the decision and everything else.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from transformers.activations import ACT2FN
 
@@ -16,6 +17,35 @@ def check_number(name: str, value, minimum: float = 0.0, maximum: float = math.i
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
         limits = f"of at least {minimum:g}" if maximum == math.inf else f"between {minimum:g} and {maximum:g}"
         raise ValueError(f"`{name}` must be a number {limits}, got {value!r}.")
+
+
+def as_plain_numbers(value: Any) -> Any:
+    """Tensors, NumPy arrays and NumPy scalars, also within a list, as Python numbers; anything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        plain = [as_plain_numbers(entry) for entry in value]
+        return tuple(plain) if isinstance(value, tuple) else plain
+    return value
+
+
+def configured_problem_type(config) -> str | None:
+    """The problem type as far as the configuration says it; `None` where it follows from the labels."""
+    if config.problem_type is None and config.num_labels == 1:
+        return "regression"
+    return config.problem_type
+
+
+def check_label_smoothing(config) -> None:
+    """Refuse a `label_smoothing` outside [0, 1), or one above 0 where there are no classes to spread it over."""
+    check_number("label_smoothing", config.label_smoothing, maximum=1.0)
+    if config.label_smoothing == 1:
+        raise ValueError("`label_smoothing` must be below 1, got 1: the labels would have no effect.")
+    if config.label_smoothing and configured_problem_type(config) not in (None, "single_label_classification"):
+        raise ValueError(
+            f"`label_smoothing` is of single-label classification: it must be 0 for "
+            f"{configured_problem_type(config)!r}, got {config.label_smoothing!r}."
+        )
 
 
 def check_size(name: str, value) -> None:

@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar
 
-from .config_checks import check_integer, check_number
+from .config_checks import check_integer, check_label_smoothing, check_number
 from .configuration_nested_vit import NestedViTConfig, Stage
 
 
@@ -36,6 +36,10 @@ class AViTConfig(NestedViTConfig):
             Standard deviation of the prior, in layers.
         distilled (`bool`, *optional*, defaults to `False`):
             Whether there are a DeiT distillation token and head; the prediction is then the mean of both heads.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1. Of
+            single-label classification only. Use it instead of `TrainingArguments.label_smoothing_factor`, with which
+            `Trainer` computes the loss itself, without the ponder and prior losses.
         kwargs:
             The ViT fields of [`NestedViTConfig`]: `hidden_size` (by default 64 channels a head), `num_hidden_layers`
             (12), `num_attention_heads` (3), `intermediate_size`, `image_size`, `patch_size` and so on.
@@ -73,6 +77,7 @@ class AViTConfig(NestedViTConfig):
     target_depth: float | int = 8
     prior_std: float | int = 1.0
     distilled: bool = False
+    label_smoothing: float | int = 0.0
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -93,6 +98,7 @@ class AViTConfig(NestedViTConfig):
         if self.gate_channel >= self.hidden_size:
             raise ValueError(f"`gate_channel` ({self.gate_channel}) must be below `hidden_size` ({self.hidden_size}).")
         check_halting_epsilon(self.halting_epsilon)
+        check_label_smoothing(self)
         for name in ("ponder_loss_weight", "prior_loss_weight", "target_depth", "prior_std"):
             check_number(name, getattr(self, name))
         if not self.prior_std > 0:

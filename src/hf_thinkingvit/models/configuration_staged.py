@@ -1,10 +1,12 @@
 """The exit fields of every model that thinks in stages, whatever its backbone."""
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .exit_criteria import check_exit_fields
+from .config_checks import as_plain_numbers, check_label_smoothing
+from .exit_criteria import check_exit_fields, default_exit_fields, same_threshold, suits_problem_type
 
 
 class StagedConfig(PreTrainedConfig):
@@ -13,26 +15,85 @@ class StagedConfig(PreTrainedConfig):
     stages are, in `stages`.
 
     Args:
-        threshold (`float` or `list[float]`, *optional*, defaults to 0.5):
+        threshold (`float` or `list[float]`, *optional*):
             τ: an image exits after a stage iff its entropy is below τ (strictly; for `max_probability` and `margin`:
             iff they are above it). One number, or one per exit, that is per stage but the last, which always answers.
-            For the entropies, 0 never exits early.
-        exit_criterion (`str`, *optional*, defaults to `"topk_entropy"`):
+            For the entropies, 0 never exits early. τ is on the scale of its criterion. By default 0.5 for
+            `"topk_entropy"` and 0.1 for `"mean_binary_entropy"`; the other criteria have no default and need both
+            fields. For regression, which no criterion judges, the default is 0, and nothing else is accepted.
+        exit_criterion (`str`, *optional*):
             `"topk_entropy"` (the official code's, on which published thresholds are), `"entropy"` (full softmax, the
-            paper's formula), `"max_probability"` or `"margin"` (largest minus second largest probability).
+            paper's formula), `"max_probability"` or `"margin"` (largest minus second largest probability); for
+            multi-label classification `"mean_binary_entropy"` (of each label's sigmoid, averaged over the labels: from
+            0 to ln 2). By default `"mean_binary_entropy"` where `problem_type` is `"multi_label_classification"`, and
+            `"topk_entropy"` otherwise. Setting another one later (or a `problem_type` that it does not suit) unsets
+            `threshold`, which must then be set as well; only 0 keeps its meaning from one entropy to another.
         entropy_top_k (`int`, *optional*, defaults to 10):
             How many of the largest probabilities `"topk_entropy"` keeps.
         stage_loss_weights (`list[float]`, *optional*):
-            Weight of each stage's cross-entropy in the training loss. Equal weights that sum to 1 by default.
+            Weight of each stage's loss in the training loss. Equal weights that sum to 1 by default.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1. Of
+            single-label classification only. Use it instead of `TrainingArguments.label_smoothing_factor`, with which
+            `Trainer` computes the loss itself, from the last stage alone.
     """
 
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
     keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
 
-    threshold: float | int | list[float] | tuple[float, ...] = 0.5
-    exit_criterion: str = "topk_entropy"
+    threshold: float | int | list[float] | tuple[float, ...] | None = None
+    exit_criterion: str | None = None
     entropy_top_k: int = 10
     stage_loss_weights: list[float] | tuple[float, ...] | None = None
+    label_smoothing: float | int = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "threshold":
+            value = as_plain_numbers(value)
+        before = self.__dict__.get("exit_criterion")
+        super().__setattr__(name, value)
+        if before is None:  # under construction: the fields are judged together when all of them are set
+            return
+        if name == "problem_type" and not suits_problem_type(before, value):
+            self.exit_criterion, _ = default_exit_fields(value, None, 0.0, 0)
+        elif name == "exit_criterion" and not same_threshold(before, value, self.threshold):
+            # The old τ would be read on the new criterion's scale; without one, everything that needs it refuses.
+            self.threshold = None
+
+    def __post_init__(self, **kwargs):
+        # As Transformers resolves it: `num_labels` wins over `id2label`.
+        num_labels = kwargs.get("num_labels") or (2 if self.id2label is None else len(self.id2label))
+        problem_type = "regression" if self.problem_type is None and num_labels == 1 else self.problem_type
+        self.exit_criterion, self.threshold = default_exit_fields(
+            problem_type, self.exit_criterion, self.threshold, self.num_stages - 1
+        )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "StagedConfig":
+        """
+        As in Transformers. Overrides of the model's own fields are in place before the fields are checked, since what
+        one of them may be depends on others.
+
+        Raises:
+            ValueError: if `exit_criterion` is overridden without `threshold`; for values that cannot work.
+        """
+        base = {field.name for field in fields(PreTrainedConfig)} - {"problem_type", "id2label", "label2id"}
+        names = {field.name for field in fields(cls)} - base
+        overrides = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        for name in ("threshold", "exit_criterion"):
+            if overrides.get(name, ...) is None:
+                del overrides[name]
+        if "exit_criterion" in overrides and "threshold" not in overrides and "threshold" in config_dict:
+            problem_type, saved = config_dict.get("problem_type"), config_dict.get("exit_criterion")
+            saved, _ = default_exit_fields(problem_type, saved, config_dict["threshold"], 0)
+            if not same_threshold(saved, overrides["exit_criterion"], config_dict["threshold"]):
+                raise ValueError(
+                    f"`exit_criterion` = {overrides['exit_criterion']!r} alone would read the saved `threshold` "
+                    f"({config_dict['threshold']}), which is on the scale of {saved!r}, on another scale: give both "
+                    "`exit_criterion` and `threshold`."
+                )
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
     def stages(self) -> tuple[Any, ...]:
@@ -46,6 +107,7 @@ class StagedConfig(PreTrainedConfig):
     def validate(self) -> None:
         super().validate()
         check_exit_fields(self)
+        check_label_smoothing(self)
 
 
 __all__ = ["StagedConfig"]

@@ -19,8 +19,8 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             over the same sub-network, `[2, 3, 6]` has three stages. Every stage runs all layers.
         use_distillation_token (`bool`, *optional*, defaults to `False`):
             Whether a DeiT distillation token follows the class token in the sequence.
-        threshold, exit_criterion, entropy_top_k, stage_loss_weights (*optional*):
-            The exit fields of [`StagedConfig`].
+        threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
+            The exit and loss fields of [`StagedConfig`].
         kwargs:
             The ViT fields of [`NestedViTConfig`], at full width: `hidden_size` (by default 64 channels a head),
             `num_hidden_layers` (12), `num_attention_heads` (by default those of the widest stage), `intermediate_size`

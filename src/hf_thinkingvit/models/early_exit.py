@@ -21,11 +21,20 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .classification_loss import check_labels, classification_loss, loss_arguments, weights_of_stages
 from .compiled_stages import CompiledStage, check_batch_sizes
 from .exit_criteria import ExitRule
+from .forward_arguments import check_arguments, warn_of_outside_loss
 
 
 State = dict[str, torch.Tensor]
+
+OUTSIDE_LOSS = (
+    "A loss that is computed from `logits` trains the last stage only, which is what `Trainer` does with "
+    "`label_smoothing_factor` or `compute_loss_func`. For label smoothing, set `label_smoothing` in the model's "
+    "configuration instead. A loss of your own should be computed from every entry of `stage_logits`; call the model "
+    "with `output_stage_logits=True` to say so."
+)
 
 
 @dataclass
@@ -36,15 +45,17 @@ class StagedImageClassifierOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` are given):
-            In training mode, the sum over all stages of `stage_loss_weights[i]` times the loss of stage i. In
-            evaluation mode, the loss of the accepted logits.
+            In training mode, the sum over the stages that run of `stage_loss_weights[i]` times the loss of stage i,
+            with `label_smoothing`; with `max_stages`, the weights are scaled to keep their sum. In evaluation mode, the
+            loss of the accepted logits, without smoothing.
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
             Logits of each image's accepted stage, before softmax. In training mode: of the last stage.
         exit_stage (`torch.LongTensor` of shape `(batch_size,)`):
             The accepted stage, counted from 0.
         entropy (`torch.FloatTensor` of shape `(batch_size,)`):
             Entropy in nats of the accepted stage's answer, float32 whatever the model's dtype: over all classes where
-            `exit_criterion` is `"entropy"`, over the `entropy_top_k` most probable otherwise.
+            `exit_criterion` is `"entropy"`, of each label averaged over the labels where it is `"mean_binary_entropy"`,
+            over the `entropy_top_k` most probable classes otherwise.
         stage_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_stage_logits=True` or in training mode):
             Logits `(batch_size, num_labels)` of every stage for every image, also of stages after its exit: asking for
             them makes all images run all stages. The other fields do not change.
@@ -100,37 +111,13 @@ def resolve_max_stages(max_stages: int | None, num_stages: int) -> int:
     return max_stages
 
 
-def check_labels(labels: torch.Tensor, batch_size: int, config) -> None:
-    """`ValueError` for labels of a shape, or class indices on the CPU, that do not fit the batch and `config`."""
-    num_labels, problem_type = config.num_labels, config.problem_type
-    if not isinstance(labels, torch.Tensor) or not (labels.is_floating_point() or labels.dtype == torch.long):
-        got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
-        raise ValueError(f"`labels` must be a tensor of class indices (torch.long) or of float targets, got {got}.")
-    is_index = not labels.is_floating_point()
-    if problem_type is None and num_labels > 1:
-        problem_type = "single_label_classification" if is_index else "multi_label_classification"
-    shapes = [(batch_size,)]
-    if problem_type == "multi_label_classification" or (num_labels > 1 and problem_type == "regression"):
-        shapes = [(batch_size, num_labels)]
-    elif num_labels == 1:
-        shapes = [(batch_size,), (batch_size, 1)]
-    if tuple(labels.shape) not in shapes:
-        raise ValueError(
-            f"`labels` must have the shape {' or '.join(map(str, shapes))} for a batch of {batch_size} and "
-            f"{num_labels} labels, got {tuple(labels.shape)} of {labels.dtype}."
-        )
-    # Only on the CPU: elsewhere reading the values would wait for the device.
-    if problem_type == "single_label_classification" and labels.device.type == "cpu":
-        unknown = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-        if unknown.numel():
-            raise ValueError(f"`labels` must lie between 0 and {num_labels - 1}, got {unknown.unique().tolist()}.")
-
-
 class StagedImageClassifierMixin:
     """
     `forward` of an image classifier that thinks in stages, for a `PreTrainedModel` with `begin`, `run_stage` and
     `recycle` (see this module's opening).
     """
+
+    _loss_function = staticmethod(classification_loss)  # behind `loss_function`, which users may set
 
     def begin(self, pixel_values: torch.Tensor, **kwargs) -> State:
         raise NotImplementedError
@@ -200,10 +187,12 @@ class StagedImageClassifierMixin:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Images, as the image processor returns them.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Class indices. With one label (`config.num_labels == 1`) a float target for regression; a float tensor
-                `(batch_size, num_labels)` for multi-label classification.
+                Class indices, of which -100 is ignored. With one label (`config.num_labels == 1`) a float target for
+                regression; with `config.problem_type = "multi_label_classification"` a float tensor
+                `(batch_size, num_labels)`. In training mode without labels a warning says, once, that a loss computed
+                outside should be one of `stage_logits`; `output_stage_logits=True` says that it is.
             threshold (`float` or `list[float]`, *optional*):
-                τ for this call, instead of `config.threshold`.
+                τ for this call, instead of `config.threshold`: Python's or NumPy's numbers, an array or a tensor.
             max_stages (`int`, *optional*):
                 Run at most this many stages, from 1 to the number that the model has; the last of them always answers.
             output_stage_logits (`bool`, *optional*):
@@ -217,11 +206,15 @@ class StagedImageClassifierMixin:
 
         Raises:
             ValueError: for pixel values, labels, `threshold` or `max_stages` that do not fit the model.
+            TypeError: for arguments that neither the model nor Transformers knows.
         """
+        check_arguments(self, kwargs)
         rule = ExitRule.from_config(self.config, threshold)
         num_stages = resolve_max_stages(max_stages, self.config.num_stages)
         # Every stage for every image, with the accepted answer picked afterwards, where all answers are wanted.
         run_all = self.training or bool(output_stage_logits)
+        if labels is None and num_stages > 1 and not output_stage_logits:
+            warn_of_outside_loss(self, OUTSIDE_LOSS)
 
         state = self.begin(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, max_stages=max_stages, **kwargs
@@ -273,7 +266,7 @@ class StagedImageClassifierMixin:
         if labels is not None and self.training:
             loss = self._training_loss(labels, stage_logits, **kwargs)
         elif labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = self.loss_function(labels, logits, self.config, **loss_arguments(self, kwargs))
         return StagedImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -284,6 +277,7 @@ class StagedImageClassifierMixin:
 
     def _training_loss(self, labels: torch.Tensor, stage_logits: Sequence[torch.Tensor], **kwargs) -> torch.Tensor:
         """Weighted sum of the stages' losses (ThinkingViT paper, training objective)."""
+        weights = weights_of_stages(self.config.stage_loss_weights, len(stage_logits))
+        kwargs = loss_arguments(self, kwargs)
         losses = [self.loss_function(labels, logits, self.config, **kwargs) for logits in stage_logits]
-        weights = self.config.stage_loss_weights or [1.0 / len(losses)] * len(losses)
         return sum(weight * loss for weight, loss in zip(weights, losses))

@@ -13,13 +13,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from .avit_loss import OUTSIDE_LOSS, add_loss, halting_losses
+from .classification_loss import check_labels, classification_loss
 from .config_checks import check_integer
 from .configuration_avit import AViTConfig, check_halting_epsilon
-from .early_exit import check_labels, wants_recordings
+from .early_exit import wants_recordings
+from .forward_arguments import check_arguments, warn_of_outside_loss
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import NestedViTEmbeddings, NestedViTPreTrainedModel, build_layers
 from .packed_tokens import PackedTokens
-from .token_halting import HaltingState, depth_prior, halt, halting_scores, prior_loss
+from .token_halting import HaltingState, halt, halting_scores
 from .vit_weights import ONE_OR_TWO_HEADS, SHARED_FIELDS, check_overrides, import_vit, load_vit
 
 
@@ -56,13 +59,14 @@ class AViTImageClassifierOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` are given):
-            The task loss; in training mode plus the weighted ponder and prior losses.
+            The task loss; in training mode with label smoothing, plus the weighted ponder and prior losses.
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
             Scores before softmax; of a distilled model, the mean of both heads.
         cls_logits, distillation_logits (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
             Each head's scores, for distilled models.
         task_loss, ponder_loss, prior_loss (`torch.Tensor` of shape `(1,)`, *optional*):
-            The parts of the loss, unweighted; the latter two in training mode.
+            The parts of the loss, unweighted. The latter two in training mode, also without `labels`, and with
+            `output_halting_losses=True`.
         mean_depth (`torch.FloatTensor` of shape `(batch_size,)`):
             Mean number of layers that the image's tokens ran. Tokens that an image takes with it when it leaves count
             with the layers that they ran.
@@ -149,7 +153,9 @@ class AViTModel(AViTPreTrainedModel):
 
         Raises:
             ValueError: for arguments that do not fit the model.
+            TypeError: for arguments that neither the model nor Transformers knows.
         """
+        check_arguments(self, kwargs)
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
         hidden_states = self.embed(pixel_values, interpolate_pos_encoding)
         shape, device = hidden_states.shape[:2], hidden_states.device
@@ -256,6 +262,8 @@ class AViTForImageClassification(AViTPreTrainedModel):
     token of distilled models). In evaluation mode the computation is sparse, in training mode dense.
     """
 
+    _loss_function = staticmethod(classification_loss)  # behind `loss_function`, which users may set
+
     def __init__(self, config: AViTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -273,6 +281,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
         halting_epsilon: float | None = None,
         max_depth: int | None = None,
         output_token_depth: bool | None = None,
+        output_halting_losses: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -288,15 +297,24 @@ class AViTForImageClassification(AViTPreTrainedModel):
                 Run at most this many layers; all tokens halt in the last of them.
             output_token_depth (`bool`, *optional*):
                 Return each token's depth, which keeps images running until all their tokens have halted.
+            output_halting_losses (`bool`, *optional*):
+                Return `ponder_loss` and `prior_loss` in evaluation mode as well, which computes densely. In training
+                mode without `labels`, say that the loss computed outside adds them, each times its weight in the
+                configuration; else a warning asks for it, once.
             interpolate_pos_encoding (`bool`, *optional*):
                 Accept images of another size than `config.image_size`.
 
         Raises:
             ValueError: for arguments that do not fit the model.
+            TypeError: for arguments that neither the model nor Transformers knows.
         """
+        check_arguments(self, kwargs)
+        if labels is None and not output_halting_losses:
+            warn_of_outside_loss(self, OUTSIDE_LOSS)
+        with_halting_losses = self.training or bool(output_halting_losses)
         recorded = wants_recordings(self.config, kwargs)
         dense = macs = None
-        if self.training or recorded:
+        if with_halting_losses or recorded:
             dense = self.avit(
                 pixel_values,
                 halting_epsilon=halting_epsilon,
@@ -319,9 +337,11 @@ class AViTForImageClassification(AViTPreTrainedModel):
             outputs.token_depth = token_depth
         if recorded:
             outputs.hidden_states, outputs.attentions = dense.hidden_states, dense.attentions
+        if with_halting_losses:
+            outputs.ponder_loss, outputs.prior_loss = halting_losses(dense.halting_scores, dense.ponder, self.config)
         if labels is not None:
             check_labels(labels, len(token_depth), self.config)
-            self._add_losses(outputs, labels, dense if self.training else None, **kwargs)
+            add_loss(self, outputs, labels, **kwargs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
@@ -358,27 +378,6 @@ class AViTForImageClassification(AViTPreTrainedModel):
             num_tokens - self.config.num_prefix_tokens
         ) * self.avit.embeddings.patch_embeddings.weight.numel()
         return patch_embedding + self.config.num_prefix_tokens * self.classifier.weight.numel()
-
-    def _add_losses(
-        self, outputs: AViTImageClassifierOutput, labels: torch.Tensor, dense: AViTModelOutput | None, **kwargs
-    ) -> None:
-        heads = [outputs.logits]
-        if dense is not None and self.config.distilled:  # without a teacher, both heads learn from the labels
-            heads = [outputs.cls_logits, outputs.distillation_logits]
-        losses = [self.loss_function(labels, logits, self.config, **kwargs) for logits in heads]
-        outputs.task_loss = outputs.loss = sum(losses) / len(losses)
-        if dense is None:
-            return
-        config = self.config
-        num_layers = len(dense.halting_scores)
-        target = depth_prior(num_layers, config.target_depth, config.prior_std).to(outputs.loss.device)
-        outputs.ponder_loss = dense.ponder.mean()
-        outputs.prior_loss = prior_loss(dense.halting_scores.mean(dim=(1, 2)), target)
-        outputs.loss = (
-            outputs.task_loss
-            + config.ponder_loss_weight * outputs.ponder_loss
-            + config.prior_loss_weight * outputs.prior_loss
-        )
 
 
 __all__ = ["AViTForImageClassification", "AViTModel", "AViTPreTrainedModel"]

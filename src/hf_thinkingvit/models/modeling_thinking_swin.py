@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .early_exit import StagedImageClassifierMixin, State, record, resolve_max_stages
+from .forward_arguments import check_arguments
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
 from .swin_weights import import_swin, load_swin, thinking_swin_config_from_swin
@@ -169,7 +170,9 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
 
         Raises:
             ValueError: for pixel values or `max_stages` that do not fit the model.
+            TypeError: for arguments that neither the model nor Transformers knows.
         """
+        check_arguments(self, kwargs)
         num_stages = resolve_max_stages(max_stages, self.config.num_stages)
         state = self.embed(pixel_values, interpolate_pos_encoding, num_stages)
         for index in range(num_stages):

@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nested_vit import Stage
 from .configuration_thinkingvit import ThinkingViTConfig
 from .early_exit import StagedImageClassifierMixin, State, record, resolve_max_stages, wants_recordings
+from .forward_arguments import check_arguments
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import (
     NestedViTAttention,
@@ -143,7 +144,9 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
 
         Raises:
             ValueError: for pixel values or `max_stages` that do not fit the model.
+            TypeError: for arguments that neither the model nor Transformers knows.
         """
+        check_arguments(self, kwargs)
         num_stages = resolve_max_stages(max_stages, self.config.num_stages)
         state = self.embed(pixel_values, interpolate_pos_encoding)
         for index in range(num_stages):

@@ -181,6 +181,8 @@ class TrainingConfig:
         for name in self.model:
             if name not in known:
                 raise ValueError(_unknown(f"model.{name}", [f"model.{entry}" for entry in known]))
+        if "label_smoothing" in self.model:
+            raise ValueError("`model.label_smoothing` is of the model's own loss: set `label_smoothing` of the run.")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

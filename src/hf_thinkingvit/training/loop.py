@@ -148,7 +148,7 @@ class TrainingRun(TrainingSetup):
         self.accelerator.step = part
         with self.accelerator.accumulate(self.model):
             with self.accelerator.autocast():
-                outputs = self.model(pixel_values, **inputs)
+                outputs = self.model(pixel_values, **inputs, **self.loss.outputs_needed)
                 loss, parts = self.loss(outputs, pixel_values, targets, step)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.config.clip_grad is not None:

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..evaluation.labels import check_single_label
 from .config import TrainingConfig
 from .distillation import DistillationLoss, Teacher, teacher_loss
 from .seeding import seeded
@@ -37,6 +38,10 @@ class TrainingLoss:
             teacher = Teacher(teacher, id2label=model_config.id2label, label_map=config.label_map)
         self.config, self.teacher = config, teacher
         self.num_stages = getattr(model_config, "num_stages", 1)
+        # Arguments of the model's `forward` for the outputs that the loss is computed from, with or without labels.
+        arguments = {"stage_loss_weights": "output_stage_logits", "ponder_loss_weight": "output_halting_losses"}
+        self.outputs_needed = {argument: True for field, argument in arguments.items() if hasattr(model_config, field)}
+        check_single_label(model_config)
         weights = getattr(model_config, "stage_loss_weights", None) or [1.0 / self.num_stages] * self.num_stages
         self.stage_weights = torch.tensor(weights, dtype=torch.float64)
         if config.stage_sampling == "sandwich" and self.num_stages < 3:

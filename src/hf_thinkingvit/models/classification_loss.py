@@ -1,0 +1,165 @@
+"""
+The loss of every classifier here: of one answer, of several stages' answers, and of a part of a batch.
+
+`Trainer` with gradient accumulation calls a model on parts of a batch, and tells it how many labels the whole batch has
+(`num_items_in_batch`). It then adds the gradients up and divides nothing. So each part's loss, which is a mean, must be
+scaled by the part's share of the batch; `share_of_batch` is that share, for whatever a model adds to its loss.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .config_checks import configured_problem_type
+from .exit_criteria import EXIT_CRITERIA
+
+
+IGNORE_INDEX = -100
+
+
+def problem_type_of(labels: torch.Tensor, config) -> str:
+    """`config.problem_type`; where it is `None`, what Transformers takes it for, from `num_labels` and the labels."""
+    problem_type = configured_problem_type(config)
+    if problem_type is None:
+        problem_type = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    return problem_type
+
+
+def check_labels(labels: torch.Tensor, batch_size: int, config) -> None:
+    """
+    Refuse labels that do not fit the batch and `config`: class indices (int64) `(batch_size,)`; for multi-label
+    classification floating-point targets `(batch_size, num_labels)` between 0 and 1; for regression floating-point
+    targets `(batch_size, num_labels)`, or `(batch_size,)` with one label. Values are checked on the CPU only: reading
+    them elsewhere would wait for the device. -100 marks class indices, and multi-label targets, that do not count.
+
+    Raises:
+        ValueError: for another type, dtype, shape or value; and for multi-label targets of a model whose exit criterion
+            judges a softmax.
+    """
+    if not isinstance(labels, torch.Tensor) or not (labels.is_floating_point() or labels.dtype == torch.long):
+        got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(f"`labels` must be a tensor of class indices (torch.long) or of float targets, got {got}.")
+    num_labels, problem_type = config.num_labels, problem_type_of(labels, config)
+    single = problem_type == "single_label_classification"
+    shapes = [(batch_size,)] if single else [(batch_size, num_labels)]
+    if problem_type == "regression" and num_labels == 1:
+        shapes.insert(0, (batch_size,))
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"`labels` must have the shape {' or '.join(map(str, shapes))} for {problem_type} of a batch of "
+            f"{batch_size} with {num_labels} labels, got {tuple(labels.shape)} of {labels.dtype}. Class indices are "
+            "torch.long of one dimension; floating-point targets are for regression and multi-label classification."
+        )
+    if single == labels.is_floating_point():
+        expected = "class indices (torch.long)" if single else "floating-point targets"
+        raise ValueError(f"`labels` must be {expected} for {problem_type}, got {labels.dtype}.")
+    criterion = EXIT_CRITERIA.get(getattr(config, "exit_criterion", None))
+    if criterion is not None and problem_type != "regression" and criterion.multi_label == single:
+        raise ValueError(
+            f"`labels` are those of {problem_type}, but `exit_criterion` is {config.exit_criterion!r}, which judges "
+            "another kind of answer. Set `problem_type` in the configuration, and with it an `exit_criterion` and a "
+            '`threshold`: for multi-label classification `problem_type="multi_label_classification"`, '
+            '`exit_criterion="mean_binary_entropy"`.'
+        )
+    if labels.device.type != "cpu" or problem_type == "regression" or torch.compiler.is_compiling():
+        return
+    counted = labels[labels != IGNORE_INDEX]
+    limit = num_labels - 1 if single else 1
+    unknown = counted[~((counted >= 0) & (counted <= limit))]
+    if unknown.numel():
+        raise ValueError(f"`labels` must lie between 0 and {limit}, got {unknown.unique().tolist()}.")
+
+
+def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """
+    The share that these labels have of a batch of which they are a part: 1.0 where `num_items_in_batch` is `None`.
+
+    Counted as `Trainer` counts `num_items_in_batch`: every entry but -100. Of multi-label targets each label is one, so
+    that the share is that of the images. The shares of all parts, over accumulation steps and processes, sum to 1.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    items = torch.as_tensor(num_items_in_batch, device=labels.device)
+    items = items.reshape(-1)[0]  # under DataParallel, `Trainer` repeats the number for each replica
+    return labels.ne(IGNORE_INDEX).sum() / items.clamp(min=1)
+
+
+def classification_loss(
+    labels: torch.Tensor,
+    logits: torch.Tensor,
+    config,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    **kwargs,
+) -> torch.Tensor:
+    r"""
+    The loss of one answer, as a loss function of Transformers (`model.loss_function`): cross-entropy, binary
+    cross-entropy of each label, or squared error. Unlike Transformers', it smooths labels, computes in float32 whatever
+    the dtype of the logits, scales every problem's loss by `num_items_in_batch`, and leaves `config` as it is.
+
+    Args:
+        labels (`torch.Tensor`): as `check_labels` accepts them, on any device.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`, any floating dtype): the answer.
+        config (`PreTrainedConfig`): of the model, for `num_labels` and `problem_type`.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): labels of the whole batch, of which this is a part:
+            the losses of all parts then sum to the loss of the whole. By default this is the whole.
+        label_smoothing (`float`, *optional*, defaults to 0.0): share of each target that is spread evenly over all
+            classes. The models pass `config.label_smoothing` in training mode.
+        kwargs: other arguments of a model's `forward`, ignored.
+
+    Returns:
+        `torch.Tensor`: a float32 scalar, a mean over what counts (0 where nothing does).
+
+    Raises:
+        ValueError: for label smoothing in multi-label classification and regression, which have no other classes to
+            spread a target over.
+    """
+    logits, labels = logits.float(), labels.to(logits.device)
+    problem_type = problem_type_of(labels, config)
+    if label_smoothing and problem_type != "single_label_classification":
+        raise ValueError(
+            f"`label_smoothing` is of single-label classification, got {label_smoothing!r} for {problem_type}."
+        )
+    if problem_type == "regression":
+        loss = F.mse_loss(logits.reshape(labels.shape), labels.float())
+    else:
+        counts = labels != IGNORE_INDEX
+        if problem_type == "single_label_classification":
+            losses = F.cross_entropy(
+                logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum"
+            )
+        else:
+            losses = F.binary_cross_entropy_with_logits(logits, labels.float(), weight=counts.float(), reduction="sum")
+        loss = losses / counts.sum().clamp(min=1)
+    return loss * share_of_batch(labels, num_items_in_batch)
+
+
+def loss_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    What to call `model.loss_function` with, beside labels, logits and configuration: the arguments of `forward`, and in
+    training mode the label smoothing. In evaluation mode the loss measures the answers, without smoothing.
+    """
+    smoothing = model.config.label_smoothing if model.training else 0.0
+    return {**kwargs, "label_smoothing": smoothing} if smoothing else kwargs
+
+
+def weights_of_stages(weights: Sequence[float] | None, num_stages: int) -> list[float]:
+    """
+    The weights of the first `num_stages` stages' losses, with the same sum as those of all stages, so that the size of
+    the loss does not depend on how many stages run. Equal weights that sum to 1 where `weights` is `None`.
+
+    Raises:
+        ValueError: if all of these stages have weight 0.
+    """
+    if weights is None:
+        return [1.0 / num_stages] * num_stages
+    used = list(weights[:num_stages])
+    if not sum(used) > 0:
+        raise ValueError(
+            f"`stage_loss_weights` ({list(weights)}) has weight 0 for all of the {num_stages} stages that `max_stages` "
+            "lets run: there is nothing to train. Raise `max_stages`, or set other weights."
+        )
+    return [weight * sum(weights) / sum(used) for weight in used]
