@@ -109,10 +109,19 @@ def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
     return np.linspace(0.0, limit + limit / steps, steps + 2).tolist()
 
 
-def _failures(answers: StageAnswers, threshold: Threshold, risk: Risk) -> torch.Tensor:
-    """Which images fail under a τ, bool `(images,)`."""
-    right = answers.at(answers.top1, answers.exit_stages(threshold))
-    return ~right & answers.top1[:, -1] if risk == "accuracy_drop" else ~right
+def _failures(answers: StageAnswers, risk: Risk) -> torch.Tensor:
+    """Which images fail if they exit at each stage, bool `(images, stages)`."""
+    return ~answers.top1 & answers.top1[:, -1:] if risk == "accuracy_drop" else ~answers.top1
+
+
+def _means(answers: StageAnswers, grid: Sequence[Threshold], values: torch.Tensor) -> torch.Tensor:
+    """Means over the images of `values` `(images, stages)` at each image's exit, for every τ: float64 `(thresholds,)`."""
+    together = max(1, 2**23 // answers.scores.numel())  # some 100 MB
+    means = []
+    for start in range(0, len(grid), together):
+        stages = answers.exit_stages_of_each(grid[start : start + together])
+        means.append(values.T.expand(answers.num_stages, -1).gather(0, stages).double().mean(dim=1))
+    return torch.cat(means)
 
 
 def _grid(answers: StageAnswers, per_exit: bool, levels: int) -> list[Threshold]:
@@ -187,7 +196,7 @@ def calibrate_risk(
         )
     kept: Threshold | None = None
     for threshold in order:
-        failures = int(_failures(tested, threshold, risk).sum())
+        failures = int(tested.at(_failures(tested, risk), tested.exit_stages(threshold)).sum())
         # With as many failures as ε allows on average, no test passes at a level that anybody asks for.
         if failures >= epsilon * len(tested) or binomial_p_value(failures, len(tested), epsilon) > delta:
             break
@@ -219,7 +228,7 @@ def calibrate_risk(
         statement=statement,
         dataset=answers.dataset,
         images=len(tested),
-        achieved=_failures(tested, kept, risk).double().mean().item(),
+        achieved=_means(tested, [kept], _failures(tested, risk)).item(),
         top1=row["top1"],
         gmacs=row["gmacs"],
         epsilon=epsilon,
@@ -231,11 +240,10 @@ def calibrate_risk(
 
 def _pareto_order(answers: StageAnswers, risk: Risk) -> list[Threshold]:
     """Thresholds that no other beats in both risk and cost, from the least risk on."""
-    points = []
-    for threshold in _grid(answers, per_exit=True, levels=24):
-        stages = answers.exit_stages(threshold)
-        cost = torch.tensor(answers.macs)[stages].double().mean().item()
-        points.append((_failures(answers, threshold, risk).double().mean().item(), cost, threshold))
+    grid = _grid(answers, per_exit=True, levels=24)
+    risks = _means(answers, grid, _failures(answers, risk)).tolist()
+    costs = _means(answers, grid, torch.tensor(answers.macs).expand(len(answers), -1)).tolist()
+    points = zip(risks, costs, grid)
     order, cheapest = [], math.inf
     for _, cost, threshold in sorted(points, key=lambda point: point[:2]):
         if cost < cheapest:
@@ -271,11 +279,11 @@ def calibrate_budget(
         raise ValueError(f"`milliseconds` needs `stage_milliseconds`, {answers.num_stages} of them, one per stage.")
     unit, budget = ("GMACs", gmacs) if milliseconds is None else ("ms", milliseconds)
     costs = torch.tensor([macs / 1e9 for macs in answers.macs] if milliseconds is None else list(stage_milliseconds))
+    grid = _grid(answers, per_exit, levels=24)
+    spent = _means(answers, grid, costs.expand(len(answers), -1)).tolist()
+    accuracies = _means(answers, grid, answers.top1).tolist()
     best: tuple[float, float, Threshold] | None = None
-    for threshold in _grid(answers, per_exit, levels=24):
-        stages = answers.exit_stages(threshold)
-        cost = costs[stages].double().mean().item()
-        accuracy = answers.at(answers.top1, stages).double().mean().item()
+    for cost, accuracy, threshold in zip(spent, accuracies, grid):
         if cost <= budget and (best is None or (accuracy, -cost) > (best[0], -best[1])):
             best = accuracy, cost, threshold
     if best is None:

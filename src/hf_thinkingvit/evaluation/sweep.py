@@ -66,9 +66,20 @@ class StageAnswers:
         """
         Where each image leaves under a τ (one, or one per exit): int64 `(images,)`. `ValueError` for a τ that is none.
         """
-        rule = ExitRule(self.criterion, resolve_thresholds(threshold, self.num_stages - 1), self.entropy_top_k)
-        exits = torch.stack([rule.exits(stage, self.scores[:, stage]) for stage in range(self.num_stages)], dim=1)
-        return exits.int().argmax(dim=1)
+        return self.exit_stages_of_each([threshold])[0]
+
+    def exit_stages_of_each(self, thresholds: Sequence[Threshold]) -> torch.Tensor:
+        """The same under several τ at once: int64 `(thresholds, images)`."""
+        resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
+        # Of each exit, one τ per row; float32 as the scores, to which torch rounds a single τ as well.
+        columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
+        rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
+        goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
+        stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
+        for stage in range(self.num_stages - 1):
+            goes_on &= ~rule.exits(stage, self.scores[:, stage])
+            stages += goes_on
+        return stages
 
     def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
         """Of `(images, stages)`, each image's entry at its exit."""
