@@ -115,7 +115,7 @@ def _failures(answers: StageAnswers, risk: Risk) -> torch.Tensor:
 
 
 def _means(answers: StageAnswers, grid: Sequence[Threshold], values: torch.Tensor) -> torch.Tensor:
-    """Means over the images of `values` `(images, stages)` at each image's exit, for every τ: float64 `(thresholds,)`."""
+    """For every τ, the mean over the images of `values` `(images, stages)` at their exits: float64 `(thresholds,)`."""
     together = max(1, 2**23 // answers.scores.numel())  # some 100 MB
     means = []
     for start in range(0, len(grid), together):
@@ -178,8 +178,8 @@ def calibrate_risk(
     training = is_training_split(answers.split)
     if training and not allow_training_images:
         raise ValueError(
-            f"The calibration images are training images (split {answers.split!r}): on them a model does better than on "
-            "others, so no promise follows. Calibrate on images that it was not trained on; if these are such, name "
+            f"The calibration images are training images (split {answers.split!r}): on them a model does better than "
+            "on others, so no promise follows. Calibrate on images that it was not trained on; if these are such, name "
             "their `split` otherwise or pass `allow_training_images=True`."
         )
     order, tested = list(candidates or []), answers

@@ -61,8 +61,8 @@ def model_card(
 ) -> ModelCard:
     """
     A card for a trained classifier. Every measured number is one of `results`; what they lack, the card leaves out. A
-    calibration of `results`, or the one that the configuration carries, is repeated only while it is of this model as it
-    is; else the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
+    calibration of `results`, or the one that the configuration carries, is repeated only while it is of this model as
+    it is; else the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
 
     Args:
         model (`PreTrainedModel`): whose configuration and weights the card describes.

@@ -83,7 +83,6 @@ def push(
         model, found, name=repo_id.split("/")[1], source=repo_id, license=license, datasets=datasets, **card_data
     )
 
-
     def write(folder: Path) -> None:
         with _published_configuration(model):
             model.save_pretrained(folder)  # its code as well: the classes are registered for the Auto classes

@@ -10,13 +10,13 @@ What a model card may say: measured results, as a mapping or as a JSON file of t
                      "conditions": {"weights": "...", "dtype": "float32", ...}, ...},
      "training": {"epochs": 100, ...}}
 
-`split` is that of `dataset` on which it was measured, `"all"` of data that have none; `selected_on` the one on which the
-best epoch of the training was chosen; `dtype` what the model computed in. `calibration` is what
+`split` is that of `dataset` on which it was measured, `"all"` of data that have none; `selected_on` the one on which
+the best epoch of the training was chosen; `dtype` what the model computed in. `calibration` is what
 [`~hf_thinkingvit.evaluation.Calibration`] says of itself; without `conditions` nobody can tell whether it is of this
-model. `stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per exit;
-`plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A model
-without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and
-`sweep`.
+model. `stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per
+exit; `plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A
+model without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages`
+and `sweep`.
 """
 
 import json
