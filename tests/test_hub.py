@@ -49,7 +49,10 @@ def results(**overrides) -> dict:
         "stages": [{"top1": 61.5, "top5": 90.25, "gmacs": 0.25}, {"top1": 72.125, "top5": 95, "gmacs": 1.5}],
         "sweep": sweep(8),
         "calibration": {
-            **{"threshold": 0.5, "epsilon": 0.01, "delta": 0.05, "statement": "It keeps the promise."},
+            "threshold": 0.5,
+            "epsilon": 0.01,
+            "delta": 0.05,
+            "statement": "It keeps the promise.",
             "conditions": model_conditions(staged()),
         },
         "training": {"epochs": 7, "batch size": None},

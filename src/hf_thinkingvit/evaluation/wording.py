@@ -26,9 +26,9 @@ def at_most(epsilon: float) -> str:
 
 
 def _rounded_up(share: float) -> Decimal:
-    value = Decimal(repr(float(share)))
-    if not 0 < value < 1:
+    if not 0 < share < 1:
         raise ValueError(f"A share must be above 0 and below 1, got {share!r}.")
+    value = Decimal(repr(float(share)))
     leading = min(value.adjusted(), (1 - value).adjusted())
     return value.quantize(Decimal(1).scaleb(leading - DIGITS + 1), rounding=ROUND_CEILING)
 

@@ -22,6 +22,7 @@ from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
 from ..hub import accuracy_results, model_card
 from ..image_processing import evaluation_image_processor
+from ..public_names import public_name
 from .checkpoints import Checkpoints, list_checkpoints, replace_folder
 from .config import TrainingConfig
 from .data import Place, load_data, num_train_images, train_batches
@@ -376,16 +377,17 @@ class TrainingRun:
         model.save_pretrained(temporary)
         self.processor.save_pretrained(temporary)
         config = self.config
+        dataset = public_name(config.dataset)
         training = {
-            "data": f"`{config.dataset}`, split `{config.train_split}`, {self.num_images} images",
+            "data": f"`{dataset}`, split `{config.train_split}`, {self.num_images} images",
             "epochs": f"{self.progress.epoch} of {self.num_epochs}, {self.progress.step} optimizer steps",
             "batch size": config.batch_size,
             "learning rate": f"{config.scaled_learning_rate:g} at that batch size",
             "seed": config.seed,
         }
-        dataset = Path(config.dataset).name
         results = accuracy_results(model, result, dataset, split=config.eval_split, training=training)
-        card = model_card(model, results, name=f"{config.model_type}-{dataset}", license=config.model_license)
+        name = f"{config.model_type}-{dataset.rsplit('/')[-1]}"
+        card = model_card(model, results, name=name, license=config.model_license)
         card.save(temporary / "README.md")
         replace_folder(temporary, folder)
 
