@@ -1,7 +1,11 @@
 """A promise is of one model: whatever changes that model ends it."""
 
 import copy
+import json
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from hf_thinkingvit.hub import model_card, push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.evaluation.test_calibration import draw
 from tests.models.test_modeling_avit import lively_avit
+from tests.training.tiny_runs import LABELS, write_images
 from tests.utils import lively_model, lively_swin, random_images
 
 
@@ -230,3 +235,32 @@ def test_what_is_measured_is_what_is_recorded():
 def test_models_without_stages_have_no_calibration():
     status = calibration_status(lively_avit(), calibrated().config.calibration)
     assert status.changed == ("the model, which does not think in stages",)
+
+
+def test_scripts_measure_a_half_precision_checkpoint_in_one_dtype(tmp_path, monkeypatch):
+    """In float32 unless told otherwise; the calibrated model is saved as it was measured, so that its card holds."""
+    pytest.importorskip("matplotlib")
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
+    lively_model(thinking_stages=[1, 4], num_labels=3, **names).half().save_pretrained(tmp_path / "model")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images", num_train=2, num_test=40)
+
+    def run(script: str, *words) -> Path:
+        output = tmp_path / "-".join([script, *words]).replace("/", "_")
+        common = ["--model", tmp_path / "model", "--dataset", tmp_path / "images", "--output-dir", output]
+        monkeypatch.setattr(sys, "argv", [script, *map(str, common), *words])
+        runpy.run_path(str(Path(__file__).parents[2] / "examples" / script), run_name="__main__")
+        return output
+
+    for words, dtype in (([], "float32"), (["--dtype", "bfloat16"], "bfloat16")):
+        swept = json.loads((run("sweep_thresholds.py", *words) / "results.json").read_text())
+        folder = run("calibrate.py", "--gmacs", "0.0005", "--check", "0", *words)
+        found = json.loads((folder / "calibration.json").read_text())
+        assert swept["dtype"] == found["conditions"]["dtype"] == dtype
+        assert swept["split"] == found["split"] == "test"
+        assert found["calibration_images"]["last_stage_top1"] == swept["stages"][-1]["top1"]
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        assert model.dtype == getattr(torch, dtype) and calibration_status(model, found).holds
+        other = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float16)
+        assert "the dtype" in str(calibration_status(other, found))
