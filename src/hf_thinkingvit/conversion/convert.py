@@ -15,6 +15,8 @@ from . import avit, thinking_swin, thinkingvit
 from .checkpoint import Checkpoint, read_checkpoint
 
 
+# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`; `IGNORED`
+# matches the names of tensors that follow from the configuration, where a family's checkpoints may hold such.
 # The more particular one first: a ThinkingViT has all that a DeiT has.
 FAMILIES = {"thinking_swin": thinking_swin, "thinkingvit": thinkingvit, "avit": avit}
 

@@ -123,8 +123,9 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
     ]
     description["schedule"] = _table(["", "heads", "width", "GMACs up to here"], rows)
     if num_stages(config) > 1:  # one stage has no exit, and so no τ
-        description["override"] = f"threshold={config.threshold}"
-        description["threshold"] = _threshold(config.threshold)
+        if config.threshold is not None:  # unset until it is chosen for another criterion
+            description["override"] = f"threshold={config.threshold}"
+            description["threshold"] = _threshold(config.threshold)
         criterion = CRITERIA.get(config.exit_criterion, f"`{config.exit_criterion}`")
         description["criterion"] = criterion.format(top_k=config.entropy_top_k)
         description["side"] = "below" if EXIT_CRITERIA[config.exit_criterion].exits_below else "above"
@@ -231,7 +232,7 @@ def _evenly_picked(rows: Sequence[Mapping[str, Any]], wanted: int | None) -> Seq
 
 def _row_of_config(config: PreTrainedConfig, sweep: Sequence[Mapping[str, Any]]) -> int | None:
     """Where in the sweep the τ is with which the model is loaded, if it was measured."""
-    for index, row in enumerate(sweep):
+    for index, row in enumerate(sweep if getattr(config, "threshold", None) is not None else ()):
         exits = config.num_stages - 1
         if resolve_thresholds(row["threshold"], exits) == resolve_thresholds(config.threshold, exits):
             return index
