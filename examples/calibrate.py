@@ -5,7 +5,9 @@ Choose τ by what it must keep:
     python examples/calibrate.py --model MODEL --dataset uoft-cs/cifar10 --gmacs 0.03
 
 A share of the images (`--check`) is set aside and never calibrated on; what τ does there is printed beside. The model
-with its new τ, and the facts it was chosen on, go to `--output-dir`.
+with its new τ, and the facts it was chosen on, go to `--output-dir`, in the dtype in which it was measured.
+
+A promise needs images that had no part in making the model: neither trained on, nor used to choose its best epoch.
 """
 
 import argparse
@@ -29,6 +31,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
     parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
+    parser.add_argument("--allow-training-images", action="store_true", help="promise from a split called train")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--max-drop", type=float, help="greatest fall of accuracy below the last stage's, a fraction")
     goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
@@ -46,7 +50,7 @@ def main() -> None:
     if not 0 <= arguments.check < 1:
         parser.error("--check must be at least 0 and below 1")
 
-    model = AutoModelForImageClassification.from_pretrained(arguments.model)
+    model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     answers, _ = evaluate_thresholds(
@@ -73,7 +77,15 @@ def main() -> None:
     else:
         risk = "accuracy_drop" if arguments.max_error is None else "error"
         epsilon = arguments.max_drop if arguments.max_error is None else arguments.max_error
-        found = calibrate_risk(calibration, epsilon, arguments.delta, risk, arguments.per_exit)
+        found = calibrate_risk(
+            calibration,
+            epsilon,
+            arguments.delta,
+            risk,
+            arguments.per_exit,
+            allow_training_images=arguments.allow_training_images,
+        )
+    print(f"{answers.dataset}, split {answers.split}, measured in {arguments.dtype}")
     print(f"τ = {found.threshold}\n{found.statement}")
     facts = found.to_dict()
     for name, part in (("calibration", calibration), ("check", check)):

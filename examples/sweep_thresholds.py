@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
     parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
     parser.add_argument("--thresholds", type=float, nargs="+", help="by default 24 over the range of the criterion")
     parser.add_argument("--label-map", type=Path, help="JSON file: the dataset's label names to the model's")
     parser.add_argument("--max-samples", type=int)
@@ -52,7 +53,7 @@ def main() -> None:
 
     # Several processes on CPUs must be told that they are on CPUs.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=torch.float32)
+    model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     answers, rows = evaluate_thresholds(
         model,
         arguments.dataset,
@@ -69,6 +70,7 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     rows = rows or [answers.row(threshold) for threshold in threshold_grid(answers, steps=23)]
+    print(f"{answers.dataset}, split {answers.split}, {len(answers)} images, measured in {arguments.dtype}")
     print(table(rows))
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     fine = [answers.row(threshold) for threshold in threshold_grid(answers, steps=400)]
@@ -78,8 +80,6 @@ def main() -> None:
     for name, figure in figures.items():
         save_figure(figure, arguments.output_dir / name)
     results = answers.results([row["threshold"] for row in rows])
-    if arguments.split:
-        results["split"] = arguments.split
     results["plot"] = "sweep.png"
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(f"\nresults and plots: {arguments.output_dir}")

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import pipeline
 
-from hf_thinkingvit.evaluation import stage_macs
+from hf_thinkingvit.evaluation import model_conditions, stage_macs
 from hf_thinkingvit.hub import accuracy_results, model_card, push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.hub_server import TOKEN, running_hub
@@ -48,7 +48,13 @@ def results(**overrides) -> dict:
         "criterion": "topk_entropy",
         "stages": [{"top1": 61.5, "top5": 90.25, "gmacs": 0.25}, {"top1": 72.125, "top5": 95, "gmacs": 1.5}],
         "sweep": sweep(8),
-        "calibration": {"threshold": 0.5, "epsilon": 0.01, "delta": 0.05, "statement": "It keeps the promise."},
+        "calibration": {
+            "threshold": 0.5,
+            "epsilon": 0.01,
+            "delta": 0.05,
+            "statement": "It keeps the promise.",
+            "conditions": model_conditions(staged()),
+        },
         "training": {"epochs": 7, "batch size": None},
     }
     return {**fields, **overrides}

@@ -1,11 +1,20 @@
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 
-from hf_thinkingvit.evaluation import StageAnswers, calibrate_budget, calibrate_risk, measure_stage_milliseconds
-from hf_thinkingvit.evaluation.calibration import binomial_p_value, least_images, threshold_grid
+from hf_thinkingvit.evaluation import (
+    StageAnswers,
+    calibrate_budget,
+    calibrate_risk,
+    calibration,
+    measure_stage_milliseconds,
+)
+from hf_thinkingvit.evaluation.calibration import _pareto_order, binomial_p_value, least_images, threshold_grid
 from tests.utils import lively_model, lively_swin, random_images
 
 
@@ -42,33 +51,69 @@ def true_error(threshold: float) -> float:
     return 0.1 + true_drop(threshold)
 
 
+def most_allowed(draws: int, delta: float, chance: float = 1e-4) -> int:
+    """So many broken promises in `draws` are met or exceeded with probability `chance` where each breaks with δ."""
+    return int(binom.isf(chance, draws, delta))
+
+
+def best_on_these(answers: StageAnswers, grid: list[float], epsilon: float, risk: str) -> float:
+    """The cheat: the greatest τ whose risk on the calibration images themselves is at most ε."""
+    right = answers.top1.T.gather(0, answers.exit_stages_of_each(grid))
+    failed = ~right & answers.top1[:, -1] if risk == "accuracy_drop" else ~right
+    return max((tau for tau, share in zip(grid, failed.double().mean(1).tolist()) if share <= epsilon), default=grid[0])
+
+
 @pytest.mark.parametrize("risk, truth, epsilon", [("accuracy_drop", true_drop, 0.02), ("error", true_error, 0.14)])
 def test_the_promise_holds_at_its_level(risk, truth, epsilon):
-    """1 000 calibration sets of 400 images: the true risk is above ε in at most δ of them, within chance."""
-    delta, draws = 0.1, 1000
+    """Over 500 calibration sets of 400 images the true risk is above ε in no more than δ of them; a cheat's is."""
+    delta, draws = 0.1, 500
     grid = np.linspace(0.0, math.log(10) * 1.01, 60).tolist()
-    broken, chosen = 0, []
+    broken, cheated, chosen = 0, 0, []
     for seed in range(draws):
+        answers = draw(400, seed)
+        cheated += truth(best_on_these(answers, grid, epsilon, risk)) > epsilon
         try:
-            found = calibrate_risk(draw(400, seed), epsilon, delta, risk, candidates=grid)
+            found = calibrate_risk(answers, epsilon, delta, risk, candidates=grid)
         except ValueError:  # no τ: no promise
             continue
         broken += truth(found.threshold) > epsilon
         chosen.append(found.threshold)
-    allowed = delta + 3 * math.sqrt(delta * (1 - delta) / draws)
-    assert broken / draws <= allowed
+    assert broken <= most_allowed(draws, delta) < cheated
     assert np.median(chosen) > 0.3 * math.log(10)  # and it is not kept by doing nothing
 
 
-def test_per_exit_promises_hold_too():
-    """Three stages, Pareto testing: the achieved risk on 100 000 fresh images."""
-    fresh, broken = draw(100_000, 10**6, num_stages=3), 0
-    for seed in range(40):
-        found = calibrate_risk(draw(1500, seed, num_stages=3), 0.03, 0.1, per_exit=True)
-        assert len(found.threshold) == 2
-        harmed = fresh.top1[:, -1] & ~fresh.at(fresh.top1, fresh.exit_stages(found.threshold))
-        broken += harmed.float().mean().item() > 0.03
-    assert broken <= 0.1 * 40 + 3 * math.sqrt(0.1 * 0.9 * 40)
+def test_per_exit_promises_hold_where_a_cheat_breaks_them():
+    """
+    Three stages, of which the early ones are wrong on 22 % of images whatever they score. ε is 20 %, so that many pairs
+    of τ have a risk just above it. Who chooses the order of the tests on the images that are then tested picks those
+    that these images flatter, and breaks the promise more often than δ.
+    """
+    epsilon, harm, delta, draws, broken, cheated = 0.2, 0.22, 0.3, 150, 0, 0
+
+    def true_risk(thresholds: list[float]) -> float:
+        first, second = (min(threshold / math.log(10), 1.0) for threshold in thresholds)
+        return harm * (first + (1 - first) * second)
+
+    for seed in range(draws):
+        generator = np.random.default_rng(seed)
+        top1 = torch.tensor(generator.random((200, 3)) >= harm)
+        top1[:, -1] = True
+        scores = torch.tensor(generator.random((200, 3)) * math.log(10), dtype=torch.float32)
+        answers = replace(draw(200, seed, num_stages=3), scores=scores, top1=top1, macs=(1, 2, 100))
+        found = calibrate_risk(answers, epsilon, delta, per_exit=True)
+        assert len(found.threshold) == 2 and found.images == 100
+        broken += true_risk(found.threshold) > epsilon
+        order = _pareto_order(answers, "accuracy_drop")
+        cheated += true_risk(calibrate_risk(answers, epsilon, delta, candidates=order).threshold) > epsilon
+    assert broken <= most_allowed(draws, delta) < cheated
+
+
+def test_tests_end_at_the_first_that_fails():
+    """What comes after would be tested at a level that is spent."""
+    answers = draw(2000, 0)
+    safe, harmful = 0.2, 2.4
+    assert calibrate_risk(answers, 0.02, candidates=[0.0, safe]).threshold == safe
+    assert calibrate_risk(answers, 0.02, candidates=[0.0, harmful, safe]).threshold == 0.0
 
 
 def test_p_values_are_binomial():
@@ -86,11 +131,17 @@ def test_says_how_many_images_it_takes():
 
 
 def test_says_when_only_the_last_stage_keeps_the_promise():
+    """All images of stage 0 score alike and are wrong there: any τ that lets one go lets all go."""
     answers = draw(400, 0)
-    answers.top1[:, 0] = False  # every early exit of a right image harms
+    answers.scores[:, 0] = 1.0
+    answers.top1[:, 0] = False
     found = calibrate_risk(answers, 0.02)
-    assert answers.exit_stages(found.threshold).min() == 1 or found.achieved <= 0.02
-    assert "No τ at which an image exits early" in calibrate_risk(answers, 0.02, candidates=[0.0, 2.3]).statement
+    assert (answers.exit_stages(found.threshold) == 1).all() and found.achieved == 0.0
+    assert "No τ at which an image exits early" in found.statement
+    answers.top1[:, 0] = answers.top1[:, 1]  # now as good as the last
+    found = calibrate_risk(answers, 0.02)
+    assert (answers.exit_stages(found.threshold) == 0).all()
+    assert "No τ at which an image exits early" not in found.statement
 
 
 def test_says_when_not_even_that_does():
@@ -164,8 +215,20 @@ def test_is_saved_with_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lively_model, lively_swin], ids=["vit", "swin"])
-def test_times_of_stages(make):
-    model = make()
-    times = measure_stage_milliseconds(model, random_images(2), repeats=3)
-    assert len(times) == 3
-    assert all(time > 0 for time in times)
+def test_times_of_stages(make, monkeypatch):
+    """A clock that only stages advance: by 1, 2 and 4 s, more while warming up, and once far more."""
+    model, now, calls = make(threshold=99.0).train(), [0.0], [0, 0, 0]  # at this τ all would exit at once
+    run_stage = model.run_stage
+
+    def slow_stage(stage_index, state, *args, **kwargs):
+        calls[stage_index] += 1
+        rounds = calls[2]  # that ran to the end
+        now[0] += 2.0**stage_index + (500.0 if rounds < 2 or calls[stage_index] == 9 else 0.0)
+        return run_stage(stage_index, state, *args, **kwargs)
+
+    model.run_stage = slow_stage
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    times = measure_stage_milliseconds(model, random_images(2), repeats=5)
+    assert times == [500.0, 1500.0, 3500.0]  # per image of a batch of two
+    assert calls == [21, 14, 7]  # stage 0 in each of the three passes of each round, two of them to warm up
+    assert model.training

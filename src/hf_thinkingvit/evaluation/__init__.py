@@ -2,6 +2,7 @@
 
 from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds
+from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint
 from .labels import LabelMap
 from .macs import halting_macs, published_stage_macs, stage_macs
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
@@ -9,15 +10,19 @@ from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
 __all__ = [
     "Calibration",
+    "CalibrationStatus",
     "LabelMap",
     "StageAnswers",
     "calibrate_budget",
     "calibrate_risk",
+    "calibration_status",
     "collect_stage_answers",
     "evaluate_accuracy",
     "evaluate_thresholds",
     "halting_macs",
     "measure_stage_milliseconds",
+    "model_conditions",
     "published_stage_macs",
     "stage_macs",
+    "weights_fingerprint",
 ]

@@ -4,13 +4,14 @@
 The promise is by Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in "Fast yet Safe: Early-Exiting with
 Risk Control" (Jazbec et al., NeurIPS 2024): thresholds are tested from the safest on, each by an exact binomial test of
 "the risk is above ε" at level δ, until the first that does not pass. The order is fixed before the images are seen, so
-that δ bounds the whole sequence.
+that δ bounds the whole sequence. For the same reason the model must be fixed before: images on which it was trained,
+or on which its best epoch was chosen, are no longer like those to come.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.exit_criteria import EXIT_CRITERIA
+from ..public_names import public_name
+from .conditions import check_same_model
+from .splits import UNKNOWN, is_training_split
 from .sweep import StageAnswers, Threshold
+from .wording import at_least, at_most
 
 
 Risk = Literal["accuracy_drop", "error"]
@@ -34,11 +39,12 @@ class Calibration:
         threshold: τ, one or one per exit.
         target: "accuracy_drop", "error", "macs" or "milliseconds".
         statement: what was found, in a sentence.
-        dataset, images: what it was found on; `images` are those that were tested or counted.
+        dataset, split, images: what it was found on; `images` are those that were tested or counted.
         epsilon, delta: of a promise; `None` for a budget.
         budget: GMACs or milliseconds per image; `None` for a promise.
         achieved: the risk (a fraction), GMACs or milliseconds per image on these images.
         top1, gmacs: accuracy (%) and cost at this τ on these images.
+        conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
     """
 
     threshold: float | list[float]
@@ -52,12 +58,23 @@ class Calibration:
     epsilon: float | None = None
     delta: float | None = None
     budget: float | None = None
+    split: str = UNKNOWN
+    conditions: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """As plain data to be saved and shared: of a local dataset only the name."""
+        facts = {name: value for name, value in asdict(self).items() if value is not None}
+        return facts | {"dataset": public_name(self.dataset)}
 
     def apply(self, model_or_config: PreTrainedModel | PreTrainedConfig) -> None:
-        """Set `threshold`, and these facts as `calibration`, in the configuration; `save_pretrained` keeps both."""
+        """
+        Set `threshold`, and these facts as `calibration`, in the configuration; `save_pretrained` keeps both.
+
+        Raises:
+            ValueError: for another model than the one that was measured; the message names what differs.
+        """
+        if self.conditions is not None:
+            check_same_model(self.conditions, model_or_config)
         config = getattr(model_or_config, "config", model_or_config)
         config.threshold = self.threshold
         config.calibration = self.to_dict()
@@ -90,10 +107,19 @@ def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
     return np.linspace(0.0, limit + limit / steps, steps + 2).tolist()
 
 
-def _failures(answers: StageAnswers, threshold: Threshold, risk: Risk) -> torch.Tensor:
-    """Which images fail under a τ, bool `(images,)`."""
-    right = answers.at(answers.top1, answers.exit_stages(threshold))
-    return ~right & answers.top1[:, -1] if risk == "accuracy_drop" else ~right
+def _failures(answers: StageAnswers, risk: Risk) -> torch.Tensor:
+    """Which images fail if they exit at each stage, bool `(images, stages)`."""
+    return ~answers.top1 & answers.top1[:, -1:] if risk == "accuracy_drop" else ~answers.top1
+
+
+def _means(answers: StageAnswers, grid: Sequence[Threshold], values: torch.Tensor) -> torch.Tensor:
+    """For every τ, the mean over the images of `values` `(images, stages)` at their exits: float64 `(thresholds,)`."""
+    together = max(1, 2**23 // answers.scores.numel())  # some 100 MB
+    means = []
+    for start in range(0, len(grid), together):
+        stages = answers.exit_stages_of_each(grid[start : start + together])
+        means.append(values.T.expand(answers.num_stages, -1).gather(0, stages).double().mean(dim=1))
+    return torch.cat(means)
 
 
 def _grid(answers: StageAnswers, per_exit: bool, levels: int) -> list[Threshold]:
@@ -111,12 +137,18 @@ def calibrate_risk(
     risk: Risk = "accuracy_drop",
     per_exit: bool = False,
     candidates: Sequence[Threshold] | None = None,
+    allow_training_images: bool = False,
 ) -> Calibration:
     """
     The cheapest τ whose risk is at most ε, with probability at least 1 - δ over the calibration images.
 
+    The promise holds if the model, the criterion and the candidate thresholds were fixed before these images were seen,
+    and if the images are drawn, independently of each other, like those to come. It does not hold for images on which
+    the model was trained, or on which its best epoch, its criterion or ε was chosen. And it is of the model that was
+    measured: [`calibration_status`] says whether a model still is that one.
+
     Args:
-        answers (`StageAnswers`): to the calibration images, drawn like those to come.
+        answers (`StageAnswers`): to the calibration images.
         epsilon (`float`): greatest risk, a fraction between 0 and 1.
         delta (`float`): how often the promise may fail.
         risk (`str`): `"accuracy_drop"`: an image fails if the last stage is right and the answer at its exit is not; so
@@ -126,19 +158,28 @@ def calibrate_risk(
             (Pareto testing, arXiv 2210.07913), and the promise is tested on the other half.
         candidates (`list`, *optional*): thresholds in the order in which to test them, fixed without looking at these
             images, from the safest on. By default the criterion's range in 1000 steps.
+        allow_training_images (`bool`): calibrate on a split of training images all the same, for instance one that this
+            model never saw; the statement then says so.
 
     Returns:
         [`Calibration`]. If no τ keeps the promise but the one at which nothing exits early, its statement says so.
 
     Raises:
         ValueError: if there are too few images for any promise (the message says how many it takes), or if not even
-            the last stage keeps it; for ε and δ that are no probabilities.
+            the last stage keeps it; for ε and δ that are not between 0 and 1; for training images.
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         if not 0 < value < 1:
             raise ValueError(f"`{name}` must be above 0 and below 1, got {value!r}.")
     if risk not in ("accuracy_drop", "error"):
         raise ValueError(f'`risk` must be "accuracy_drop" or "error", got {risk!r}.')
+    training = is_training_split(answers.split)
+    if training and not allow_training_images:
+        raise ValueError(
+            f"The calibration images are training images (split {answers.split!r}): on them a model does better than "
+            "on others, so no promise follows. Calibrate on images that it was not trained on; if these are such, name "
+            "their `split` otherwise or pass `allow_training_images=True`."
+        )
     order, tested = list(candidates or []), answers
     if not order and per_exit and answers.num_stages > 2:
         half = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0)) < len(answers) // 2
@@ -147,32 +188,37 @@ def calibrate_risk(
         order = _grid(answers, per_exit, levels=1000)
     if len(tested) < least_images(epsilon, delta):
         raise ValueError(
-            f"{len(tested)} images are too few to promise a risk of at most {epsilon} with probability {1 - delta}: it "
-            f"takes {least_images(epsilon, delta)} at the least"
+            f"{len(tested)} images are too few to promise a risk of at most {at_most(epsilon)} with probability "
+            f"{at_least(delta)}: it takes {least_images(epsilon, delta)} at the least"
             + (", twice as many with `per_exit`." if tested is not answers else ".")
         )
     kept: Threshold | None = None
     for threshold in order:
-        failures = int(_failures(tested, threshold, risk).sum())
+        failures = int(tested.at(_failures(tested, risk), tested.exit_stages(threshold)).sum())
         # With as many failures as ε allows on average, no test passes at a level that anybody asks for.
         if failures >= epsilon * len(tested) or binomial_p_value(failures, len(tested), epsilon) > delta:
             break
         kept = threshold
     if kept is None:
         raise ValueError(
-            f"No τ keeps an {'error' if risk == 'error' else 'accuracy drop'} of at most {epsilon} with probability "
-            f"{1 - delta} on these {len(tested)} images, not even the last stage for every image."
+            f"No τ keeps an {'error' if risk == 'error' else 'accuracy drop'} of at most {at_most(epsilon)} with "
+            f"probability {at_least(delta)} on these {len(tested)} images, not even the last stage for every image."
         )
     early = bool((tested.exit_stages(kept) < tested.num_stages - 1).any())
     what = {
-        "accuracy_drop": f"at most {epsilon:.2%} of images are right at the last stage and wrong where they exit",
-        "error": f"at most {epsilon:.2%} of images are classified wrongly",
+        "accuracy_drop": f"at most {at_most(epsilon)} of images are right at the last stage and wrong where they exit",
+        "error": f"at most {at_most(epsilon)} of images are classified wrongly",
     }[risk]
     statement = (
-        f"With probability at least {1 - delta:.0%} over the choice of {len(tested)} calibration images, {what}."
+        f"With probability at least {at_least(delta)} over the choice of {len(tested)} calibration images, {what}."
     )
     if not early:
         statement += " No τ at which an image exits early keeps this promise."
+    if training:
+        statement += (
+            f" The calibration images are training images (split {answers.split!r}): for other images this promises "
+            "nothing, unless the model was not trained on these."
+        )
     row = tested.row(kept)
     return Calibration(
         threshold=kept,
@@ -180,21 +226,22 @@ def calibrate_risk(
         statement=statement,
         dataset=answers.dataset,
         images=len(tested),
-        achieved=_failures(tested, kept, risk).double().mean().item(),
+        achieved=_means(tested, [kept], _failures(tested, risk)).item(),
         top1=row["top1"],
         gmacs=row["gmacs"],
         epsilon=epsilon,
         delta=delta,
+        split=answers.split,
+        conditions=answers.conditions,
     )
 
 
 def _pareto_order(answers: StageAnswers, risk: Risk) -> list[Threshold]:
     """Thresholds that no other beats in both risk and cost, from the least risk on."""
-    points = []
-    for threshold in _grid(answers, per_exit=True, levels=24):
-        stages = answers.exit_stages(threshold)
-        cost = torch.tensor(answers.macs)[stages].double().mean().item()
-        points.append((_failures(answers, threshold, risk).double().mean().item(), cost, threshold))
+    grid = _grid(answers, per_exit=True, levels=24)
+    risks = _means(answers, grid, _failures(answers, risk)).tolist()
+    costs = _means(answers, grid, torch.tensor(answers.macs).expand(len(answers), -1)).tolist()
+    points = zip(risks, costs, grid)
     order, cheapest = [], math.inf
     for _, cost, threshold in sorted(points, key=lambda point: point[:2]):
         if cost < cheapest:
@@ -230,11 +277,11 @@ def calibrate_budget(
         raise ValueError(f"`milliseconds` needs `stage_milliseconds`, {answers.num_stages} of them, one per stage.")
     unit, budget = ("GMACs", gmacs) if milliseconds is None else ("ms", milliseconds)
     costs = torch.tensor([macs / 1e9 for macs in answers.macs] if milliseconds is None else list(stage_milliseconds))
+    grid = _grid(answers, per_exit, levels=24)
+    spent = _means(answers, grid, costs.expand(len(answers), -1)).tolist()
+    accuracies = _means(answers, grid, answers.top1).tolist()
     best: tuple[float, float, Threshold] | None = None
-    for threshold in _grid(answers, per_exit, levels=24):
-        stages = answers.exit_stages(threshold)
-        cost = costs[stages].double().mean().item()
-        accuracy = answers.at(answers.top1, stages).double().mean().item()
+    for cost, accuracy, threshold in zip(spent, accuracies, grid):
         if cost <= budget and (best is None or (accuracy, -cost) > (best[0], -best[1])):
             best = accuracy, cost, threshold
     if best is None:
@@ -245,13 +292,15 @@ def calibrate_budget(
     return Calibration(
         threshold=threshold,
         target="macs" if milliseconds is None else "milliseconds",
-        statement=f"On {len(answers)} images, {cost:.4g} {unit} per image on average, within {budget:g}.",
+        statement=f"On {len(answers)} images, {cost:.4g} {unit} per image on average, within {budget!r}.",
         dataset=answers.dataset,
         images=len(answers),
         achieved=cost,
         top1=100 * accuracy,
         gmacs=answers.row(threshold)["gmacs"],
         budget=budget,
+        split=answers.split,
+        conditions=answers.conditions,
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..public_names import public_name
+from .splits import ALL, UNKNOWN
 from .sweep import StageAnswers
 
 
@@ -70,7 +72,7 @@ def plot_accuracy_against_macs(
         axes.plot(*point, marker, color=color, markersize=9, markeredgecolor=BLACK, linestyle="none", label=label)
     axes.set_xlabel(f"mean {unit} per image")
     axes.set_ylabel("top-1 accuracy (%)")
-    axes.set_title(f"{answers.dataset}, {len(answers)} images", fontsize=10)
+    axes.set_title(_title(answers), fontsize=10)
     axes.margins(x=0.1, y=0.12)
     axes.legend(loc="lower right", frameon=False)
     return figure
@@ -94,7 +96,7 @@ def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) 
     )
     axes.set_xlabel(f"{answers.criterion} of stage {stage}")
     axes.set_ylabel("images")
-    axes.set_title(f"{answers.dataset}, {len(answers)} images", fontsize=10)
+    axes.set_title(_title(answers), fontsize=10)
     axes.legend(frameon=False)
     return figure
 
@@ -111,9 +113,14 @@ def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> A
     axes.set_xlabel("τ")
     axes.set_ylabel("share of images (%)")
     axes.set_ylim(-2, 102)
-    axes.set_title(f"{answers.dataset}, {len(answers)} images", fontsize=10)
+    axes.set_title(_title(answers), fontsize=10)
     axes.legend(frameon=False)
     return figure
+
+
+def _title(answers: StageAnswers) -> str:
+    split = "" if answers.split in (ALL, UNKNOWN) else f", split {answers.split}"
+    return f"{public_name(answers.dataset)}{split}, {len(answers)} images"
 
 
 def _unit(answers: StageAnswers) -> tuple[float, str]:

@@ -3,7 +3,7 @@ Every τ from one pass: each stage runs once per image, and what is kept of its 
 let the image go, and whether it would have been right.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..data import as_image_split, evaluation_batches, find_split, load_splits
+from ..data import as_image_split, evaluation_batches
 from ..models.config_checks import as_pair, as_plain_numbers
 from ..models.exit_criteria import EXIT_CRITERIA, ExitRule, resolve_thresholds
+from ..public_names import public_name
+from .conditions import model_conditions
 from .labels import LabelMap
 from .macs import stage_macs
+from .splits import UNKNOWN, evaluation_rows
 
 
 Threshold = float | Sequence[float]
@@ -32,7 +35,9 @@ class StageAnswers:
         top1, top5 (`torch.BoolTensor` of shape `(images, stages)`): whether the right class is among the best.
         macs (`tuple[int]`): multiply-accumulates of an image that exits at each stage.
         criterion (`str`), entropy_top_k, num_labels (`int`): as in the model's configuration.
-        dataset (`str`): what the images are of.
+        dataset (`str`): what the images are of; a name that may be shared.
+        split (`str`): which of them: a split's name, `"all"` of data without splits, or `"unknown"`.
+        conditions (`dict`, *optional*): the model that was measured, as [`model_conditions`] describes it.
     """
 
     scores: torch.Tensor
@@ -43,6 +48,8 @@ class StageAnswers:
     entropy_top_k: int
     num_labels: int
     dataset: str
+    split: str = UNKNOWN
+    conditions: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -59,9 +66,20 @@ class StageAnswers:
         """
         Where each image leaves under a τ (one, or one per exit): int64 `(images,)`. `ValueError` for a τ that is none.
         """
-        rule = ExitRule(self.criterion, resolve_thresholds(threshold, self.num_stages - 1), self.entropy_top_k)
-        exits = torch.stack([rule.exits(stage, self.scores[:, stage]) for stage in range(self.num_stages)], dim=1)
-        return exits.int().argmax(dim=1)
+        return self.exit_stages_of_each([threshold])[0]
+
+    def exit_stages_of_each(self, thresholds: Sequence[Threshold]) -> torch.Tensor:
+        """The same under several τ at once: int64 `(thresholds, images)`."""
+        resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
+        # Of each exit, one τ per row; float32 as the scores, to which torch rounds a single τ as well.
+        columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
+        rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
+        goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
+        stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
+        for stage in range(self.num_stages - 1):
+            goes_on &= ~rule.exits(stage, self.scores[:, stage])
+            stages += goes_on
+        return stages
 
     def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
         """Of `(images, stages)`, each image's entry at its exit."""
@@ -96,8 +114,10 @@ class StageAnswers:
     def results(self, thresholds: Sequence[Threshold]) -> dict[str, Any]:
         """Everything measured, as plain data: the results file of [`~hf_thinkingvit.hub.push`]."""
         return {
-            "dataset": self.dataset,
+            "dataset": public_name(self.dataset),
+            "split": self.split,
             "images": len(self),
+            **({"dtype": self.conditions["dtype"]} if self.conditions else {}),
             "criterion": self.criterion,
             "stages": self.stage_rows(),
             "sweep": [self.row(threshold) for threshold in thresholds],
@@ -111,6 +131,7 @@ def collect_stage_answers(
     labels: LabelMap,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    split: str = UNKNOWN,
 ) -> StageAnswers:
     """
     Run every stage once on every image. Every process calls it; each gets all answers.
@@ -121,6 +142,7 @@ def collect_stage_answers(
         labels (`LabelMap`): for right and wrong.
         accelerator (`Accelerator`, *optional*): gathers what several processes compute.
         progress (`bool`): show a progress bar, on the main process.
+        split (`str`): what to call the split that the images are of.
 
     Raises:
         ValueError: if the model does not think in stages, or there are no images with labels.
@@ -163,7 +185,9 @@ def collect_stage_answers(
         criterion=config.exit_criterion,
         entropy_top_k=config.entropy_top_k,
         num_labels=config.num_labels,
-        dataset=labels.name,
+        dataset=public_name(labels.name),
+        split=split,
+        conditions=model_conditions(model),
     )
 
 
@@ -193,7 +217,9 @@ def evaluate_thresholds(
         dataset (`str`, `datasets.Dataset` or `datasets.IterableDataset`): Hub id, folder or Parquet file; or a split.
         processor (`BaseImageProcessor`): the model's.
         thresholds (`list`): each one τ, or a list with one per exit; in any order.
-        split (`str`, *optional*): of a dataset given by name; "validation", else "test" by default.
+        split (`str`, *optional*): of a dataset given by name; "validation", else "test", else "val" by default, and
+            "all" for a folder or Parquet file without splits. Training images must be asked for by name. Of a dataset
+            given as an object, what to call its images; by default its own `split`.
         image_column, label_column (`str`, *optional*): found by their types where not given.
         label_map, restrict: see [`LabelMap`].
         streaming, max_samples, batch_size, num_workers: how to read the images.
@@ -204,17 +230,17 @@ def evaluate_thresholds(
         `top5` (%), `gmacs`, `exit_shares` and `exit_top1` per stage.
 
     Raises:
-        ValueError: for a τ that is none, before anything runs; for data without labels or without images.
+        ValueError: for a τ that is none, before anything runs; for data without labels or without images; if there is
+            no such split, or only training images and they were not asked for.
     """
     for threshold in thresholds:
         ExitRule.from_config(model.config, threshold)
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
     name = dataset if isinstance(dataset, str) else "the dataset"
-    if isinstance(dataset, str):
-        dataset = find_split(load_splits(dataset, streaming), split, dataset, ("validation", "test", "val", "train"))
-    images = as_image_split(dataset, name, image_column, label_column).take(max_samples)
+    rows, split = evaluation_rows(dataset, split, streaming)
+    images = as_image_split(rows, name, image_column, label_column).take(max_samples)
     labels = LabelMap(model.config, images.label_names, label_map, restrict, name)
     model.to(accelerator.device)
     batches = accelerator.prepare(evaluation_batches(images, processor, batch_size, num_workers))
-    answers = collect_stage_answers(model, batches, labels, accelerator, progress)
+    answers = collect_stage_answers(model, batches, labels, accelerator, progress, split)
     return answers, [answers.row(threshold) for threshold in thresholds]

@@ -10,9 +10,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
+from ..evaluation.splits import ALL, UNKNOWN
 from ..models.config_checks import as_pair
 from ..models.exit_criteria import EXIT_CRITERIA, resolve_thresholds
+from ..public_names import public_name
 from .results import num_stages, read_results
 
 
@@ -33,7 +36,9 @@ CALIBRATION_FACTS = {
     "epsilon": "ε, the greatest risk asked for",
     "delta": "δ, the probability with which the promise may fail",
     "dataset": "calibrated on",
+    "split": "split",
     "images": "images",
+    "dtype": "measured in",
     "achieved": "achieved on them",
 }
 
@@ -49,16 +54,18 @@ def model_card(
     **card_data: Any,
 ) -> ModelCard:
     """
-    A card for a trained classifier. Every measured number is one of `results`; what they lack, the card leaves out.
+    A card for a trained classifier. Every measured number is one of `results`; what they lack, the card leaves out. A
+    calibration of `results`, or the one that the configuration carries, is repeated only while it is of this model as
+    it is; else the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
 
     Args:
-        model (`PreTrainedModel`): whose configuration the card describes.
+        model (`PreTrainedModel`): whose configuration and weights the card describes.
         results (`dict` or path, *optional*): measured results, or the JSON file that holds them, in the form that
             `hf_thinkingvit.hub.results` describes.
         name (`str`): of the model.
         source (`str`): what a user loads it from: a folder, or the id of its repository.
         license (`str`, *optional*): of the weights, as the Hub writes it, such as `"apache-2.0"`.
-        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on; of local data, the names.
         card_data: further metadata of `ModelCardData`, such as `base_model`.
 
     Returns:
@@ -74,7 +81,7 @@ def model_card(
         library_name="transformers",
         pipeline_tag="image-classification",
         license=license,
-        datasets=[datasets] if isinstance(datasets, str) else list(datasets or []) or None,
+        datasets=[public_name(each) for each in ([datasets] if isinstance(datasets, str) else datasets or [])] or None,
         tags=["vision", "adaptive-inference", config.model_type],
         # Without figures there must be no model index, and the name is of the index.
         **({"model_name": name, "eval_results": figures} if figures else {}),
@@ -86,6 +93,7 @@ def model_card(
         template_str=f"{template}\n",  # Jinja takes one newline from the end
         **_description(model),
         **_measurements(config, results),
+        **_calibration(model, results),
         name=name,
         source=source,
     )
@@ -109,8 +117,9 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
     ]
     description["schedule"] = _table(["", "heads", "width", "GMACs up to here"], rows)
     if num_stages(config) > 1:  # one stage has no exit, and so no τ
-        description["override"] = f"threshold={config.threshold}"
-        description["threshold"] = _threshold(config.threshold)
+        if config.threshold is not None:  # unset until it is chosen for another criterion
+            description["override"] = f"threshold={config.threshold}"
+            description["threshold"] = _threshold(config.threshold)
         criterion = EXIT_CRITERIA[config.exit_criterion]
         description["criterion"] = criterion.description.format(top_k=config.entropy_top_k)
         description["side"] = "below" if criterion.exits_below else "above"
@@ -121,24 +130,44 @@ def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[
     """What the results say, as tables and lines; nothing for what they lack."""
     sweep = list(results.get("sweep") or [])
     shown = _evenly_picked(sweep, _row_of_config(config, sweep))
-    # A calibrated model carries the facts with it.
-    calibration = results.get("calibration") or getattr(config, "calibration", None) or {}
     return {
         "results": results,
         "plot": Path(results["plot"]).name if results.get("plot") else None,
         "accuracy": _accuracy_table(results),
         "sweep": _sweep_table(shown),
         "sweep_picked": f"{len(shown)} of {len(sweep)}" if len(shown) < len(sweep) else None,
-        "calibration": calibration,
-        "calibration_facts": [
-            f"* {words}: {_readable(calibration[fact])}"
-            for fact, words in CALIBRATION_FACTS.items()
-            if calibration.get(fact) is not None
-        ],
+        "split": results["split"] if results.get("split") not in (None, ALL, UNKNOWN) else None,
         "training": [
             f"* {key}: {value}" for key, value in (results.get("training") or {}).items() if value is not None
         ],
     }
+
+
+def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The calibration that is of this model, of those that are given; else the first, and why it is none."""
+    found = [results.get("calibration"), getattr(model.config, "calibration", None)]
+    judged = [(calibration, calibration_status(model, calibration)) for calibration in found if calibration]
+    if not judged:
+        return {"calibration": {}}
+    calibration, status = next((pair for pair in judged if pair[1].holds), judged[0])
+    facts = {**calibration, "dtype": (calibration.get("conditions") or {}).get("dtype")}
+    if facts.get("dataset") is not None:
+        facts["dataset"] = public_name(facts["dataset"])
+    return {
+        "calibration": calibration,
+        "calibration_status": status,
+        "calibration_threshold": _exactly(calibration.get("threshold")),
+        "calibration_facts": [
+            # τ, ε and δ to the last digit: a promise is of these and no others.
+            f"* {words}: {_readable(facts[fact]) if fact == 'achieved' else _exactly(facts[fact])}"
+            for fact, words in CALIBRATION_FACTS.items()
+            if facts.get(fact) is not None
+        ],
+    }
+
+
+def _exactly(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _accuracy_table(results: Mapping[str, Any]) -> str | None:
@@ -197,7 +226,7 @@ def _evenly_picked(rows: Sequence[Mapping[str, Any]], wanted: int | None) -> Seq
 
 def _row_of_config(config: PreTrainedConfig, sweep: Sequence[Mapping[str, Any]]) -> int | None:
     """Where in the sweep the τ is with which the model is loaded, if it was measured."""
-    for index, row in enumerate(sweep):
+    for index, row in enumerate(sweep if getattr(config, "threshold", None) is not None else ()):
         exits = config.num_stages - 1
         if resolve_thresholds(row["threshold"], exits) == resolve_thresholds(config.threshold, exits):
             return index
@@ -218,7 +247,7 @@ def _eval_results(config: PreTrainedConfig, results: Mapping[str, Any]) -> list[
             task_type="image-classification",
             dataset_type=results["dataset"],
             dataset_name=results["dataset"].rsplit("/", 1)[-1],
-            dataset_split=results.get("split"),
+            dataset_split=None if results.get("split") in (ALL, UNKNOWN) else results.get("split"),
             metric_type=kind,
             metric_name=f"{words}{where}",
             metric_value=round(row[field], 2),

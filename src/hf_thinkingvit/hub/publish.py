@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..auto import FAMILIES
 from .card import model_card
-from .results import read_results
+from .results import published_calibration, read_results
 
 
 RESULTS = "results.json"
@@ -52,7 +53,7 @@ def push(
             `hf_thinkingvit.hub.results` describes; published with their plot, and the only source of the card's
             numbers.
         license (`str`, *optional*): of the weights, as the Hub writes it, such as `"apache-2.0"`.
-        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on; of local data, the names.
         private (`bool`, *optional*, defaults to `False`): whether a repository that is created is private. With `True`,
             a public one that exists is an error.
         token (`str`, *optional*): of Hugging Face; by default that of `hf auth login` or `HF_TOKEN`.
@@ -83,12 +84,15 @@ def push(
     )
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)  # its code as well: the classes are registered for the Auto classes
+        with _published_configuration(model):
+            model.save_pretrained(folder)  # its code as well: the classes are registered for the Auto classes
         processor.save_pretrained(folder)
         card.save(folder / "README.md")
         if found is None:
             return
         published = dict(found)
+        if found.get("calibration"):
+            published["calibration"] = published_calibration(model, found["calibration"])
         if found.get("plot") is not None:
             published["plot"] = Path(shutil.copy(found["plot"], folder)).name
         (folder / RESULTS).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
@@ -110,6 +114,19 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return _commit(Path(folder), HfApi(token=token), repo_id, private, commit_message)
+
+
+@contextmanager
+def _published_configuration(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile the configuration's calibration is what may be published of it."""
+    calibration = getattr(model.config, "calibration", None)
+    if calibration:
+        model.config.calibration = published_calibration(model, calibration)
+    try:
+        yield
+    finally:
+        if calibration:
+            model.config.calibration = calibration
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -1,17 +1,22 @@
 """
 What a model card may say: measured results, as a mapping or as a JSON file of this form. All but `dataset` is optional.
 
-    {"dataset": "uoft-cs/cifar10", "split": "test", "images": 10000, "criterion": "topk_entropy",
+    {"dataset": "uoft-cs/cifar10", "split": "test", "selected_on": "validation", "images": 10000, "dtype": "float32",
+     "criterion": "topk_entropy",
      "stages": [{"top1": 60.1, "top5": 95.0, "gmacs": 0.013}, ...],
      "sweep": [{"threshold": 0.5, "top1": 70.2, "top5": 97.1, "gmacs": 0.02, "exit_shares": [0.4, 0.6]}, ...],
      "plot": "sweep.png",
-     "calibration": {"statement": "...", "target": "risk", "threshold": 0.5, "epsilon": 0.01, "delta": 0.05, ...},
+     "calibration": {"statement": "...", "target": "error", "threshold": 0.5, "epsilon": 0.01, "delta": 0.05,
+                     "conditions": {"weights": "...", "dtype": "float32", ...}, ...},
      "training": {"epochs": 100, ...}}
 
-`stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per exit;
-`plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A model
-without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and
-`sweep`.
+`split` is that of `dataset` on which it was measured, `"all"` of data that have none; `selected_on` the one on which
+the best epoch of the training was chosen; `dtype` what the model computed in. `calibration` is what
+[`~hf_thinkingvit.evaluation.Calibration`] says of itself; without `conditions` nobody can tell whether it is of this
+model. `stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per
+exit; `plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A
+model without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages`
+and `sweep`.
 """
 
 import json
@@ -23,9 +28,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
 from ..models.config_checks import check_integer, check_number
 from ..models.exit_criteria import resolve_thresholds
+from ..public_names import public_name
 
 
 PLOT_SUFFIXES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
@@ -43,10 +50,10 @@ def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], datase
     Args:
         model (`PreTrainedModel`): that was measured.
         measured (`dict`): its entry.
-        dataset (`str`): what it was measured on.
-        facts: further fields, such as `split` and `training`; those that are `None` are left out.
+        dataset (`str`): what it was measured on; of a path, the name is kept.
+        facts: further fields, such as `split`, `selected_on` and `training`; those that are `None` are left out.
     """
-    results = {"dataset": dataset, "images": measured["images"]}
+    results = {"dataset": public_name(dataset), "images": measured["images"]}
     if num_stages(model.config) is None:
         results |= {"top1": measured["top1"][-1], "top5": measured["top5"][-1]}
         results |= {name: measured[name] for name in ("mean_depth", "macs") if name in measured}
@@ -68,7 +75,8 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrai
         config (`PreTrainedConfig`): of the model that they must be of.
 
     Returns:
-        `dict`, with `plot`, if there is one, as a path from the working directory.
+        `dict`, with `plot`, if there is one, as a path from the working directory; and of datasets that were named by
+        paths, as files of former versions do, only the names.
 
     Raises:
         ValueError: if the file cannot be read, a value is not what it should be, or the results are of another model;
@@ -79,13 +87,32 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrai
         folder = Path(results).parent
         results = _read_json(Path(results))
     check_results(results, config)
-    results = dict(results)
+    results = without_paths(results)
     if results.get("plot") is not None:
         plot = folder / results["plot"]
         if plot.suffix.lower() not in PLOT_SUFFIXES or not plot.is_file():
             raise ValueError(f"`plot` must name a picture ({', '.join(PLOT_SUFFIXES)}); there is none at {plot}.")
         results["plot"] = str(plot)
     return results
+
+
+def without_paths(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Results or a calibration as they may be shared: of their datasets only the names."""
+    facts = dict(facts)
+    if facts.get("dataset") is not None:
+        facts["dataset"] = public_name(facts["dataset"])
+    if isinstance(facts.get("calibration"), Mapping):
+        facts["calibration"] = without_paths(facts["calibration"])
+    return facts
+
+
+def published_calibration(model: PreTrainedModel, calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """A calibration as it may be published beside `model`: its statement only where it is of this model as it is."""
+    status = calibration_status(model, calibration)
+    published = without_paths(calibration)
+    if not status.holds:
+        published["statement"] = f"Nothing is promised: calibrated at τ = {published.get('threshold')}, {status}."
+    return published
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -102,6 +129,9 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """Refuse results that say something impossible, or that are of another model than `config` describes."""
     if not isinstance(results.get("dataset"), str) or not results["dataset"]:
         raise ValueError(f"`dataset` must name what the results were measured on, got {results.get('dataset')!r}.")
+    for name in ("split", "selected_on", "dtype"):
+        if results.get(name) is not None and not isinstance(results[name], str):
+            raise ValueError(f"`{name}` of the results must be a text, got {results[name]!r}.")
     if results.get("images") is not None:
         check_integer("images", results["images"], minimum=1)
     for name, kind in (("stages", Sequence), ("sweep", Sequence), ("calibration", Mapping), ("training", Mapping)):

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from ..data import evaluation_batches
 from ..evaluation.accuracy import evaluate_accuracy
 from ..hub import accuracy_results, model_card
+from ..public_names import public_name
 from .checkpoints import replacing_folder
 from .progress import Progress
 from .setup import TrainingSetup
@@ -95,17 +96,17 @@ def _save_card(
 ) -> None:
     """The card of a model saved in `folder`, with its entry of `evaluate_accuracy` on the images called `split`."""
     config, data = setup.config, setup.data
-    dataset = Path(config.dataset).name  # without the folders of this machine
+    dataset = public_name(config.dataset)
     training = {
         "data": f"`{dataset}`, split `{config.train_split}`, {setup.num_images} images",
-        "best epoch chosen by": f"`{data.selected_on}`",
         "epochs": f"{epoch} of {setup.num_epochs}, {step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g} at that batch size",
         "seed": config.seed,
     }
     results = accuracy_results(model, measured, dataset, split=split, selected_on=data.selected_on, training=training)
-    card = model_card(model, results, name=f"{config.model_type}-{dataset}", license=config.model_license)
+    name = f"{config.model_type}-{dataset.rsplit('/')[-1]}"
+    card = model_card(model, results, name=name, license=config.model_license)
     temporary = folder / ".README.md.partial"
     card.save(temporary)
     os.replace(temporary, folder / "README.md")

@@ -1,0 +1,183 @@
+"""
+What a calibration depends on, and whether it still is as it was.
+
+A calibrated τ is a fact about one model: its weights, dtype, labels and exit rule. `Calibration` keeps them as
+`conditions`, and whoever repeats what it says compares first.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..models.exit_criteria import resolve_thresholds
+
+
+# Fields of a configuration that do not change what a model in evaluation mode answers; and τ, which is compared apart.
+NO_CONDITION = {
+    *("threshold", "stage_loss_weights", "label_smoothing", "initializer_range"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
+}
+WORDS = {"exit_criterion": "the exit criterion", "dtype": "the dtype", "num_labels": "the number of labels"}
+
+
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """
+    SHA-256 over names, shapes, dtypes and bytes of the state dict, on whatever device it lies.
+
+    Returns:
+        `str`: in hexadecimal; `None` where the bytes cannot be read as they are: sharded, quantized, sparse and meta
+        tensors.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # DeepSpeed's shards
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if type(tensor) not in (torch.Tensor, nn.Parameter):  # subclasses: DTensor, quantized weights
+            return None
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            return None
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_conditions(model: PreTrainedModel) -> dict[str, Any]:
+    """
+    Everything that the answers of `model` in evaluation mode, and whether they are right, depend on, as plain data.
+
+    The dtype is that in which it computes: under autocast, both that of the weights and autocast's. Device and
+    attention backend are left out: they change answers by rounding errors of that dtype only.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    conditions = _config_conditions(model.config)
+    dtypes = sorted({_name(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()})
+    conditions["dtype"] = " and ".join(dtypes)
+    device = next(model.parameters()).device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        conditions["dtype"] += f" under autocast to {_name(torch.get_autocast_dtype(device))}"
+    conditions["weights"] = weights_fingerprint(model)
+    return conditions
+
+
+def _config_conditions(config: PreTrainedConfig) -> dict[str, Any]:
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = [field.name for field in dataclasses.fields(config) if field.name not in common | NO_CONDITION]
+    labels = {str(index): label for index, label in (config.id2label or {}).items()}
+    conditions = {name: getattr(config, name) for name in names}
+    conditions["num_labels"] = config.num_labels
+    conditions["labels"] = hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()
+    return json.loads(json.dumps(conditions, default=str))  # tuples as lists, as a saved configuration has them
+
+
+@dataclass(frozen=True)
+class CalibrationStatus:
+    """
+    Whether a calibration is of a model as it is now.
+
+    Attributes:
+        changed: what has changed since, in words.
+        unverified: what cannot be compared, in words.
+    """
+
+    changed: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        return not self.changed and not self.unverified
+
+    def __str__(self) -> str:
+        if self.changed:
+            return f"since changed: {'; '.join(self.changed)}"
+        if self.unverified:
+            return f"whether that still holds cannot be verified: {'; '.join(self.unverified)}"
+        return "holds"
+
+
+def calibration_status(model: PreTrainedModel, calibration: Any) -> CalibrationStatus:
+    """
+    Compare a model with the one that was calibrated: τ, exit rule, labels, dtype, weights, and every other field of the
+    configuration that the answers depend on. Nothing is kept: weights edited in place are noticed by the next call.
+
+    Args:
+        model (`PreTrainedModel`): that thinks in stages.
+        calibration ([`Calibration`] or its `dict`): such as `model.config.calibration`.
+
+    Returns:
+        [`CalibrationStatus`]; its `holds` is true only where everything was compared and found equal. τ given to
+        `forward`, a pipeline or an engine instead of the configuration's is not seen here, nor are images that are
+        preprocessed in another way.
+    """
+    calibration = calibration if isinstance(calibration, Mapping) else calibration.to_dict()
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not hasattr(model.config, "exit_criterion"):
+        return CalibrationStatus(changed=("the model, which does not think in stages",))
+    changed, unverified = [], []
+    threshold, conditions = calibration.get("threshold"), calibration.get("conditions")
+    if threshold is None:
+        unverified.append("its τ was not recorded")
+    elif not _same_thresholds(threshold, model.config):
+        changed.append(f"τ ({threshold} then, {model.config.threshold} now)")
+    if not conditions:
+        unverified.append("which weights, dtype and exit criterion it was measured with was not recorded")
+    else:
+        now = model_conditions(model)
+        changed += differences(conditions, now)
+        if conditions.get("weights") is None or now["weights"] is None:
+            unverified.append("the weights cannot be compared (sharded, quantized, or not loaded)")
+    return CalibrationStatus(tuple(changed), tuple(unverified))
+
+
+def _same_thresholds(threshold: Any, config: PreTrainedConfig) -> bool:
+    exits = config.num_stages - 1
+    try:
+        return resolve_thresholds(threshold, exits) == resolve_thresholds(config.threshold, exits)
+    except ValueError:  # of another number of exits
+        return False
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which conditions differ, in words; a fingerprint that is missing on either side differs from none."""
+    found = []
+    for name, value in then.items():
+        if name == "weights":
+            if value is not None and now.get(name, value) not in (value, None):
+                found.append("the weights")
+        elif name == "labels":
+            if now.get(name, value) != value:
+                found.append("the labels")
+        elif name in now and now[name] != value:
+            found.append(f"{WORDS.get(name, f'`{name}`')} ({value} then, {now[name]} now)")
+        elif name not in now and name != "dtype":
+            found.append(f"`{name}` ({value} then, no such field now)")
+    return found
+
+
+def check_same_model(conditions: Mapping[str, Any], model_or_config: PreTrainedModel | PreTrainedConfig) -> None:
+    """
+    Refuse a model other than the measured one. Of a configuration alone, dtype and weights are not compared.
+
+    Raises:
+        ValueError: that names what differs.
+    """
+    is_model = isinstance(model_or_config, nn.Module)
+    now = model_conditions(model_or_config) if is_model else _config_conditions(model_or_config)
+    if found := differences(conditions, now):
+        raise ValueError(
+            f"This calibration was measured on another model; different are: {'; '.join(found)}. Apply it to the model "
+            "that was measured, as it was then, or calibrate this one."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
