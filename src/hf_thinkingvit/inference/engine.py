@@ -23,14 +23,14 @@ class _WholeModel:
 
     num_stages = 1
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, **kwargs):
+        self.model, self.kwargs = model, kwargs
 
-    def begin(self, pixel_values: torch.Tensor, max_stages: int | None = None) -> State:
+    def begin(self, pixel_values: torch.Tensor, **kwargs) -> State:
         return {"pixel_values": pixel_values}
 
     def run_stage(self, stage_index: int, state: State, is_last: bool) -> tuple[torch.Tensor, State]:
-        return self.model(**state).logits, state
+        return self.model(**state, **self.kwargs).logits, state
 
 
 class AdaptiveEngine:
@@ -39,14 +39,16 @@ class AdaptiveEngine:
 
     Args:
         model (`PreTrainedModel`):
-            A classifier of this package, on its device; put into evaluation mode.
+            A classifier of this package, on its device; put into evaluation mode. Several engines may share it, each in
+            a thread of its own.
         processor (`BaseImageProcessor`, *optional*):
             For inputs that are images or paths. Without one they must be tensors `(channels, height, width)`.
         batch_size (`int`, *optional*, defaults to 64):
-            Images of a full batch, at every stage. Where memory runs out, from then on half of the batch that failed,
-            with a warning; the second time it is an error.
-        threshold, max_stages (*optional*):
-            As in the model's `forward`.
+            Images of a full batch, at every stage. Where memory runs out, the rest of the stream runs in halves of the
+            batch that failed, with a warning, and so on down to single images; then it is an error.
+        threshold, max_stages, interpolate_pos_encoding (*optional*):
+            As in the model's `forward`. Answers that are not finite (from pixels that are not) pass no τ: such images
+            run every stage, and their entropy is NaN.
         in_order (`bool`, *optional*, defaults to `True`):
             Yield results in input order; else as they finish.
         max_wait (`float`, *optional*):
@@ -77,6 +79,7 @@ class AdaptiveEngine:
         batch_size: int = 64,
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
+        interpolate_pos_encoding: bool | None = None,
         in_order: bool = True,
         max_wait: float | None = None,
         max_pending: int | None = None,
@@ -93,14 +96,15 @@ class AdaptiveEngine:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending
-        self.max_stages = max_stages
+        self.max_stages, self.interpolate_pos_encoding = max_stages, interpolate_pos_encoding
         if hasattr(model, "run_stage"):
             self.stages, self.rule = model, ExitRule.from_config(model.config, threshold)
             self.num_stages = resolve_max_stages(max_stages, model.config.num_stages)
         else:
             if threshold is not None or max_stages is not None:
                 raise ValueError(f"{type(model).__name__} does not think in stages: no `threshold`, no `max_stages`.")
-            self.stages, self.rule, self.num_stages = _WholeModel(model), None, 1
+            sizes = {} if interpolate_pos_encoding is None else {"interpolate_pos_encoding": interpolate_pos_encoding}
+            self.stages, self.rule, self.num_stages = _WholeModel(model, **sizes), None, 1
         self.stats = self.no_stats()
 
     def no_stats(self) -> EngineStats:
@@ -109,16 +113,21 @@ class AdaptiveEngine:
     def __call__(self, inputs: Iterable[Any]) -> Iterator[EngineResult]:
         """
         Args:
-            inputs (`Iterable`): images (paths, PIL images, arrays, or functions that return one) or tensors. It is read
-                and preprocessed in a thread of its own, at most two batches ahead.
+            inputs (`Iterable`): images (paths, URLs, PIL images, arrays, or functions that return one) or preprocessed
+                tensors `(channels, height, width)`: a list, a generator, a dataset, a `DataLoader` whose batches are
+                images, or a tensor or array of four dimensions. A single image is a stream of one. An exception in
+                place of an image stands for one that could not be read. The input is read and preprocessed in a thread
+                of its own, at most two batches ahead.
 
         Yields:
-            [`EngineResult`], one per input.
+            [`EngineResult`], one per image.
 
         Raises:
-            Whatever `inputs` raises, after the results of all images before it; likewise `ValueError` for an image that
-            cannot be read.
+            ValueError: at once for a folder, a dict and what else is no stream of images; later, after the results of
+                all images before it, for an image that cannot be read.
+            BaseException: whatever `inputs` raises, `KeyboardInterrupt` and `SystemExit` included, likewise.
         """
+        self.model.eval()  # again: it may have been trained since
         stream = Stream(self, inputs)
         return stream.in_order() if self.in_order else stream.as_they_finish()
 
@@ -136,7 +145,9 @@ class AdaptiveEngine:
             if self.model.device.type == "cuda":
                 pixel_values = pixel_values.pin_memory()
             pixel_values = pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)
-            state = self.stages.begin(pixel_values, max_stages=self.max_stages)
+            state = self.stages.begin(
+                pixel_values, interpolate_pos_encoding=self.interpolate_pos_encoding, max_stages=self.max_stages
+            )
         else:
             state = self.stages.recycle(stage - 1, state)
         is_last = stage == self.num_stages - 1

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..models.early_exit import State
+from ..models.image_inputs import each_image
 from .reader import Reader
 from .stage_queue import StageQueue
 
@@ -69,8 +69,7 @@ class Stream:
     """One pass of an engine over an input."""
 
     def __init__(self, engine: "AdaptiveEngine", inputs: Iterable[Any]):
-        self.engine, self.inputs = engine, inputs
-        self.batch_size, self.halved = engine.batch_size, False
+        self.engine, self.inputs, self.batch_size = engine, each_image(inputs), engine.batch_size
         self.stats = engine.stats = engine.no_stats()
         self.queues = [StageQueue() for _ in range(engine.num_stages)]
 
@@ -93,7 +92,7 @@ class Stream:
                         following += 1
                     if len(waiting) <= self.engine.max_pending:
                         break
-                    late = next((stage for stage, queue in enumerate(self.queues) if queue.holds(following)), None)
+                    late = next((stage for stage, queue in enumerate(self.queues) if queue.first == following), None)
                     if late is None:
                         break
                     results = self._run_queue(late)
@@ -104,7 +103,7 @@ class Stream:
     def _run(self) -> Iterator[list[EngineResult]]:
         engine, queues = self.engine, self.queues
         reader = Reader(self.inputs, engine.processor, 2 * self.batch_size, engine.on_error == "return")
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             while True:
                 # The deepest first: what is nearly done makes room.
@@ -119,7 +118,7 @@ class Stream:
                         state = {"pixel_values": reading.pixel_values[None]}
                         while not queues[0].fits(state):
                             yield self._run_queue(0)
-                        queues[0].put(state, torch.tensor([reading.index]), time.monotonic())
+                        queues[0].put(state, [reading.index], time.monotonic())
                     elif reading.index is None or engine.on_error == "raise":
                         failure = reading.error
                         reader.close()
@@ -149,19 +148,7 @@ class Stream:
 
     def _run_queue(self, stage: int) -> list[EngineResult]:
         """Run a stage on a batch of those that wait for it; the results of those that leave."""
-        batch = self.queues[stage].take(self.batch_size)
-        try:
-            return self._run_stage(stage, *batch)
-        except RuntimeError as error:
-            if self.halved or len(batch[1]) < 2 or not _is_out_of_memory(error):
-                raise
-        self.halved, self.batch_size = True, math.ceil(len(batch[1]) / 2)
-        logger.warning("out of memory at stage %d: going on with batches of %d images", stage, self.batch_size)
-        self.queues[stage].put_back(*batch)
-        return self._run_queue(stage)
-
-    def _run_stage(self, stage: int, state: State, indices: torch.Tensor, since: float) -> list[EngineResult]:
-        answers, state, going_on = self.engine.step(stage, state)
+        indices, since, (answers, state, going_on) = self._step(stage)
         self.stats.rows[stage] += len(indices)
         self.stats.batches[stage] += 1
         self.stats.exits[stage] += len(indices) - len(going_on)
@@ -170,8 +157,28 @@ class Stream:
             following = self.queues[stage + 1]
             while not following.fits(state):
                 results += self._run_queue(stage + 1)
-            following.put(state, indices[going_on], since)
-        for index, answer in zip(indices.tolist(), answers):
-            if answer[0]:
-                results.append(EngineResult(index, answer[2:], stage, float(answer[1])))
+            following.put(state, [indices[row] for row in going_on.tolist()], since)
+        exits, entropies = answers[:, 0].tolist(), answers[:, 1].tolist()
+        # Copies: a view would keep, and pickle, the answers of the whole batch.
+        results += [
+            EngineResult(index, logits.clone(), stage, entropy)
+            for index, exit_, entropy, logits in zip(indices, exits, entropies, answers[:, 2:])
+            if exit_
+        ]
         return results
+
+    def _step(self, stage: int) -> tuple[list[int], float, tuple]:
+        """The places of a batch, since when it has waited, and what the engine makes of it, in as much memory as is."""
+        while True:
+            state, indices, since = self.queues[stage].take(self.batch_size)
+            try:
+                return indices, since, self.engine.step(stage, state)
+            except RuntimeError as error:
+                if len(indices) < 2 or not _is_out_of_memory(error):
+                    raise
+            # Out of the handler, whose traceback holds what the failed step had computed.
+            if self.engine.model.device.type != "cpu":
+                clear_device_cache(garbage_collection=True)
+            self.batch_size = math.ceil(len(indices) / 2)
+            logger.warning("out of memory at stage %d: going on with batches of %d images", stage, self.batch_size)
+            self.queues[stage].put_back(state, indices, since)
