@@ -27,7 +27,8 @@ from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.data import as_images, decode, find_split, load_splits
-from hf_thinkingvit.inference import AdaptiveEngine, ResumableOutput, fingerprint, model_fingerprint
+from hf_thinkingvit.inference import AdaptiveEngine, ResumableOutput
+from hf_thinkingvit.inference.resumable import fingerprint, model_fingerprint
 
 
 def find_images(name: str, split: str | None, column: str | None) -> tuple[list[str], str, Callable[[int], Any]]:

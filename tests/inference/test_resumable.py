@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from hf_thinkingvit.image_processing import evaluation_image_processor
-from hf_thinkingvit.inference import ResumableOutput, fingerprint, model_fingerprint
+from hf_thinkingvit.inference.resumable import ResumableOutput, fingerprint, model_fingerprint
 from tests.utils import lively_model
 
 

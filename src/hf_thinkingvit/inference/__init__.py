@@ -4,7 +4,7 @@ from .distributed import classify_across_processes
 from .engine import AdaptiveEngine, EngineResult, EngineStats
 from .export import OnnxFiles, export_adaptive, export_onnx, export_stages
 from .pipeline import ADAPTIVE_IMAGE_CLASSIFICATION, AdaptiveImageClassificationPipeline
-from .resumable import ResumableOutput, fingerprint, model_fingerprint
+from .resumable import ResumableOutput
 
 
 __all__ = [
@@ -19,6 +19,4 @@ __all__ = [
     "export_adaptive",
     "export_onnx",
     "export_stages",
-    "fingerprint",
-    "model_fingerprint",
 ]
