@@ -275,7 +275,8 @@ class TestFaults:
         assert reserved[1] < 2**28
 
     @pytest.mark.parametrize("in_order", [True, False])
-    def test_out_of_memory_with_images_of_different_sizes(self, in_order):
+    @pytest.mark.parametrize("most", [1, 2])
+    def test_out_of_memory_with_images_of_different_sizes(self, in_order, most):
         network = lively_swin()
         sizes = [32, 32, 32, 48, 48, 32, 48, 32, 32, 32, 32, 48, 48, 48, 48, 48, 48, 32]
         images = [random_images(1, size, seed=index)[0] for index, size in enumerate(sizes)]
@@ -284,9 +285,10 @@ class TestFaults:
             network.config.threshold = [first.entropy.item(), 0.0]
             expected = [network(image[None]) for image in images]
         assert len({outputs.exit_stage.item() for outputs in expected}) > 1
-        give_little_memory(network, 2, "accelerator", [])
+        give_little_memory(network, most, "accelerator", [])
         engine = AdaptiveEngine(network, batch_size=4, in_order=in_order, max_pending=1)
         results = sorted(engine(images), key=lambda result: result.index)
+        assert engine.stats.rows == [sum(outputs.exit_stage >= stage for outputs in expected) for stage in range(3)]
         for result, outputs in zip(results, expected, strict=True):
             assert result.exit_stage == outputs.exit_stage
             torch.testing.assert_close(result.logits, outputs.logits[0], atol=1e-5, rtol=0)
