@@ -89,29 +89,40 @@ def test_calibrate_by_promise(folders, tmp_path):
 
 
 def test_classify_folder(folders, tmp_path):
-    """Two processes, an unreadable file, a run that was cut off in the middle of a line, and Parquet."""
+    """An unreadable file, a run that was cut off in the middle of a line, more processes, and Parquet."""
     pictures = tmp_path / "pictures"
     (pictures / "deeper").mkdir(parents=True)
     for index in range(9):
         (pictures / ("deeper" if index % 2 else ".") / f"{index}.png").write_bytes(encoded_image(index))
     (pictures / "7broken.png").write_bytes(b"no image")
     output = tmp_path / "out" / "found.jsonl"
-    output.parent.mkdir()
-    earlier = {"place": 0, "name": "0.png", "label": "cat", "score": 0.5, "exit_stage": 0, "entropy": 0.25}
-    (output.parent / ".found.0.jsonl").write_text(json.dumps(earlier) + '\n{"place": 2, "na')
-    done = run("classify_folder.py", folders, "--images", str(pictures), "--output", str(output), processes=2)
+    words = ["--images", str(pictures), "--output", str(output)]
+    done = run("classify_folder.py", folders, *words)
     assert done.returncode == 0, done.stderr
+    assert "7broken.png" in done.stderr + done.stdout
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["name"] for line in lines] == ["0.png", "2.png", "4.png", "6.png", "8.png"] + [
         f"deeper/{index}.png" for index in (1, 3, 5, 7)
     ]
-    assert lines[0] == {name: value for name, value in earlier.items() if name != "place"}  # not computed again
-    assert "7broken.png" in done.stderr + done.stdout
     classifier = pipeline("adaptive-image-classification", model=str(folders / "model"), top_k=1)
-    for line in lines[1:]:
+    for line in lines:
         (expected,) = classifier(str(pictures / line["name"]))
         assert (line["label"], line["exit_stage"]) == (expected["label"], expected["exit_stage"])
         assert line["score"] == pytest.approx(expected["score"], abs=1e-4)
+    facts = json.loads((output.parent / "found.jsonl.run.json").read_text())
+    expected = {"model": "model", "source": "pictures", "split": None, "images": 10, "threshold": 0.0}
+    assert {name: facts[name] for name in expected} == expected
+
+    output.unlink()
+    earlier = {"place": 0, **lines[0], "label": "of the earlier run"}
+    (output.parent / ".found.jsonl.0.part").write_text(json.dumps(earlier) + '\n{"place": 2, "na')
+    done = run("classify_folder.py", folders, *words, processes=2)
+    assert done.returncode == 0, done.stderr
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert again[0] == {**lines[0], "label": "of the earlier run"}  # not computed again
+    for line, other in zip(lines[1:], again[1:], strict=True):
+        assert all(line[name] == other[name] for name in ("name", "label", "exit_stage"))
+
     table = tmp_path / "found.parquet"
     done = run("classify_folder.py", folders, "--images", str(folders / "images"), "--output", str(table))
     assert done.returncode == 0, done.stderr

@@ -92,15 +92,16 @@ class TestResults:
 
     def test_images_of_different_sizes(self):
         """A model that takes any size gets one size a batch."""
-        network = lively_avit()
-        network.forward = lambda pixel_values, forward=network.forward: forward(
-            pixel_values, interpolate_pos_encoding=True
-        )
         sizes = [32, 32, 48, 32, 48, 48, 32]
         images = [random_images(1, size, seed=index)[0] for index, size in enumerate(sizes)]
-        results = list(AdaptiveEngine(network, batch_size=4)(images))
-        for image, result in zip(images, results, strict=True):
-            torch.testing.assert_close(result.logits, network(image[None]).logits[0], atol=1e-5, rtol=0)
+        for network in (lively_avit(), lively_model()):
+            engine = AdaptiveEngine(network, batch_size=4, interpolate_pos_encoding=True)
+            for image, result in zip(images, engine(images), strict=True):
+                with torch.no_grad():
+                    expected = network(image[None], interpolate_pos_encoding=True).logits[0]
+                torch.testing.assert_close(result.logits, expected, atol=1e-5, rtol=0)
+            with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
+                list(AdaptiveEngine(network, batch_size=4)(images))
 
     def test_nothing(self, model):
         assert list(AdaptiveEngine(model)([])) == []
@@ -188,13 +189,14 @@ class TestCountedWork:
 
 class TestFaults:
     @pytest.mark.parametrize("in_order", [True, False])
-    def test_an_exception_of_the_source_comes_after_the_results_before_it(self, model, in_order):
+    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
+    def test_an_exception_of_the_source_comes_after_the_results_before_it(self, model, in_order, error):
         def source():
             yield from random_images(21)
-            raise OSError("the disk is gone")
+            raise error("the disk is gone")
 
         found = []
-        with pytest.raises(OSError, match="the disk is gone"):
+        with pytest.raises(error, match="the disk is gone"):
             iter_into(AdaptiveEngine(model, batch_size=8, in_order=in_order)(source()), found)
         assert sorted(result.index for result in found) == list(range(21))
 
@@ -215,7 +217,13 @@ class TestFaults:
         assert engine.stats.failures == 1
 
     def test_inputs_that_cannot_be(self, model):
-        for inputs, message in (([torch.zeros(2, 3, 32, 32)], "must be a tensor"), (["a.png"], "needs a `processor`")):
+        cases = [
+            ([torch.zeros(2, 3, 32, 32)], "must be a tensor"),
+            (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "of floats, preprocessed, got .* of torch.uint8"),
+            (["a.png"], "needs a `processor`"),
+            ([{"pixel_values": torch.zeros(3, 32, 32)}], "Input 0 is not an image. It is a dict"),
+        ]
+        for inputs, message in cases:
             with pytest.raises(ValueError, match=message):
                 list(AdaptiveEngine(model)(inputs))
 
@@ -236,21 +244,40 @@ class TestFaults:
         assert not reader_threads()
 
     @pytest.mark.parametrize("device", ["accelerator", "cpu"])
-    def test_out_of_memory_halves_the_batch_once(self, model, caplog, device):
+    def test_out_of_memory_halves_the_batch_until_it_fits(self, model, caplog, device):
         images, biggest = random_images(60), []
         out_of_memory = torch.OutOfMemoryError if device == "accelerator" else RuntimeError
         expected = list(AdaptiveEngine(model, batch_size=16)(images))
-        give_little_memory(model, 8, device, biggest)
+        give_little_memory(model, 2, device, biggest)
         results = list(AdaptiveEngine(model, batch_size=16)(images))
         assert [result.exit_stage for result in results] == [result.exit_stage for result in expected]
         assert [result.index for result in results] == list(range(60))
-        assert max(biggest) == 8
-        assert "going on with batches of 8 images" in caplog.text
+        assert max(biggest) == 2
+        batches = [record.getMessage().rsplit("batches of ")[1] for record in caplog.records]
+        assert batches == ["8 images", "4 images", "2 images"]
+        give_little_memory(model, 0, device, biggest)
         with pytest.raises(out_of_memory, match="memory"):
-            list(AdaptiveEngine(model, batch_size=64)(images))
+            list(AdaptiveEngine(model, batch_size=16)(images))
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_out_of_memory_empties_the_cache_of_the_device(self, model):
+        model.cuda()
+        reserved = []
+
+        def run_stage(stage_index, state, *args, run=model.run_stage, **kwargs):
+            reserved.append(torch.cuda.memory_reserved())
+            if len(next(iter(state.values()))) > 8:
+                kept = torch.empty(2**28, device="cuda")  # what a stage had computed before it failed
+                raise torch.OutOfMemoryError(f"CUDA out of memory with {kept.shape}")
+            return run(stage_index, state, *args, **kwargs)
+
+        model.run_stage = run_stage
+        assert len(list(AdaptiveEngine(model, batch_size=16)(random_images(20)))) == 20
+        assert reserved[1] < 2**28
 
     @pytest.mark.parametrize("in_order", [True, False])
-    def test_out_of_memory_with_images_of_different_sizes(self, in_order):
+    @pytest.mark.parametrize("most", [1, 2])
+    def test_out_of_memory_with_images_of_different_sizes(self, in_order, most):
         network = lively_swin()
         sizes = [32, 32, 32, 48, 48, 32, 48, 32, 32, 32, 32, 48, 48, 48, 48, 48, 48, 32]
         images = [random_images(1, size, seed=index)[0] for index, size in enumerate(sizes)]
@@ -259,9 +286,10 @@ class TestFaults:
             network.config.threshold = [first.entropy.item(), 0.0]
             expected = [network(image[None]) for image in images]
         assert len({outputs.exit_stage.item() for outputs in expected}) > 1
-        give_little_memory(network, 2, "accelerator", [])
+        give_little_memory(network, most, "accelerator", [])
         engine = AdaptiveEngine(network, batch_size=4, in_order=in_order, max_pending=1)
         results = sorted(engine(images), key=lambda result: result.index)
+        assert engine.stats.rows == [sum(outputs.exit_stage >= stage for outputs in expected) for stage in range(3)]
         for result, outputs in zip(results, expected, strict=True):
             assert result.exit_stage == outputs.exit_stage
             torch.testing.assert_close(result.logits, outputs.logits[0], atol=1e-5, rtol=0)

@@ -1,10 +1,12 @@
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, pipeline
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoConfig, ViTConfig, ViTForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -158,3 +160,118 @@ def test_streams_keep_the_batches_of_every_stage_full(folder, images, expected, 
     go_on = 4 * int((outputs.exit_stage > 0).sum())
     second = [rows for stage, rows in batches if stage == 1]
     assert second == [8] * (go_on // 8) + ([go_on % 8] if go_on % 8 else [])
+
+
+class Sized(IterableDataset):
+    """With a length and without indices."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __iter__(self):
+        return iter(self.images)
+
+
+MORE_STREAMS = {
+    "tuple": tuple,
+    "sized": Sized,
+    "iterator": iter,
+    "loader": lambda images: DataLoader(images, batch_size=3, collate_fn=list),
+    "array": lambda images: np.stack([np.array(image) for image in images]),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_STREAMS)
+def test_more_kinds_of_streams(folder, images, expected, kind):
+    threshold, outputs = expected
+    classifier = pipeline("adaptive-image-classification", model=folder)
+    results = list(classifier(MORE_STREAMS[kind](images), threshold=threshold, batch_size=2))
+    assert [result[0]["exit_stage"] for result in results] == outputs.exit_stage.tolist()
+
+
+def test_what_is_no_image_is_refused(folder, images, tmp_path):
+    classifier = pipeline("adaptive-image-classification", model=folder)
+    for inputs, message in (
+        ({"image": images[0]}, "It is a dict"),
+        ([{"image": images[0]}], "It is a dict"),
+        ([np.zeros((2, 32, 32, 3))], "got a batch of shape"),
+        (str(tmp_path), "is a folder: give its files"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classifier(inputs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_keeps_its_place(folder, images, expected, num_workers, tmp_path):
+    threshold, outputs = expected
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    bad = str(tmp_path / "bad.png")
+    classifier = pipeline("adaptive-image-classification", model=folder, on_error="return", threshold=threshold)
+    many = [bad, *images[:3], bad, *images[3:], bad]
+    for inputs in (many, iter(many)):
+        results = list(classifier(inputs, batch_size=2, num_workers=num_workers))
+        assert [place for place, result in enumerate(results) if "error" in result[0]] == [0, 4, 9]
+        for place in (0, 4, 9):
+            assert list(results[place][0]) == ["error"]
+            assert "bad.png" in results[place][0]["error"]
+        stages = [result[0]["exit_stage"] for result in results if "error" not in result[0]]
+        assert stages == outputs.exit_stage.tolist()
+    assert "bad.png" in classifier(bad)[0]["error"]
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        classifier(many, on_error="raise", num_workers=num_workers)
+    with pytest.raises(ValueError, match="`on_error`"):
+        classifier(many, on_error="skip")
+
+
+def test_images_of_another_size(make, images):
+    model, processor = make(), evaluation_image_processor(48)
+    classifier = AdaptiveImageClassificationPipeline(model=model, image_processor=processor, device="cpu")
+    results = classifier(images, interpolate_pos_encoding=True, batch_size=4, top_k=1)
+    with torch.no_grad():
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        logits = model(pixel_values, interpolate_pos_encoding=True).logits
+    assert [result[0]["label"] for result in results] == [f"LABEL_{label}" for label in logits.argmax(-1)]
+    (alone,) = classifier(images[0], interpolate_pos_encoding=True, top_k=1)
+    assert alone == {
+        **results[0][0],
+        **{name: pytest.approx(results[0][0][name], abs=1e-4) for name in ("score", "entropy")},
+    }
+
+
+def test_threshold_of_the_standard_pipeline(folder, images, expected):
+    """It takes none in a call, so it is set on loading."""
+    threshold, outputs = expected
+    standard = pipeline("image-classification", model=folder, model_kwargs={"threshold": threshold})
+    labels = [result[0]["label"] for result in standard(images, batch_size=3)]
+    assert labels == [f"LABEL_{label}" for label in outputs.logits.argmax(-1)]
+
+
+def test_the_folder_names_its_pipeline(make, folder, images, tmp_path, caplog):
+    """Where the package is imported its own class serves, without `trust_remote_code` and with it."""
+    saved = json.loads((tmp_path.parent / folder / "config.json").read_text())["custom_pipelines"]
+    assert saved == {
+        "adaptive-image-classification": {
+            "impl": "staged_pipeline.StagedImageClassificationPipeline",
+            "pt": ["AutoModelForImageClassification"],
+            "type": "image",
+        }
+    }
+    for trust_remote_code in (None, True):
+        classifier = pipeline("adaptive-image-classification", model=folder, trust_remote_code=trust_remote_code)
+        assert type(classifier) is AdaptiveImageClassificationPipeline
+        classifier.save_pretrained(tmp_path / str(trust_remote_code))
+        written = json.loads((tmp_path / str(trust_remote_code) / "config.json").read_text())
+        assert written["custom_pipelines"] == saved
+        again = pipeline("adaptive-image-classification", model=str(tmp_path / str(trust_remote_code)))
+        assert again(images[0]) == classifier(images[0])
+    assert not caplog.records
+    # Pipelines of others stay.
+    config = AutoConfig.from_pretrained(folder)
+    config.custom_pipelines = {"other": {"impl": "other.Pipeline", "pt": []}}
+    assert list(config.custom_pipelines) == ["other"]
+    assert type(config)(**config.to_dict()).to_dict() == config.to_dict()
+    assert set(config.to_dict()["custom_pipelines"]) == {"other", "adaptive-image-classification"}
+    assert "custom_pipelines" not in lively_avit().config.to_dict()

@@ -46,6 +46,27 @@ save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, resul
 model.save_pretrained(saved_again)
 classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
 print(type(classifier.model).__module__)
+
+if hasattr(model, "run_stage"):
+    from PIL import Image
+
+    for place in (folder, saved_again):
+        classifier = pipeline(
+            "adaptive-image-classification", model=place, image_processor=folder, trust_remote_code=True
+        )
+        assert type(classifier).__module__.startswith("transformers_modules."), type(classifier)
+        images = [Image.effect_noise((40, 50), sigma).convert("RGB") for sigma in (20, 60, 90, 120)]
+        images.insert(2, "nowhere.png")
+        results = classifier(images, on_error="return", batch_size=2, **overrides)
+        alone = [classifier(image, on_error="return", **overrides) for image in images]
+        assert [len(result) for result in results] == [5, 5, 1, 5, 5], results
+        assert "nowhere.png" in results[2][0]["error"]
+        for result, other in zip(results, alone):
+            assert [entry.get("label") for entry in result] == [entry.get("label") for entry in other]
+            assert [entry.get("exit_stage") for entry in result] == [entry.get("exit_stage") for entry in other]
+        classifier.save_pretrained(place + "_by_pipeline")
+    # Without a task, the folder's own.
+    assert type(pipeline(model=folder, trust_remote_code=True)).__name__ == "StagedImageClassificationPipeline"
 """
 
 
@@ -87,6 +108,9 @@ def test_loads_without_the_package_and_gives_equal_outputs(family, tmp_path):
     assert {f"modeling_{family}.py", f"configuration_{family}.py", backbone} <= names
     for name in names:
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
+    assert ("custom_pipelines" in json.loads((tmp_path / "again" / "config.json").read_text())) == (family in STAGED)
+    for place in ("model_by_pipeline", "again_by_pipeline") if family in STAGED else ():
+        assert {path.name for path in (tmp_path / place).glob("*.py")} == names
 
 
 def test_saved_folder_names_its_code(tmp_path):

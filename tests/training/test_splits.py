@@ -153,7 +153,7 @@ class TestOutcome:
             card = (folder / name / "README.md").read_text()
             assert "On 10 images of" in card
             assert "split `test`" in card
-            assert "best epoch chosen by: `held out from train`" in card
+            assert "best epoch was chosen by its accuracy on `held out from train`" in card
             assert f"| stage 1 | {measured['top1'][-1]:.2f} |" in card
             assert "split: test\n" in card  # of the model index
 
@@ -171,7 +171,7 @@ class TestOutcome:
         results = train(parse_config(flags(train_and_test, tmp_path, max_steps=1)))
         assert (results["selected_on"], results["split"], results["test"]) == ("test", "test", None)
         card = (tmp_path / "best" / "README.md").read_text()
-        assert "best epoch chosen by: `test`" in card
+        assert "best epoch was chosen on these images, so the figures are optimistic" in card
         assert "chosen by the images that are reported (`test`)" in capsys.readouterr().out
 
     def test_a_run_of_a_version_that_held_nothing_out_goes_on(self, train_and_test, tmp_path):

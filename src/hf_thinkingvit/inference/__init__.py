@@ -4,6 +4,7 @@ from .distributed import classify_across_processes
 from .engine import AdaptiveEngine, EngineResult, EngineStats
 from .export import OnnxFiles, export_adaptive, export_onnx, export_stages
 from .pipeline import ADAPTIVE_IMAGE_CLASSIFICATION, AdaptiveImageClassificationPipeline
+from .resumable import ResumableOutput
 
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "EngineResult",
     "EngineStats",
     "OnnxFiles",
+    "ResumableOutput",
     "classify_across_processes",
     "export_adaptive",
     "export_onnx",

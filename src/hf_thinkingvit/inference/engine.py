@@ -6,62 +6,16 @@ The engine takes a stream instead: what goes on from many batches is run togethe
 nothing of layers or families; a model that does not think in stages has one.
 """
 
-import logging
-import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..models.early_exit import State, resolve_max_stages, select_rows
 from ..models.exit_criteria import ExitRule, answer_entropy
-from .reader import Reader
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineResult:
-    """
-    The answer to one image.
-
-    Attributes:
-        index: place of the image in the input, from 0.
-        logits: `(num_labels,)`, float32, on the CPU; `None` if the image could not be read.
-        exit_stage: where it left, from 0; `None` likewise.
-        entropy: of that answer, in nats; `None` likewise.
-        error: why the image could not be read, with `on_error="return"`.
-    """
-
-    index: int
-    logits: torch.Tensor | None = None
-    exit_stage: int | None = None
-    entropy: float | None = None
-    error: Exception | None = None
-
-
-@dataclass
-class EngineStats:
-    """
-    Work done, counted.
-
-    Attributes:
-        rows: images that ran each stage.
-        batches: forward passes of each stage.
-        exits: images that left at each stage.
-        failures: images that could not be read.
-    """
-
-    rows: list[int]
-    batches: list[int]
-    exits: list[int]
-    failures: int = 0
+from .stream import EngineResult, EngineStats, Stream
 
 
 class _WholeModel:
@@ -69,14 +23,14 @@ class _WholeModel:
 
     num_stages = 1
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, **kwargs):
+        self.model, self.kwargs = model, kwargs
 
-    def begin(self, pixel_values: torch.Tensor, max_stages: int | None = None) -> State:
+    def begin(self, pixel_values: torch.Tensor, **kwargs) -> State:
         return {"pixel_values": pixel_values}
 
     def run_stage(self, stage_index: int, state: State, is_last: bool) -> tuple[torch.Tensor, State]:
-        return self.model(**state).logits, state
+        return self.model(**state, **self.kwargs).logits, state
 
 
 class AdaptiveEngine:
@@ -85,14 +39,16 @@ class AdaptiveEngine:
 
     Args:
         model (`PreTrainedModel`):
-            A classifier of this package, on its device; put into evaluation mode.
+            A classifier of this package, on its device; put into evaluation mode. Several engines may share it, each in
+            a thread of its own.
         processor (`BaseImageProcessor`, *optional*):
             For inputs that are images or paths. Without one they must be tensors `(channels, height, width)`.
         batch_size (`int`, *optional*, defaults to 64):
-            Images of a full batch, at every stage. Where memory runs out, from then on half of the batch that failed,
-            with a warning; the second time it is an error.
-        threshold, max_stages (*optional*):
-            As in the model's `forward`.
+            Images of a full batch, at every stage. Where memory runs out, the rest of the stream runs in halves of the
+            batch that failed, with a warning, and so on down to single images; then it is an error.
+        threshold, max_stages, interpolate_pos_encoding (*optional*):
+            As in the model's `forward`. Answers that are not finite (from pixels that are not) pass no τ: such images
+            run every stage, and their entropy is NaN.
         in_order (`bool`, *optional*, defaults to `True`):
             Yield results in input order; else as they finish.
         max_wait (`float`, *optional*):
@@ -123,6 +79,7 @@ class AdaptiveEngine:
         batch_size: int = 64,
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
+        interpolate_pos_encoding: bool | None = None,
         in_order: bool = True,
         max_wait: float | None = None,
         max_pending: int | None = None,
@@ -139,33 +96,39 @@ class AdaptiveEngine:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending
-        self.max_stages = max_stages
+        self.max_stages, self.interpolate_pos_encoding = max_stages, interpolate_pos_encoding
         if hasattr(model, "run_stage"):
             self.stages, self.rule = model, ExitRule.from_config(model.config, threshold)
             self.num_stages = resolve_max_stages(max_stages, model.config.num_stages)
         else:
             if threshold is not None or max_stages is not None:
                 raise ValueError(f"{type(model).__name__} does not think in stages: no `threshold`, no `max_stages`.")
-            self.stages, self.rule, self.num_stages = _WholeModel(model), None, 1
-        self.stats = self._no_stats()
+            sizes = {} if interpolate_pos_encoding is None else {"interpolate_pos_encoding": interpolate_pos_encoding}
+            self.stages, self.rule, self.num_stages = _WholeModel(model, **sizes), None, 1
+        self.stats = self.no_stats()
 
-    def _no_stats(self) -> EngineStats:
+    def no_stats(self) -> EngineStats:
         return EngineStats([0] * self.num_stages, [0] * self.num_stages, [0] * self.num_stages)
 
     def __call__(self, inputs: Iterable[Any]) -> Iterator[EngineResult]:
         """
         Args:
-            inputs (`Iterable`): images (paths, PIL images, arrays, or functions that return one) or tensors. It is read
-                and preprocessed in a thread of its own, at most two batches ahead.
+            inputs (`Iterable`): images (paths, URLs, PIL images, arrays, or functions that return one) or preprocessed
+                tensors `(channels, height, width)`: a list, a generator, a dataset, a `DataLoader` whose batches are
+                images, or a tensor or array of four dimensions. A single image is a stream of one. An exception in
+                place of an image stands for one that could not be read. The input is read and preprocessed in a thread
+                of its own, at most two batches ahead.
 
         Yields:
-            [`EngineResult`], one per input.
+            [`EngineResult`], one per image.
 
         Raises:
-            Whatever `inputs` raises, after the results of all images before it; likewise `ValueError` for an image that
-            cannot be read.
+            ValueError: at once for a folder, a dict and what else is no stream of images; later, after the results of
+                all images before it, for an image that cannot be read.
+            BaseException: whatever `inputs` raises, `KeyboardInterrupt` and `SystemExit` included, likewise.
         """
-        stream = _Stream(self, inputs)
+        self.model.eval()  # again: it may have been trained since
+        stream = Stream(self, inputs)
         return stream.in_order() if self.in_order else stream.as_they_finish()
 
     @torch.no_grad()
@@ -182,7 +145,9 @@ class AdaptiveEngine:
             if self.model.device.type == "cuda":
                 pixel_values = pixel_values.pin_memory()
             pixel_values = pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)
-            state = self.stages.begin(pixel_values, max_stages=self.max_stages)
+            state = self.stages.begin(
+                pixel_values, interpolate_pos_encoding=self.interpolate_pos_encoding, max_stages=self.max_stages
+            )
         else:
             state = self.stages.recycle(stage - 1, state)
         is_last = stage == self.num_stages - 1
@@ -198,159 +163,3 @@ class AdaptiveEngine:
         if 0 < len(going_on) < len(answers):
             state = select_rows(state, going_on.to(logits.device, non_blocking=True))
         return answers, state, going_on
-
-
-class _StageQueue:
-    """Images that wait for a stage, oldest first."""
-
-    def __init__(self):
-        self.parts: list[tuple[State, torch.Tensor, float]] = []  # state, places in the input, since when
-
-    def __len__(self) -> int:
-        return sum(len(indices) for _, indices, _ in self.parts)
-
-    @property
-    def since(self) -> float:
-        return min((since for *_, since in self.parts), default=math.inf)
-
-    def holds(self, index: int) -> bool:
-        return any(bool((indices == index).any()) for _, indices, _ in self.parts)
-
-    def fits(self, state: State) -> bool:
-        """Whether images of this size can be in one batch with those that wait."""
-        return not self.parts or all(state[name].shape[1:] == part.shape[1:] for name, part in self.parts[0][0].items())
-
-    def put(self, state: State, indices: torch.Tensor, since: float) -> None:
-        self.parts.append((state, indices, since))
-
-    def put_back(self, state: State, indices: torch.Tensor, since: float) -> None:
-        """Images that were taken and could not run."""
-        self.parts.insert(0, (state, indices, since))
-
-    def take(self, count: int) -> tuple[State, torch.Tensor, float]:
-        """The oldest images, at most `count`."""
-        states, indices, since = zip(*self.parts)
-        # One part that is a batch already, as where every image goes on, is not copied.
-        state = states[0] if len(states) == 1 else {name: torch.cat([s[name] for s in states]) for name in states[0]}
-        indices = torch.cat(indices)
-        self.parts = []
-        if len(indices) > count:
-            self.put({name: tensor[count:] for name, tensor in state.items()}, indices[count:], since[-1])
-        return {name: tensor[:count] for name, tensor in state.items()}, indices[:count], min(since)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # Only accelerators have an exception of their own for it; Accelerate knows what the others say.
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-
-
-class _Stream:
-    """One pass of an engine over an input."""
-
-    def __init__(self, engine: AdaptiveEngine, inputs: Iterable[Any]):
-        self.engine, self.inputs = engine, inputs
-        self.batch_size, self.halved = engine.batch_size, False
-        self.stats = engine.stats = engine._no_stats()
-        self.queues = [_StageQueue() for _ in range(engine.num_stages)]
-
-    def as_they_finish(self) -> Iterator[EngineResult]:
-        """Every result as soon as it is there."""
-        for results in self._run():
-            yield from results
-
-    def in_order(self) -> Iterator[EngineResult]:
-        """Results in input order. Where too many wait for one image, its stage runs with what it has."""
-        waiting: dict[int, EngineResult] = {}
-        following = 0
-        runs = self._run()
-        try:
-            for results in runs:
-                waiting.update((result.index, result) for result in results)
-                while True:
-                    while following in waiting:
-                        yield waiting.pop(following)
-                        following += 1
-                    if len(waiting) <= self.engine.max_pending:
-                        break
-                    late = next((stage for stage, queue in enumerate(self.queues) if queue.holds(following)), None)
-                    if late is None:
-                        break
-                    results = self._run_queue(late)
-                    waiting.update((result.index, result) for result in results)
-        finally:
-            runs.close()
-
-    def _run(self) -> Iterator[list[EngineResult]]:
-        engine, queues = self.engine, self.queues
-        reader = Reader(self.inputs, engine.processor, 2 * self.batch_size, engine.on_error == "return")
-        failure: Exception | None = None
-        try:
-            while True:
-                # The deepest first: what is nearly done makes room.
-                ready = [s for s, queue in enumerate(queues) if len(queue) >= self.batch_size or self._overdue(queue)]
-                if ready:
-                    yield self._run_queue(ready[-1])
-                elif not reader.finished:
-                    reading = reader.get(self._patience())
-                    if reading is None:
-                        continue
-                    if reading.error is None:
-                        state = {"pixel_values": reading.pixel_values[None]}
-                        while not queues[0].fits(state):
-                            yield self._run_queue(0)
-                        queues[0].put(state, torch.tensor([reading.index]), time.monotonic())
-                    elif reading.index is None or engine.on_error == "raise":
-                        failure = reading.error
-                        reader.close()
-                    else:
-                        self.stats.failures += 1
-                        yield [EngineResult(reading.index, error=reading.error)]
-                elif any(map(len, queues)):
-                    # At the end the first stage first, so that what goes on from it fills up the later ones.
-                    yield self._run_queue(next(s for s, queue in enumerate(queues) if len(queue)))
-                else:
-                    break
-            if failure is not None:
-                raise failure
-        finally:
-            reader.close()
-
-    def _overdue(self, queue: _StageQueue) -> bool:
-        max_wait = self.engine.max_wait
-        return max_wait is not None and time.monotonic() - queue.since >= max_wait
-
-    def _patience(self) -> float | None:
-        """Seconds until an image has waited long enough; `None` for ever."""
-        since = min(queue.since for queue in self.queues)
-        if self.engine.max_wait is None or since == math.inf:
-            return None
-        return max(0.0, since + self.engine.max_wait - time.monotonic())
-
-    def _run_queue(self, stage: int) -> list[EngineResult]:
-        """Run a stage on a batch of those that wait for it; the results of those that leave."""
-        batch = self.queues[stage].take(self.batch_size)
-        try:
-            return self._run_stage(stage, *batch)
-        except RuntimeError as error:
-            if self.halved or len(batch[1]) < 2 or not _is_out_of_memory(error):
-                raise
-        self.halved, self.batch_size = True, math.ceil(len(batch[1]) / 2)
-        logger.warning("out of memory at stage %d: going on with batches of %d images", stage, self.batch_size)
-        self.queues[stage].put_back(*batch)
-        return self._run_queue(stage)
-
-    def _run_stage(self, stage: int, state: State, indices: torch.Tensor, since: float) -> list[EngineResult]:
-        answers, state, going_on = self.engine.step(stage, state)
-        self.stats.rows[stage] += len(indices)
-        self.stats.batches[stage] += 1
-        self.stats.exits[stage] += len(indices) - len(going_on)
-        results = []
-        if len(going_on):
-            following = self.queues[stage + 1]
-            while not following.fits(state):
-                results += self._run_queue(stage + 1)
-            following.put(state, indices[going_on], since)
-        for index, answer in zip(indices.tolist(), answers):
-            if answer[0]:
-                results.append(EngineResult(index, answer[2:], stage, float(answer[1])))
-        return results

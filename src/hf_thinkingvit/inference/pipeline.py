@@ -1,34 +1,25 @@
-"""Image classification that takes τ per call and says at which stage each image left."""
+"""The pipeline of models that think in stages, on the engine, and its registration with Transformers."""
 
-import inspect
-import os
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
-from transformers import AutoModelForImageClassification, ImageClassificationPipeline
+import torch
+from transformers import AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from ..models.configuration_staged import ADAPTIVE_IMAGE_CLASSIFICATION
+from ..models.staged_pipeline import StagedImageClassificationPipeline
 from .engine import AdaptiveEngine
 
 
-ADAPTIVE_IMAGE_CLASSIFICATION = "adaptive-image-classification"
+class AdaptiveImageClassificationPipeline(StagedImageClassificationPipeline):
+    """
+    [`StagedImageClassificationPipeline`], with the same arguments and results, whose lists, datasets and other streams
+    go through [`AdaptiveEngine`], which keeps the batches of every stage full.
 
-
-class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
-    r"""
-    `ImageClassificationPipeline` for models that think in stages. Each result has, beside `label` and `score`,
-    `exit_stage` (`int`, counted from 0) and `entropy` (`float`, in nats) of the image's accepted answer.
-
-    Args, of the pipeline or of a call:
-        threshold (`float` or `list[float]`, *optional*):
-            τ, one or one per exit, instead of `model.config.threshold`.
-        max_stages (`int`, *optional*):
-            Run at most this many stages.
-        top_k, function_to_apply, timeout, batch_size:
-            As in `ImageClassificationPipeline`.
-
-    Raises:
-        ValueError: if the model does not think in stages, or an image cannot be read; the message names it.
+    Importing this package registers it. It then serves every model that thinks in stages, also one whose folder brings
+    the other class along, with or without `trust_remote_code`.
 
     Example:
 
@@ -41,63 +32,17 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
     [{'label': 'tabby', 'score': 0.81, 'exit_stage': 0, 'entropy': 0.64}]
     ```"""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if "threshold" not in inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters:
-            raise ValueError(
-                f"{type(self.model).__name__} does not think in stages: its forward takes no `threshold`. "
-                'Use `pipeline("image-classification")` for it.'
-            )
-
-    def __call__(self, inputs: Any, **kwargs):
-        """As `ImageClassificationPipeline`, of which an empty list is an error."""
-        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
-
-    def _sanitize_parameters(
-        self, threshold: float | Sequence[float] | None = None, max_stages: int | None = None, **kwargs
-    ) -> tuple[dict, dict, dict]:
-        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
-        steering = {"threshold": threshold, "max_stages": max_stages}
-        forward_params.update({name: value for name, value in steering.items() if value is not None})
-        return preprocess_params, forward_params, postprocess_params
-
-    def preprocess(self, image: Any, timeout: float | None = None):
-        image = os.fspath(image) if isinstance(image, os.PathLike) else image
-        try:
-            return super().preprocess(image, timeout=timeout)
-        except Exception as error:  # decoders raise many types, and none of them says which image it was
-            name = image if isinstance(image, str) else getattr(image, "filename", "") or repr(image)
-            raise ValueError(
-                f"Cannot read the image {name[:200]}: {type(error).__name__}: {error} "
-                "Expected a path, a URL or a PIL image of a file that Pillow can decode."
-            ) from error
-
-    def get_iterator(
-        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Lists, datasets and generators go through the engine, which keeps the batches of every stage full."""
-        if num_workers:  # whoever asks for processes that preprocess gets Transformers' own way
-            return super().get_iterator(
-                inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
-            )
-        engine = AdaptiveEngine(self.model, batch_size=batch_size, **forward_params)
-        images = (inputs[index] for index in range(len(inputs))) if isinstance(inputs, Sized) else inputs
-        pixel_values = (self.preprocess(image, **preprocess_params)["pixel_values"][0] for image in images)
-        outputs = (
-            {"logits": result.logits[None], "exit_stage": [result.exit_stage], "entropy": [result.entropy]}
-            for result in engine(pixel_values)
-        )
-        return (self.postprocess(output, **postprocess_params) for output in outputs)
-
-    def _forward(self, model_inputs, **forward_params):
-        return self.model(**model_inputs, **forward_params)
-
-    def postprocess(self, model_outputs, **postprocess_params) -> list[dict[str, Any]]:
-        exit_facts = {
-            "exit_stage": int(model_outputs["exit_stage"][0]),
-            "entropy": float(model_outputs["entropy"][0]),
-        }
-        return [{**result, **exit_facts} for result in super().postprocess(model_outputs, **postprocess_params)]
+    def run_stream(
+        self, readings: Iterable[torch.Tensor | Exception], batch_size: int, forward_params: dict[str, Any]
+    ) -> Iterator[dict[str, Any] | Exception]:
+        engine = AdaptiveEngine(self.model, batch_size=batch_size, on_error="return", **forward_params)
+        with closing(engine(readings)) as results:
+            for result in results:
+                yield result.error or {
+                    "logits": result.logits[None],
+                    "exit_stage": [result.exit_stage],
+                    "entropy": [result.entropy],
+                }
 
 
 def register_pipeline() -> None:

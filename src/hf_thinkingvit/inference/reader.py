@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
+
+from ..models.image_inputs import NO_DICT, check_one_image
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,12 @@ class Reading:
     Attributes:
         index: its place; `None` where the input itself raised.
         pixel_values: `(channels, height, width)`, on the CPU; `None` where it could not be read.
-        error: why.
+        error: why; where the input itself raised, that may be any `BaseException`.
     """
 
     index: int | None
     pixel_values: torch.Tensor | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Reader:
@@ -34,7 +36,8 @@ class Reader:
     Reads `inputs` in a thread of its own, at most `ahead` images before they are asked for.
 
     Args:
-        inputs (`Iterable`): images, paths, functions that return one, or tensors `(channels, height, width)`.
+        inputs (`Iterable`): images, paths, functions that return one, tensors `(channels, height, width)`, or
+            exceptions in place of images that could not be read.
         processor (`BaseImageProcessor`, *optional*): for what is not a tensor.
         ahead (`int`): how many may wait.
         tolerant (`bool`): go on after an image that cannot be read.
@@ -83,19 +86,24 @@ class Reader:
                 self._put(reading)
                 if self._stop.is_set() or (reading.error is not None and not self.tolerant):
                     return
-        except Exception as error:  # raised by the input: for whoever waits for its images
+        except BaseException as error:  # raised by the input: for whoever waits, as nobody hears of it in a thread
             self._put(Reading(None, error=error))
         finally:
             self._put(None)
 
     def _preprocess(self, index: int, image: Any) -> Reading:
+        if isinstance(image, Exception):  # whoever made the input has met an image that cannot be read
+            return Reading(index, error=image)
         if isinstance(image, torch.Tensor):
-            if image.dim() == 3:
+            if image.dim() == 3 and image.is_floating_point():
                 return Reading(index, image)
-            shape = tuple(image.shape)
-            return Reading(
-                index, error=ValueError(f"Input {index} must be a tensor (channels, height, width), got {shape}.")
+            problem = (
+                f"Input {index} must be a tensor (channels, height, width) of floats, preprocessed, got "
+                f"{tuple(image.shape)} of {image.dtype}."
             )
+            return Reading(index, error=ValueError(problem))
+        if isinstance(image, Mapping):
+            return Reading(index, error=ValueError(f"Input {index} is not an image. {NO_DICT}"))
         if self.processor is None:
             return Reading(
                 index, error=ValueError(f"Input {index} is a {type(image).__name__}, which needs a `processor`.")
@@ -108,6 +116,7 @@ class Reader:
                 name = str(image)
             if isinstance(image, (str, Image.Image)) or hasattr(image, "__fspath__"):
                 image = load_image(image if isinstance(image, Image.Image) else str(image))
+            check_one_image(image)
             return Reading(index, self.processor(image, return_tensors="pt")["pixel_values"][0])
         except Exception as error:  # decoders raise many types, and none of them says which image it was
             failure = ValueError(f"Cannot read the image {name[:200]}: {type(error).__name__}: {error}")

@@ -1,12 +1,28 @@
 """The exit fields of every model that thinks in stages, whatever its backbone."""
 
+import copy
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
 from .config_checks import as_plain_numbers, check_label_smoothing
 from .exit_criteria import check_exit_fields, default_exit_fields, same_threshold, suits_problem_type
+
+
+if TYPE_CHECKING:
+    # Never runs: Transformers copies the files that relative imports name along with the code of a saved model, and
+    # only `custom_pipelines` names this one.
+    from .staged_pipeline import StagedImageClassificationPipeline  # noqa: F401
+
+
+ADAPTIVE_IMAGE_CLASSIFICATION = "adaptive-image-classification"
+# What the configuration says of it, in the form that `Pipeline.save_pretrained` writes for registered pipelines.
+PIPELINE = {
+    "impl": "staged_pipeline.StagedImageClassificationPipeline",
+    "pt": ["AutoModelForImageClassification"],
+    "type": "image",
+}
 
 
 class StagedConfig(PreTrainedConfig):
@@ -103,6 +119,33 @@ class StagedConfig(PreTrainedConfig):
     @property
     def num_stages(self) -> int:
         return len(self.stages)
+
+    @property
+    def custom_pipelines(self) -> dict[str, dict[str, Any]]:
+        """
+        The pipelines that travel with the model, by task. Without the adaptive one where it is registered, as this
+        package does: Transformers would prefer the folder's, and then insist on `trust_remote_code`. A copy, because
+        `pipeline` writes classes into it, which no configuration could save.
+        """
+        from transformers.pipelines import PIPELINE_REGISTRY
+
+        pipelines = self._pipelines()
+        if ADAPTIVE_IMAGE_CLASSIFICATION in PIPELINE_REGISTRY.get_supported_tasks():
+            del pipelines[ADAPTIVE_IMAGE_CLASSIFICATION]
+        return pipelines
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, pipelines: dict[str, dict[str, Any]] | None) -> None:
+        others = {task: info for task, info in (pipelines or {}).items() if task != ADAPTIVE_IMAGE_CLASSIFICATION}
+        self.__dict__.pop("custom_pipelines", None)
+        if others:
+            self.__dict__["custom_pipelines"] = others
+
+    def _pipelines(self) -> dict[str, dict[str, Any]]:
+        return copy.deepcopy({**self.__dict__.get("custom_pipelines", {}), ADAPTIVE_IMAGE_CLASSIFICATION: PIPELINE})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "custom_pipelines": self._pipelines()}
 
     def validate(self) -> None:
         super().validate()

@@ -1,0 +1,182 @@
+"""Answers to many images in one file, written by several processes, and completed by any number of them later."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> str:
+    """16 hexadecimal digits of everything that answers depend on: weights, configuration, image processor."""
+    digest = hashlib.sha256()
+    for part in (model.config, *([] if processor is None else [processor])):
+        fields = json.loads(part.to_json_string())
+        for name in ("_name_or_path", "transformers_version"):  # where and by what it was saved
+            fields.pop(name, None)
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """16 hexadecimal digits of a sequence of texts."""
+    digest = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(encoded)}:".encode() + encoded)
+    return digest.hexdigest()[:16]
+
+
+class ResumableOutput:
+    r"""
+    A JSONL or Parquet file with a line for each image, in the order of the input.
+
+    While it is being written, each process adds lines to a hidden file of its own beside it, and `NAME.run.json` says
+    what is being answered. A later run, of any number of processes, first reads what all of them left; it is refused
+    where what it would write is not the same. The output itself appears only when it is complete.
+
+    Args:
+        path (path): ends in `.jsonl` or `.parquet`.
+        facts (`dict`): what the answers depend on (model, τ, source), as JSON.
+        names (`Sequence[str]`): one per image, in order.
+        state (`PartialState`): of Accelerate; every process creates the output with the same arguments.
+
+    Attributes:
+        places (`list[int]`): images that this process has to answer.
+        done (`int`): images that earlier runs answered.
+
+    Raises:
+        FileExistsError: if the output is complete already, or its parts are of other facts; the message says which.
+        ValueError: for another suffix.
+    """
+
+    def __init__(self, path: str | os.PathLike, facts: Mapping[str, Any], names: Sequence[str], state: PartialState):
+        self.path, self.names, self.state = Path(path), names, state
+        if self.path.suffix not in SUFFIXES:
+            raise ValueError(f"The output must end in {' or '.join(SUFFIXES)}, got {self.path.name!r}.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.header = self.path.with_name(f"{self.path.name}.run.json")
+        self._refuse_complete()
+        facts = json.loads(json.dumps({**facts, "images": len(names), "names": fingerprint(names)}))
+        self._refuse_other(facts)
+        lines = self._read_lines()
+        # Nobody writes before everybody has read.
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self._replace(self.header, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        self.done = len(lines)
+        self.places = [place for place in range(len(names)) if place not in lines][
+            state.process_index :: state.num_processes
+        ]
+        part = self._part(state.process_index)
+        if part.exists():
+            whole, _, _ = part.read_bytes().rpartition(b"\n")
+            os.truncate(part, len(whole) + 1 if whole else 0)  # a line that was cut short
+        self._file = part.open("ab")
+
+    def write(self, place: int, **line: Any) -> None:
+        """The answer to the image at `place`; with `error`, why there is none, and the image is left out."""
+        line = {"place": place, "name": self.names[place], **line}
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def finish(self) -> tuple[int, int] | None:
+        """
+        Wait for all processes and write the output, in the main one.
+
+        Returns:
+            In the main process, how many images were answered and how many could not be read.
+
+        Raises:
+            RuntimeError: if images are missing, as when a process died; another run goes on from here.
+        """
+        self._file.close()
+        self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            return None
+        lines = self._read_lines()
+        missing = len(self.names) - len(lines)
+        if missing:
+            raise RuntimeError(f"{missing} of {len(self.names)} images have no answer yet: start again to go on.")
+        ordered = [lines[place] for place in range(len(self.names))]
+        good = [{name: line[name] for name in line if name != "place"} for line in ordered if "error" not in line]
+        if self.path.suffix == ".parquet":
+            temporary = self.path.with_name(f".{self.path.name}.partial")
+            datasets.Dataset.from_list(good).to_parquet(temporary)
+            temporary.replace(self.path)
+        else:
+            self._replace(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in good))
+        self._remove_parts()
+        return len(good), len(ordered) - len(good)
+
+    def _part(self, process: int) -> Path:
+        return self.path.with_name(f".{self.path.name}.{process}.part")
+
+    def _parts(self) -> list[Path]:
+        """Of all processes of all runs."""
+        pattern = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.part")
+        return sorted(path for path in self.path.parent.iterdir() if pattern.fullmatch(path.name))
+
+    def _remove_parts(self) -> None:
+        for part in self._parts():
+            part.unlink()
+
+    def _read_lines(self) -> dict[int, dict[str, Any]]:
+        """The answers of all parts, by place. A line that was cut short or damaged counts as none."""
+        lines = {}
+        for part in self._parts():
+            for text in part.read_bytes().split(b"\n")[:-1]:  # not `splitlines`: names may hold other separators
+                try:
+                    line = json.loads(text)
+                    place = line["place"]
+                    fits = place >= 0 and line["name"] == self.names[place]
+                except (ValueError, LookupError, TypeError):
+                    continue
+                if fits:
+                    lines.setdefault(place, line)
+        return lines
+
+    def _refuse_complete(self) -> None:
+        if not self.path.exists():
+            return
+        if self.state.is_main_process:
+            self._remove_parts()  # of a run that was killed after it had written the output
+        raise FileExistsError(f"{self.path} is there already, and complete. Choose another output.")
+
+    def _refuse_other(self, facts: dict[str, Any]) -> None:
+        if not any(part.stat().st_size for part in self._parts()):
+            return
+        try:
+            earlier = json.loads(self.header.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            earlier = {}
+        changes = [
+            f"{name} was {earlier.get(name)!r} and is {facts.get(name)!r}"
+            for name in {**earlier, **facts}
+            if earlier.get(name) != facts.get(name)
+        ]
+        if changes:
+            raise FileExistsError(
+                f"An unfinished run to {self.path} is of something else: {'; '.join(changes)}. Choose another output, "
+                f"or start anew by removing {', '.join(str(part) for part in self._parts())}."
+            )
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)

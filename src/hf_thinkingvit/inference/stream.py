@@ -1,0 +1,184 @@
+"""One pass of an engine over an input: which stage runs next, and in which order results leave."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ..models.image_inputs import each_image
+from .reader import Reader
+from .stage_queue import StageQueue
+
+
+if TYPE_CHECKING:
+    from .engine import AdaptiveEngine
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """
+    The answer to one image.
+
+    Attributes:
+        index: place of the image in the input, from 0.
+        logits: `(num_labels,)`, float32, on the CPU; `None` if the image could not be read.
+        exit_stage: where it left, from 0; `None` likewise.
+        entropy: of that answer, in nats; `None` likewise.
+        error: why the image could not be read, with `on_error="return"`.
+    """
+
+    index: int
+    logits: torch.Tensor | None = None
+    exit_stage: int | None = None
+    entropy: float | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class EngineStats:
+    """
+    Work done, counted.
+
+    Attributes:
+        rows: images that ran each stage.
+        batches: forward passes of each stage.
+        exits: images that left at each stage.
+        failures: images that could not be read.
+    """
+
+    rows: list[int]
+    batches: list[int]
+    exits: list[int]
+    failures: int = 0
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # Only accelerators have an exception of their own for it; Accelerate knows what the others say.
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+class Stream:
+    """One pass of an engine over an input."""
+
+    def __init__(self, engine: "AdaptiveEngine", inputs: Iterable[Any]):
+        self.engine, self.inputs, self.batch_size = engine, each_image(inputs), engine.batch_size
+        self.stats = engine.stats = engine.no_stats()
+        self.queues = [StageQueue() for _ in range(engine.num_stages)]
+
+    def as_they_finish(self) -> Iterator[EngineResult]:
+        """Every result as soon as it is there."""
+        for results in self._run():
+            yield from results
+
+    def in_order(self) -> Iterator[EngineResult]:
+        """Results in input order. Where too many wait for one image, its stage runs with what it has."""
+        waiting: dict[int, EngineResult] = {}
+        following = 0
+        runs = self._run()
+        try:
+            for results in runs:
+                waiting.update((result.index, result) for result in results)
+                while True:
+                    while following in waiting:
+                        yield waiting.pop(following)
+                        following += 1
+                    if len(waiting) <= self.engine.max_pending:
+                        break
+                    late = next((stage for stage, queue in enumerate(self.queues) if queue.first == following), None)
+                    if late is None:
+                        break
+                    results = self._run_queue(late)
+                    waiting.update((result.index, result) for result in results)
+        finally:
+            runs.close()
+
+    def _run(self) -> Iterator[list[EngineResult]]:
+        engine, queues = self.engine, self.queues
+        reader = Reader(self.inputs, engine.processor, 2 * self.batch_size, engine.on_error == "return")
+        failure: BaseException | None = None
+        try:
+            while True:
+                # The deepest first: what is nearly done makes room.
+                ready = [s for s, queue in enumerate(queues) if len(queue) >= self.batch_size or self._overdue(queue)]
+                if ready:
+                    yield self._run_queue(ready[-1])
+                elif not reader.finished:
+                    reading = reader.get(self._patience())
+                    if reading is None:
+                        continue
+                    if reading.error is None:
+                        state = {"pixel_values": reading.pixel_values[None]}
+                        while not queues[0].fits(state):
+                            yield self._run_queue(0)
+                        queues[0].put(state, [reading.index], time.monotonic())
+                    elif reading.index is None or engine.on_error == "raise":
+                        failure = reading.error
+                        reader.close()
+                    else:
+                        self.stats.failures += 1
+                        yield [EngineResult(reading.index, error=reading.error)]
+                elif any(map(len, queues)):
+                    # At the end the first stage first, so that what goes on from it fills up the later ones.
+                    yield self._run_queue(next(s for s, queue in enumerate(queues) if len(queue)))
+                else:
+                    break
+            if failure is not None:
+                raise failure
+        finally:
+            reader.close()
+
+    def _overdue(self, queue: StageQueue) -> bool:
+        max_wait = self.engine.max_wait
+        return max_wait is not None and time.monotonic() - queue.since >= max_wait
+
+    def _patience(self) -> float | None:
+        """Seconds until an image has waited long enough; `None` for ever."""
+        since = min(queue.since for queue in self.queues)
+        if self.engine.max_wait is None or since == math.inf:
+            return None
+        return max(0.0, since + self.engine.max_wait - time.monotonic())
+
+    def _run_queue(self, stage: int) -> list[EngineResult]:
+        """Run a stage on a batch of those that wait for it; the results of those that leave."""
+        indices, since, (answers, state, going_on) = self._step(stage)
+        self.stats.rows[stage] += len(indices)
+        self.stats.batches[stage] += 1
+        self.stats.exits[stage] += len(indices) - len(going_on)
+        results = []
+        if len(going_on):
+            following = self.queues[stage + 1]
+            while not following.fits(state):
+                results += self._run_queue(stage + 1)
+            following.put(state, [indices[row] for row in going_on.tolist()], since)
+        exits, entropies = answers[:, 0].tolist(), answers[:, 1].tolist()
+        # Copies: a view would keep, and pickle, the answers of the whole batch.
+        results += [
+            EngineResult(index, logits.clone(), stage, entropy)
+            for index, exit_, entropy, logits in zip(indices, exits, entropies, answers[:, 2:])
+            if exit_
+        ]
+        return results
+
+    def _step(self, stage: int) -> tuple[list[int], float, tuple]:
+        """The places of a batch, since when it has waited, and what the engine makes of it, in as much memory as is."""
+        while True:
+            state, indices, since = self.queues[stage].take(self.batch_size)
+            try:
+                return indices, since, self.engine.step(stage, state)
+            except RuntimeError as error:
+                if len(indices) < 2 or not _is_out_of_memory(error):
+                    raise
+            # Out of the handler, whose traceback holds what the failed step had computed.
+            if self.engine.model.device.type != "cpu":
+                clear_device_cache(garbage_collection=True)
+            self.batch_size = math.ceil(len(indices) / 2)
+            logger.warning("out of memory at stage %d: going on with batches of %d images", stage, self.batch_size)
+            self.queues[stage].put_back(state, indices, since)

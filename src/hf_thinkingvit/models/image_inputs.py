@@ -1,0 +1,76 @@
+"""What callers hand over as images: one, or a stream of them."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers.image_utils import is_numpy_array, is_pil_image, is_torch_tensor
+
+
+NO_DICT = 'It is a dict: give its images, as in `(row["image"] for row in rows)`.'
+
+
+def is_one_image(inputs: Any) -> bool:
+    """Whether this is one image rather than a stream: a path, a PIL image, an array, a tensor of three dimensions."""
+    if is_torch_tensor(inputs):
+        return inputs.ndim == 3
+    if is_numpy_array(inputs):
+        return inputs.ndim in (2, 3)
+    if isinstance(inputs, (str, os.PathLike)) or is_pil_image(inputs):
+        return True
+    return callable(inputs) and not hasattr(inputs, "__iter__")
+
+
+def each_image(inputs: Any) -> Iterable[Any]:
+    """
+    The images of `inputs`, one by one.
+
+    Args:
+        inputs: an image (a stream of one), or an iterable of images. A `DataLoader` gives the images of its batches, a
+            tensor or array of four dimensions its own.
+
+    Raises:
+        ValueError: for a folder, a dict, bytes, and what is neither an image nor iterable.
+    """
+    if isinstance(inputs, (str, os.PathLike)) and os.path.isdir(inputs):
+        raise ValueError(
+            f"{os.fspath(inputs)!r} is a folder: give its files, as in `sorted(Path(folder).rglob('*.jpg'))`, or use "
+            "examples/classify_folder.py."
+        )
+    if isinstance(inputs, Mapping):
+        raise ValueError(f"Expected an image or an iterable of images. {NO_DICT}")
+    if isinstance(inputs, (bytes, bytearray)):
+        raise ValueError("Expected an image or an iterable of images, got bytes: decode them with `PIL.Image.open`.")
+    if is_one_image(inputs):
+        return [inputs]
+    if isinstance(inputs, DataLoader) and inputs.batch_sampler is not None:
+        return _images_of_batches(inputs)
+    # Iterating comes first: what has a length may lack indices (webdataset), or raise in `__getitem__` (torch's
+    # IterableDataset). By index, torch's map-style datasets need not end with an IndexError.
+    if hasattr(inputs, "__iter__"):
+        return inputs
+    if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
+        return (inputs[index] for index in range(len(inputs)))
+    raise ValueError(f"Expected an image or an iterable of images, got {type(inputs).__name__}.")
+
+
+def _images_of_batches(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            yield batch  # for whoever reads it to refuse
+        else:
+            yield from batch
+
+
+def check_one_image(image: Any) -> None:
+    """`ValueError` for what an image processor would take for several images, of which only the first would count."""
+    if isinstance(image, Mapping):
+        raise ValueError(f"Expected one image. {NO_DICT}")
+    if isinstance(image, (list, tuple)):
+        raise ValueError(f"Expected one image, got a {type(image).__name__} of {len(image)}: give images one by one.")
+    if (is_torch_tensor(image) or is_numpy_array(image)) and image.ndim > 3:
+        raise ValueError(f"Expected one image, got a batch of shape {tuple(image.shape)}: give images one by one.")
+
+
+__all__ = ["NO_DICT", "check_one_image", "each_image", "is_one_image"]

@@ -1,0 +1,159 @@
+"""Every image exactly once, whatever happened to earlier runs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_thinkingvit.image_processing import evaluation_image_processor
+from hf_thinkingvit.inference.resumable import ResumableOutput, fingerprint, model_fingerprint
+from tests.utils import lively_model
+
+
+FACTS = {"model": "org/model", "threshold": [0.5, 0.25], "source": "pictures", "max_stages": None}
+NAMES = ["a.png", "b\nc.png", "d\u2028e.png", "f\x85g.png", "猫.png", *(f"{index}.png" for index in range(8))]
+
+
+def processes(path, count: int, facts=FACTS, names=NAMES) -> list[ResumableOutput]:
+    """The outputs of `count` processes; they take turns in place of waiting for each other."""
+    states = [
+        SimpleNamespace(
+            process_index=index, num_processes=count, is_main_process=index == 0, wait_for_everyone=lambda: None
+        )
+        for index in reversed(range(count))
+    ]
+    return [ResumableOutput(path, facts, names, state) for state in states][::-1]
+
+
+def answer(output: ResumableOutput, count: int | None = None) -> list[int]:
+    for place in output.places[:count]:
+        output.write(place, label=f"label {place}", score=0.5)
+    return output.places[:count]
+
+
+def finish(outputs: list[ResumableOutput]):
+    return [output.finish() for output in outputs[1:] + outputs[:1]][-1]
+
+
+def assert_complete(path) -> None:
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert [line["name"] for line in lines] == NAMES
+    assert [line["label"] for line in lines] == [f"label {place}" for place in range(len(NAMES))]
+    assert {other.name for other in path.parent.iterdir()} == {path.name, f"{path.name}.run.json"}
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 1), (2, 3), (4, 2, 3)])
+def test_resumed_with_another_number_of_processes(tmp_path, counts):
+    path, answered = tmp_path / "out.jsonl", []
+    for count in counts[:-1]:
+        for output in processes(path, count):
+            answered += answer(output, 2)  # and then it is killed
+    last = processes(path, counts[-1])
+    assert last[0].done == len(answered) > 0
+    assert sorted(answered + [place for output in last for place in output.places]) == list(range(len(NAMES)))
+    for output in last:
+        answer(output)
+    assert finish(last) == (len(NAMES), 0)
+    assert_complete(path)
+    facts = json.loads((tmp_path / "out.jsonl.run.json").read_text(encoding="utf-8"))
+    assert facts == {**FACTS, "images": len(NAMES), "names": fingerprint(NAMES)}
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"place": 5, "na', b"\0\0\0\n", b'{"place": 99, "name": "x"}\n[1]\n', b'{"place": 5}\n']
+)
+def test_lines_that_were_cut_short_or_damaged(tmp_path, tail):
+    path = tmp_path / "out.jsonl"
+    for output in processes(path, 2):
+        answer(output, 3)
+    for index in range(2):
+        with (tmp_path / f".out.jsonl.{index}.part").open("ab") as file:
+            file.write(tail)
+    (output,) = processes(path, 1)
+    assert output.done == 6
+    answer(output)
+    assert finish([output]) == (len(NAMES), 0)
+    assert_complete(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "org/other"}, {"threshold": 0.5}, {"source": "others"}, {"max_stages": 1}, {"names": ["x", *NAMES[1:]]}],
+)
+def test_a_run_of_something_else_is_refused(tmp_path, change):
+    path, facts, names = tmp_path / "out.jsonl", {**FACTS, **change}, change.get("names", NAMES)
+    facts.pop("names", None)
+    (output,) = processes(path, 1)
+    answer(output, 3)
+    with pytest.raises(
+        FileExistsError, match=rf"is of something else: {next(iter(change))} was .* start anew by remov"
+    ):
+        processes(path, 1, facts, names)
+    (output,) = processes(path, 2)[:1]
+    assert output.done == 3
+    for part in tmp_path.glob(".*.part"):
+        part.unlink()
+    assert processes(path, 1, facts, names)[0].done == 0  # anew
+
+
+def test_parts_without_a_header_are_refused(tmp_path):
+    (output,) = processes(tmp_path / "out.jsonl", 1)
+    answer(output, 3)
+    (tmp_path / "out.jsonl.run.json").unlink()
+    with pytest.raises(FileExistsError, match="model was None"):
+        processes(tmp_path / "out.jsonl", 1)
+
+
+def test_a_process_that_died_leaves_no_incomplete_output(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first, second = processes(path, 2)
+    answer(first)
+    answer(second, 1)
+    with pytest.raises(RuntimeError, match="5 of 13 images have no answer yet: start again"):
+        finish([first, second])
+    assert not path.exists()
+    (again,) = processes(path, 1)
+    answer(again)
+    finish([again])
+    assert_complete(path)
+
+
+def test_killed_after_the_output_was_written(tmp_path):
+    path = tmp_path / "out.jsonl"
+    (output,) = processes(path, 1)
+    answer(output)
+    output._remove_parts = lambda: None
+    finish([output])
+    with pytest.raises(FileExistsError, match="complete"):
+        processes(path, 1)
+    assert_complete(path)
+
+
+def test_parquet_beside_jsonl_and_unreadable_images(tmp_path):
+    """Each has its own parts."""
+    (jsonl,), (parquet,) = processes(tmp_path / "out.jsonl", 1), processes(tmp_path / "out.parquet", 1)
+    answer(jsonl, 2)
+    assert parquet.done == 0
+    parquet.write(0, error="no image")
+    for place in parquet.places[1:]:
+        parquet.write(place, label="cat", score=0.5)
+    assert finish([parquet]) == (len(NAMES) - 1, 1)
+    table = Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert table["name"][:] == NAMES[1:]
+    with pytest.raises(ValueError, match=r"\.jsonl or \.parquet"):
+        processes(tmp_path / "out.csv", 1)
+
+
+def test_fingerprints():
+    assert fingerprint(["ab", "c"]) != fingerprint(["a", "bc"])
+    model, processor = lively_model(), evaluation_image_processor(32)
+    found = model_fingerprint(model, processor)
+    assert found == model_fingerprint(lively_model(), evaluation_image_processor(32))
+    assert found != model_fingerprint(model, evaluation_image_processor(32, crop_pct=0.5))
+    assert found != model_fingerprint(lively_model(exit_criterion="entropy"), processor)
+    assert found != model_fingerprint(lively_model().to(torch.bfloat16), processor)
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-3
+    assert found != model_fingerprint(model, processor)
