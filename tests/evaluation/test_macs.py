@@ -1,11 +1,10 @@
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingViTConfig
 from hf_thinkingvit.evaluation import halting_macs, published_stage_macs, stage_macs
 from tests.models.test_modeling_avit import GATES, lively_avit
-from tests.utils import lively_model, lively_swin, random_images
+from tests.utils import counted_flops, lively_model, lively_swin, middle_threshold, random_images
 
 
 @pytest.mark.parametrize(
@@ -42,37 +41,33 @@ def test_swin_counts_padded_windows_and_patches(overrides):
 @torch.no_grad()
 def assert_macs_are_the_forwards(model):
     config = model.config
-    model.set_attn_implementation("eager")  # whose products the counter sees on every device
     size = config.image_size
     pixel_values = random_images(1, size)[:, : config.num_channels]
     expected = stage_macs(config)
     for stages in range(1, config.num_stages + 1):
-        with FlopCounterMode(display=False) as counter:
-            model(pixel_values, threshold=0.0, max_stages=stages)
-        assert counter.get_total_flops() == 2 * sum(expected[:stages])
+        spent = counted_flops(lambda stages=stages: model(pixel_values, threshold=0.0, max_stages=stages))
+        assert spent == 2 * sum(expected[:stages])
 
 
 @pytest.mark.parametrize("make, size", [(lively_model, (48, 24)), (lively_swin, (48, 24))], ids=["vit", "swin"])
 @torch.no_grad()
 def test_another_resolution(make, size):
-    model = make()
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        model(random_images(1, size), interpolate_pos_encoding=True)
-    assert counter.get_total_flops() == 2 * sum(stage_macs(model.config, size))
+    model, pixel_values = make(), random_images(1, size)
+    spent = counted_flops(lambda: model(pixel_values, interpolate_pos_encoding=True))
+    assert spent == 2 * sum(stage_macs(model.config, size))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [lively_model, lively_swin], ids=["vit", "swin"])
 @torch.no_grad()
-def test_a_batch_costs_what_its_images_cost(make):
+def test_a_batch_costs_what_its_images_cost(make, attention):
     model, pixel_values = make(), random_images(9)
-    model.set_attn_implementation("eager")
-    entropies = model(pixel_values, max_stages=1).entropy
-    with FlopCounterMode(display=False) as counter:
-        exit_stage = model(pixel_values, threshold=entropies.median().item() + 1e-3).exit_stage
+    model.set_attn_implementation(attention)
+    threshold = middle_threshold(model, pixel_values)
+    exit_stage = model(pixel_values, threshold=threshold).exit_stage
     macs = torch.tensor(stage_macs(model.config)).cumsum(0)
     assert len(exit_stage.unique()) > 1
-    assert counter.get_total_flops() == 2 * macs[exit_stage].sum().item()
+    assert counted_flops(lambda: model(pixel_values, threshold=threshold)) == 2 * macs[exit_stage].sum().item()
 
 
 def test_published_figures():
