@@ -99,6 +99,16 @@ def test_avit_keeps_its_ponder_and_prior_losses():
     assert set(parts) == {"ponder_loss", "prior_loss"}
 
 
+@pytest.mark.parametrize("targets", [LABELS, torch.eye(12)[LABELS]], ids=["indices", "mixed"])
+def test_without_a_teacher_both_heads_learn_from_the_labels(targets):
+    model = lively_avit(distilled=True)
+    outputs = outputs_of(model)
+    loss, _ = TrainingLoss(config(), model.config)(outputs, None, targets, 0)
+    heads = F.cross_entropy(outputs.cls_logits, LABELS) + F.cross_entropy(outputs.distillation_logits, LABELS)
+    beside = model.config.ponder_loss_weight * outputs.ponder_loss + 1e-3 * outputs.prior_loss
+    torch.testing.assert_close(loss, heads / 2 + beside)
+
+
 def test_the_distillation_head_learns_from_the_teacher():
     model, teacher, images = (
         lively_avit(distilled=True, ponder_loss_weight=0.0, prior_loss_weight=0.0),
