@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
 from hf_thinkingvit.data import as_image_split, evaluation_batches
@@ -85,6 +86,16 @@ def test_another_resolution_costs_what_it_costs():
     processor = evaluation_image_processor(48, crop_pct=1.0)
     answers, _ = evaluate_thresholds(model(), images([0, 1]), processor, progress=False)
     assert answers.macs == tuple(np.cumsum(stage_macs(model().config, 48)).tolist())
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("accelerator", [None, Accelerator(cpu=True)], ids=["alone", "accelerated"])
+def test_shows_its_progress_if_asked(progress, accelerator, capsys):
+    network, data = model(), as_image_split(images([0, 1]), "d")
+    batches = evaluation_batches(data, PROCESSOR, batch_size=2)
+    answers = collect_stage_answers(network, batches, LabelMap(network.config), accelerator, progress)
+    assert len(answers) == 2
+    assert ("evaluating: 100%" in capsys.readouterr().err) == progress
 
 
 def test_leaves_the_mode_of_the_model():

@@ -177,7 +177,7 @@ class TestControl:
         dense = model.avit(pixel_values, halting_epsilon=0.3)
         assert dense.token_depth.float().mean() == depths[1]
 
-    @pytest.mark.parametrize("max_depth", [1, 3])
+    @pytest.mark.parametrize("max_depth", [1, 3, 5])
     @torch.no_grad()
     def test_max_depth_of_a_call(self, max_depth):
         model, pixel_values = lively_avit(), random_images()

@@ -342,6 +342,14 @@ class TestBadInput:
         results = list(AdaptiveEngine(model, max_stages=1)(pixel_values))
         assert [result.exit_stage for result in results] == [0, 0]
 
+    @torch.no_grad()
+    def test_images_of_a_pixel(self):
+        """Padded to a patch, as Transformers' Swin does; only 0 pixels are refused."""
+        model = lively_swin(head_rounds=[[2, 4]])
+        padded = torch.zeros(2, 3, 4, 8)
+        padded[:, :, :1, :7] = random_images(2, (1, 7))
+        torch.testing.assert_close(model(random_images(2, (1, 7))).logits, model(padded).logits)
+
     def test_sizes_that_position_embeddings_are_not_made_for(self):
         model = lively_swin(use_absolute_embeddings=True)
         with pytest.raises(ValueError, match=r"32×32 pixels.*got 64×32.*interpolate_pos_encoding=True"):

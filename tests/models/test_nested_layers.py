@@ -100,6 +100,11 @@ def test_residual_dropout_is_the_identity_in_evaluation():
     assert ResidualDropout(0.5, 0.5).eval()(hidden_states) is hidden_states
 
 
+def test_residual_dropout_drops_nothing_by_default():
+    hidden_states = torch.randn(3, 4, 5)
+    assert torch.equal(ResidualDropout().train()(hidden_states), hidden_states)
+
+
 def test_residual_dropout_keeps_the_mean():
     torch.manual_seed(0)
     hidden_states = torch.ones(20000, 1, 4)
@@ -119,6 +124,13 @@ class TestWritingOver:
                 stage_logits = model(images, output_stage_logits=True).stage_logits
         for logits, one in zip(stage_logits, expected):
             assert torch.equal(logits, one)
+
+    @pytest.mark.parametrize("hidden_act", ["relu", "gelu_pytorch_tanh"])
+    def test_activations_other_than_gelu(self, hidden_act):
+        model, images = lively_model(hidden_act=hidden_act), random_images()
+        expected = model(images).logits
+        with torch.no_grad():
+            assert torch.equal(model(images).logits, expected)
 
     def test_a_hook_keeps_what_it_saw(self):
         model, images = lively_model(), random_images()
