@@ -323,6 +323,8 @@ class TestBadInput:
                 model_class(tiny_swin_config())(torch.zeros(shape))
         with pytest.raises(ValueError, match="`pixel_values`.*got None"):
             lively_swin()()
+        with pytest.raises(ValueError, match="`pixel_values` of 0×32 pixels are no images"):
+            lively_swin()(torch.zeros(2, 3, 0, 32))
 
     @pytest.mark.parametrize("size, works", [((36, 32), False), ((32, 40), True), ((30, 29), True), ((24, 28), False)])
     @torch.no_grad()

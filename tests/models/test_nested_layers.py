@@ -3,9 +3,9 @@ import pickle
 
 import pytest
 import torch
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import conv2d, layer_norm, linear
 
-from hf_thinkingvit.models.nested_layers import NestedLayerNorm, NestedLinear, ResidualDropout
+from hf_thinkingvit.models.nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
 from tests.utils import lively_model, random_images
 
 
@@ -27,6 +27,14 @@ def test_linear_without_bias_and_without_a_width():
     layer = NestedLinear(8, 12, bias=False)
     hidden_states = torch.randn(3, 5)
     torch.testing.assert_close(layer(hidden_states), hidden_states @ layer.weight[:, :5].T)
+
+
+@pytest.mark.parametrize("start, stop", [(0, None), (0, 6), (0, 2), (1, 4), (2, 6), (3, None)])
+def test_patch_embedding_computes_any_range_of_channels(start, stop):
+    layer, pixel_values = NestedConv2d(3, 6, kernel_size=(4, 2), stride=(4, 2)), torch.randn(2, 3, 13, 9)
+    expected = conv2d(pixel_values, layer.weight, layer.bias, stride=(4, 2)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(layer(pixel_values), expected)
+    torch.testing.assert_close(layer(pixel_values, start, stop), expected[..., start:stop])
 
 
 def test_layer_norm_normalises_the_leading_channels():

@@ -8,7 +8,7 @@ from hf_thinkingvit import (
     ThinkingViTForImageClassification,
 )
 from hf_thinkingvit.training import TrainingConfig
-from hf_thinkingvit.training.recipe import build_mixup, build_optimizer, build_schedule, train_transform
+from hf_thinkingvit.training.recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
 from tests.utils import tiny_config, tiny_swin_config
 
 
@@ -44,6 +44,12 @@ def test_the_published_schedule():
     assert learning_rate(2.5) == pytest.approx((1e-6 + 1e-3) / 2)
     assert learning_rate(150) == pytest.approx((1e-5 + 1e-3) / 2)
     assert learning_rate(300) == learning_rate(309.9) == pytest.approx(1e-5)
+
+
+def test_the_moving_average_is_optional():
+    model = torch.nn.Linear(2, 2)
+    assert build_ema(TrainingConfig(ema_decay=0.0), model) is None
+    assert build_ema(TrainingConfig(ema_decay=0.25), model).decay == 0.25
 
 
 def test_the_published_augmentation():
