@@ -39,9 +39,10 @@ def test_is_the_models_own_loss_where_nothing_is_added():
 
 
 def test_names_the_loss_of_each_stage():
-    model = lively_model(thinking_stages=[2, 4])
+    model = lively_model(thinking_stages=[2, 4], stage_loss_weights=[0.25, 0.75])
     outputs = outputs_of(model)
-    _, parts = TrainingLoss(config(), model.config)(outputs, None, LABELS, 0)
+    loss, parts = TrainingLoss(config(), model.config)(outputs, None, LABELS, 0)
+    torch.testing.assert_close(loss, outputs.loss)
     expected = {
         f"stage_{index}_loss": F.cross_entropy(logits, LABELS).item()
         for index, logits in enumerate(outputs.stage_logits)
