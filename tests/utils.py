@@ -1,9 +1,12 @@
 """Small models and inputs that tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_thinkingvit import (
     EXIT_CRITERIA,
@@ -78,6 +81,16 @@ def middle_threshold(model, pixel_values: torch.Tensor) -> float:
     scores = EXIT_CRITERIA[model.config.exit_criterion].score(logits, model.config.entropy_top_k).sort().values
     middle = len(scores) // 2
     return float((scores[middle - 1] + scores[middle]) / 2)
+
+
+def counted_flops(call: Callable[[], object]) -> int:
+    """
+    Floating-point operations (two per multiply-accumulate) of the matrix products in `call()`. Attention is computed by
+    plain products, which the counter sees on every device and version; of the fused kernels it knows only some.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 class HostSynchronisations(TorchDispatchMode):

@@ -1,6 +1,7 @@
 import argparse
 import json
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -249,7 +250,7 @@ class TestRefusals:
         assert (folder / "config.json").read_text() == before
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "hf_thinkingvit.conversion"]
     arguments = [str(GOLDEN), str(tmp_path / "out"), "--threshold", "0.5", "0.25"]
     process = subprocess.run([*command, *arguments], capture_output=True, text=True)
@@ -257,6 +258,7 @@ def test_command_line(tmp_path):
     assert process.stdout.startswith("ThinkingViTForImageClassification, 0.17 M parameters")
     model = ThinkingViTForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.threshold == [0.5, 0.25]
-    process = subprocess.run([*command, str(tmp_path / "absent"), str(tmp_path / "b")], capture_output=True, text=True)
-    assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith("error:") and "Traceback" not in process.stderr
+    monkeypatch.setattr(sys, "argv", ["conversion", str(tmp_path / "absent"), str(tmp_path / "b")])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_module("hf_thinkingvit.conversion", run_name="__main__")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error:")

@@ -1,7 +1,7 @@
 import argparse
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -146,12 +146,14 @@ class TestRefusals:
         self.refuse(tmp_path / "a.pth", tmp_path, r"Pass `head_rounds`.*--head-rounds")
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     torch.save(golden_state_dict(), tmp_path / "a.pth")
-    command = [sys.executable, "-m", "hf_thinkingvit.conversion", str(tmp_path / "a.pth"), str(tmp_path / "out")]
-    process = subprocess.run([*command, "--head-rounds", "2,2,2", "2,4,8"], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("ThinkingSwinForImageClassification, 0.15 M parameters")
+    words = ["conversion", str(tmp_path / "a.pth"), str(tmp_path / "out"), "--head-rounds"]
+    monkeypatch.setattr(sys, "argv", [*words, "2,2,2", "2,4,8"])
+    runpy.run_module("hf_thinkingvit.conversion", run_name="__main__")
+    assert capsys.readouterr().out.startswith("ThinkingSwinForImageClassification, 0.15 M parameters")
     assert ThinkingSwinForImageClassification.from_pretrained(tmp_path / "out").config.head_rounds == ROUNDS
-    process = subprocess.run([*command, "--head-rounds", "2,x"], capture_output=True, text=True)
-    assert process.returncode == 2 and "--head-rounds" in process.stderr
+    monkeypatch.setattr(sys, "argv", [*words, "2,x"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("hf_thinkingvit.conversion", run_name="__main__")
+    assert "--head-rounds" in capsys.readouterr().err

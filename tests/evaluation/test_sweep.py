@@ -89,6 +89,16 @@ def test_another_resolution_costs_what_it_costs():
     assert answers.macs == tuple(np.cumsum(stage_macs(model().config, 48)).tolist())
 
 
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("accelerator", [None, Accelerator(cpu=True)], ids=["alone", "accelerated"])
+def test_shows_its_progress_if_asked(progress, accelerator, capsys):
+    network, data = model(), as_image_split(images([0, 1]), "d")
+    batches = evaluation_batches(data, PROCESSOR, batch_size=2)
+    answers = collect_stage_answers(network, batches, LabelMap(network.config), accelerator, progress)
+    assert len(answers) == 2
+    assert ("evaluating: 100%" in capsys.readouterr().err) == progress
+
+
 def test_leaves_the_mode_of_the_model():
     network = model().train()
     evaluate_thresholds(network, images([0]), PROCESSOR, progress=False)

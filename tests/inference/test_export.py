@@ -24,7 +24,7 @@ def exits_at_every_stage(images: torch.Tensor, make=lively_model, **config):
 
 MODELS = {
     "three stages, margin, distillation token": {
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "exit_criterion": "margin",
         "use_distillation_token": True,
     },

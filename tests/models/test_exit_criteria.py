@@ -49,6 +49,14 @@ def test_margin_is_the_distance_of_the_two_largest():
     torch.testing.assert_close(margin(LOGITS), largest[:, 0] - largest[:, 1])
 
 
+@pytest.mark.parametrize("name", sorted(EXIT_CRITERIA))
+def test_scores_of_any_leading_dimensions(name):
+    """Such as those of all stages at once, `(images, stages, num_classes)`."""
+    score = EXIT_CRITERIA[name].score
+    torch.testing.assert_close(score(LOGITS.view(10, 5, 20), 10), score(LOGITS, 10).view(10, 5))
+    torch.testing.assert_close(score(LOGITS[0], 10), score(LOGITS, 10)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(EXIT_CRITERIA))
 def test_scores_are_float32_of_half_precision_logits(name, dtype):

@@ -1,13 +1,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit import AViTConfig, AViTForImageClassification, convert_checkpoint
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from tests.models.test_vit_weights import trained_vit
-from tests.utils import FIXTURES, random_images
+from tests.utils import FIXTURES, counted_flops, random_images
 
 
 def lively_avit(**overrides) -> AViTForImageClassification:
@@ -123,23 +122,14 @@ class TestSparse:
         assert rows == [count for count in (*running, int((class_depth == 5).sum())) if count]
         assert running[0] > running[1] > running[2] > 0
 
+    @pytest.mark.parametrize("distilled", [False, True])
     @pytest.mark.parametrize("gate", sorted(GATES))
     @torch.no_grad()
-    def test_macs_are_those_of_the_operations(self, gate):
-        model = lively_avit(**GATES[gate])
-        for image in random_images(5).split(1):
-            with FlopCounterMode(display=False) as counter:
-                outputs = model(image)
-            products = counter.get_total_flops() // 2
-            # The counter need not know the attention kernel of this device: compare without it, from the depths.
-            assert outputs.macs.item() >= products
-            attention = outputs.macs.item() - products
-            depth = model.avit(image).token_depth[0]
-            depth = torch.minimum(depth, depth[0])
-            tokens = [int((depth >= layer).sum()) for layer in range(1, int(depth[0]) + 1)]
-            queries = [1 if layer == 5 else count for layer, count in enumerate(tokens, 1)]
-            expected = sum(2 * q * n * 16 for q, n in zip(queries, tokens))
-            assert attention in (0, expected)
+    def test_macs_are_those_of_the_operations(self, gate, distilled):
+        model, images = lively_avit(distilled=distilled, **GATES[gate]), random_images(5)
+        for image in images.split(1):
+            assert 2 * model(image).macs.item() == counted_flops(lambda image=image: model(image))
+        assert 2 * model(images).macs.sum().item() == counted_flops(lambda: model(images))
 
     @torch.no_grad()
     def test_an_answer_does_not_depend_on_the_other_images(self):
@@ -187,7 +177,7 @@ class TestControl:
         dense = model.avit(pixel_values, halting_epsilon=0.3)
         assert dense.token_depth.float().mean() == depths[1]
 
-    @pytest.mark.parametrize("max_depth", [1, 3])
+    @pytest.mark.parametrize("max_depth", [1, 3, 5])
     @torch.no_grad()
     def test_max_depth_of_a_call(self, max_depth):
         model, pixel_values = lively_avit(), random_images()

@@ -19,6 +19,7 @@ from hf_thinkingvit import (
     ThinkingViTForImageClassification,
     ThinkingViTModel,
 )
+from hf_thinkingvit.models.packed_tokens import PackedTokens
 from tests.transformers_common import load_model_tester_mixin
 
 
@@ -138,10 +139,14 @@ class ThinkingSwinModelTest(ThinkingViTModelTest):
 
 
 class AViTModelTester(ThinkingViTModelTester):
-    """The same for A-ViT. Tokens halt nowhere, since the tests compare rows of outputs that halting would change."""
+    """
+    The same for a distilled A-ViT, of whose tokens about half halt after the first layer: those whose gate channel is
+    above 0, which differs between images too.
+    """
 
     def __init__(self, parent):
         super().__init__(parent, thinking_stages=(4,))
+        self.seq_length = self.encoder_seq_length = 11
 
     def get_config(self):
         return AViTConfig(
@@ -153,9 +158,44 @@ class AViTModelTester(ThinkingViTModelTester):
             patch_size=self.patch_size,
             num_labels=self.num_labels,
             target_depth=1,
+            distilled=True,
+            gate_scale=1000.0,
+            gate_center=0.0,
+            halting_epsilon=0.5,
+            initializer_range=0.2,
         )
+
+    def prepare_config_and_inputs_for_common(self):
+        pixel_values = torch.randn(self.batch_size, 3, self.image_size, self.image_size)
+        return self.get_config(), {"pixel_values": pixel_values}
 
 
 class AViTModelTest(ThinkingViTModelTest):
     all_model_classes = (AViTModel, AViTForImageClassification)
     model_tester_class = AViTModelTester
+    # The others train, record outputs (both of which is the dense computation) or never call the classifier.
+    sparse_tests = (
+        "test_determinism",
+        "test_feed_forward_chunking",
+        "test_model_outputs_equivalence",
+        "test_save_load",
+    )
+
+    def setUp(self):
+        super().setUp()
+        self.tokens_that_go_on = []  # each time that tokens leave: the share that stays
+        select = PackedTokens.select
+
+        def count(packed: PackedTokens, rows: torch.Tensor) -> PackedTokens:
+            self.tokens_that_go_on.append(len(rows) / len(packed.position))
+            return select(packed, rows)
+
+        counting = unittest.mock.patch.object(PackedTokens, "select", count)
+        counting.start()
+        self.addCleanup(counting.stop)
+
+    def tearDown(self):
+        if self._testMethodName in self.sparse_tests:
+            assert self.tokens_that_go_on
+            assert all(0.1 < share < 0.9 for share in self.tokens_that_go_on)
+        super().tearDown()

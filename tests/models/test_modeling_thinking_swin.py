@@ -323,6 +323,8 @@ class TestBadInput:
                 model_class(tiny_swin_config())(torch.zeros(shape))
         with pytest.raises(ValueError, match="`pixel_values`.*got None"):
             lively_swin()()
+        with pytest.raises(ValueError, match="`pixel_values` of 0×32 pixels are no images"):
+            lively_swin()(torch.zeros(2, 3, 0, 32))
 
     @pytest.mark.parametrize("size, works", [((36, 32), False), ((32, 40), True), ((30, 29), True), ((24, 28), False)])
     @torch.no_grad()
@@ -341,6 +343,14 @@ class TestBadInput:
                 list(call(pixel_values))
         results = list(AdaptiveEngine(model, max_stages=1)(pixel_values))
         assert [result.exit_stage for result in results] == [0, 0]
+
+    @torch.no_grad()
+    def test_images_of_a_pixel(self):
+        """Padded to a patch, as Transformers' Swin does; only 0 pixels are refused."""
+        model = lively_swin(head_rounds=[[2, 4]])
+        padded = torch.zeros(2, 3, 4, 8)
+        padded[:, :, :1, :7] = random_images(2, (1, 7))
+        torch.testing.assert_close(model(random_images(2, (1, 7))).logits, model(padded).logits)
 
     def test_sizes_that_position_embeddings_are_not_made_for(self):
         model = lively_swin(use_absolute_embeddings=True)

@@ -3,9 +3,9 @@ import pickle
 
 import pytest
 import torch
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import conv2d, layer_norm, linear
 
-from hf_thinkingvit.models.nested_layers import NestedLayerNorm, NestedLinear, ResidualDropout
+from hf_thinkingvit.models.nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
 from tests.utils import lively_model, random_images
 
 
@@ -27,6 +27,14 @@ def test_linear_without_bias_and_without_a_width():
     layer = NestedLinear(8, 12, bias=False)
     hidden_states = torch.randn(3, 5)
     torch.testing.assert_close(layer(hidden_states), hidden_states @ layer.weight[:, :5].T)
+
+
+@pytest.mark.parametrize("start, stop", [(0, None), (0, 6), (0, 2), (1, 4), (2, 6), (3, None)])
+def test_patch_embedding_computes_any_range_of_channels(start, stop):
+    layer, pixel_values = NestedConv2d(3, 6, kernel_size=(4, 2), stride=(4, 2)), torch.randn(2, 3, 13, 9)
+    expected = conv2d(pixel_values, layer.weight, layer.bias, stride=(4, 2)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(layer(pixel_values), expected)
+    torch.testing.assert_close(layer(pixel_values, start, stop), expected[..., start:stop])
 
 
 def test_layer_norm_normalises_the_leading_channels():
@@ -100,6 +108,11 @@ def test_residual_dropout_is_the_identity_in_evaluation():
     assert ResidualDropout(0.5, 0.5).eval()(hidden_states) is hidden_states
 
 
+def test_residual_dropout_drops_nothing_by_default():
+    hidden_states = torch.randn(3, 4, 5)
+    assert torch.equal(ResidualDropout().train()(hidden_states), hidden_states)
+
+
 def test_residual_dropout_keeps_the_mean():
     torch.manual_seed(0)
     hidden_states = torch.ones(20000, 1, 4)
@@ -119,6 +132,13 @@ class TestWritingOver:
                 stage_logits = model(images, output_stage_logits=True).stage_logits
         for logits, one in zip(stage_logits, expected):
             assert torch.equal(logits, one)
+
+    @pytest.mark.parametrize("hidden_act", ["relu", "gelu_pytorch_tanh"])
+    def test_activations_other_than_gelu(self, hidden_act):
+        model, images = lively_model(hidden_act=hidden_act), random_images()
+        expected = model(images).logits
+        with torch.no_grad():
+            assert torch.equal(model(images).logits, expected)
 
     def test_a_hook_keeps_what_it_saw(self):
         model, images = lively_model(), random_images()

@@ -1,8 +1,10 @@
 """The saved folder must work where this package is not installed."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,28 +33,29 @@ else:
     sys.exit("the package is importable")
 
 import json
+from pathlib import Path
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
-folder, inputs, results, saved_again, overrides = sys.argv[1:]
-pixel_values = load_file(inputs)["pixel_values"]
-overrides = json.loads(overrides)
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, **overrides)
-with torch.no_grad():
-    outputs = dict(model(pixel_values))
-    outputs["tokens"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(pixel_values).last_hidden_state
-save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, results)
-model.save_pretrained(saved_again)
-classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
-print(type(classifier.model).__module__)
-
-if hasattr(model, "run_stage"):
-    from PIL import Image
-
-    for place in (folder, saved_again):
+root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+pixel_values = load_file(root / "inputs.safetensors")["pixel_values"]
+for family, overrides in cases.items():
+    folder, again = root / family, root / "again" / family
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, **overrides)
+    with torch.no_grad():
+        outputs = dict(model(pixel_values))
+        outputs["tokens"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(pixel_values).last_hidden_state
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, root / f"{family}.safetensors")
+    model.save_pretrained(again)
+    classifier = pipeline("image-classification", model=str(folder), trust_remote_code=True)
+    print(type(classifier.model).__module__)
+    if not hasattr(model, "run_stage"):
+        continue
+    for place in map(str, (folder, again)):
         classifier = pipeline(
-            "adaptive-image-classification", model=place, image_processor=folder, trust_remote_code=True
+            "adaptive-image-classification", model=place, image_processor=str(folder), trust_remote_code=True
         )
         assert type(classifier).__module__.startswith("transformers_modules."), type(classifier)
         images = [Image.effect_noise((40, 50), sigma).convert("RGB") for sigma in (20, 60, 90, 120)]
@@ -66,51 +69,63 @@ if hasattr(model, "run_stage"):
             assert [entry.get("exit_stage") for entry in result] == [entry.get("exit_stage") for entry in other]
         classifier.save_pretrained(place + "_by_pipeline")
     # Without a task, the folder's own.
-    assert type(pipeline(model=folder, trust_remote_code=True)).__name__ == "StagedImageClassificationPipeline"
+    assert type(pipeline(model=str(folder), trust_remote_code=True)).__name__ == "StagedImageClassificationPipeline"
 """
 
 
-STAGED = {"thinkingvit": lively_model, "thinking_swin": lively_swin}
+PIXEL_VALUES = random_images()
+MODELS = {"thinkingvit": lively_model(), "thinking_swin": lively_swin(), "avit": lively_avit()}
+OVERRIDES = {
+    "thinkingvit": {"threshold": middle_threshold(MODELS["thinkingvit"], PIXEL_VALUES)},
+    "thinking_swin": {"threshold": middle_threshold(MODELS["thinking_swin"], PIXEL_VALUES)},
+    "avit": {"halting_epsilon": 0.02},
+}
 
 
-@pytest.mark.parametrize("family", [*STAGED, "avit"])
-def test_loads_without_the_package_and_gives_equal_outputs(family, tmp_path):
-    pixel_values = random_images()
-    if family in STAGED:
-        model = STAGED[family]()
-        overrides = {"threshold": middle_threshold(model, pixel_values)}
-    else:
-        model, overrides = lively_avit(), {"halting_epsilon": 0.02}
-    folder, inputs, results = tmp_path / "model", tmp_path / "inputs.safetensors", tmp_path / "results.safetensors"
-    model.save_pretrained(folder)
-    evaluation_image_processor(32).save_pretrained(folder)
-    save_file({"pixel_values": pixel_values}, inputs)
-
-    arguments = [str(folder), str(inputs), str(results), str(tmp_path / "again"), json.dumps(overrides)]
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A folder with what a process without the package made of each saved model, and the modules of their classes."""
+    root = tmp_path_factory.mktemp("remote_code")
+    for family, model in MODELS.items():
+        model.save_pretrained(root / family)
+        evaluation_image_processor(32).save_pretrained(root / family)
+    save_file({"pixel_values": PIXEL_VALUES}, root / "inputs.safetensors")
     # -I: no site packages of the user, no PYTHONPATH, no working directory on the path
-    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    command = [sys.executable, "-I", "-c", SCRIPT, *arguments]
+    environment = {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    command = [sys.executable, "-I", "-c", SCRIPT, str(root), json.dumps(OVERRIDES)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.strip().startswith("transformers_modules.")
+    return root, process.stdout.split()
 
-    found = load_file(results)
+
+def test_the_code_comes_from_the_folder(loaded_elsewhere):
+    _, modules = loaded_elsewhere
+    for family, module in zip(OVERRIDES, modules, strict=True):
+        assert re.fullmatch(rf"transformers_modules\.{family}(\.\w+)*\.modeling_{family}", module)
+
+
+@pytest.mark.parametrize("family", OVERRIDES)
+def test_loads_without_the_package_and_gives_equal_outputs(family, loaded_elsewhere):
+    root, _ = loaded_elsewhere
+    model, found = MODELS[family], load_file(root / f"{family}.safetensors")
     with torch.no_grad():
-        expected = dict(model(pixel_values, **overrides))
-        expected["tokens"] = model.base_model(pixel_values).last_hidden_state
+        expected = dict(model(PIXEL_VALUES, **OVERRIDES[family]))
+        expected["tokens"] = model.base_model(PIXEL_VALUES).last_hidden_state
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=lambda m: f"{name}: {m}")
-    assert len(expected["exit_stage" if family in STAGED else "macs"].unique()) > 1
+    assert len(expected["macs" if family == "avit" else "exit_stage"].unique()) > 1
     # What it saves in turn is complete again.
-    names = {path.name for path in folder.glob("*.py")}
+    names = {path.name for path in (root / family).glob("*.py")}
     backbone = "nested_swin.py" if family == "thinking_swin" else "nested_vit.py"
     assert {f"modeling_{family}.py", f"configuration_{family}.py", backbone} <= names
     for name in names:
-        assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
-    assert ("custom_pipelines" in json.loads((tmp_path / "again" / "config.json").read_text())) == (family in STAGED)
-    for place in ("model_by_pipeline", "again_by_pipeline") if family in STAGED else ():
-        assert {path.name for path in (tmp_path / place).glob("*.py")} == names
+        assert (root / "again" / family / name).read_text() == (root / family / name).read_text()
+    staged = family != "avit"
+    config = json.loads((root / "again" / family / "config.json").read_text())
+    assert ("custom_pipelines" in config) == staged
+    for place in (f"{family}_by_pipeline", f"again/{family}_by_pipeline") if staged else ():
+        assert {path.name for path in (root / place).glob("*.py")} == names
 
 
 def test_saved_folder_names_its_code(tmp_path):

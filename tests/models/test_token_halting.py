@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -52,6 +54,15 @@ def test_prior_is_the_published_one():
     torch.testing.assert_close(prior[:8], torch.tensor(expected), atol=1e-6, rtol=1e-3)
     assert prior[:8].sum().item() == pytest.approx(0.98)
     assert prior[8].item() == pytest.approx(1.300918)
+
+
+@pytest.mark.parametrize("target_depth, counted", [(0, 1), (0.5, 1), (1, 1), (2.5, 2), (3, 3), (6, 6)])
+def test_prior_sums_to_its_mass_before_the_target(target_depth, counted):
+    """At least one layer counts, so that a target below 1 scales by what there is."""
+    prior = depth_prior(6, target_depth, std=1.5)
+    assert prior[:counted].sum().item() == pytest.approx(0.98)
+    density = [math.exp(-0.5 * ((layer - target_depth) / 1.5) ** 2) for layer in range(6)]
+    assert (prior / prior[0]).tolist() == pytest.approx([value / density[0] for value in density], rel=1e-5)
 
 
 def test_prior_loss_is_the_definition():

@@ -58,6 +58,18 @@ class TestOrder:
             assert torch.equal(one["pixel_values"], other["pixel_values"])
             assert torch.equal(one["labels"], other["labels"])
 
+    @pytest.mark.parametrize("broken", [[], [1, 4, 13, 20]], ids=["whole", "broken"])
+    @pytest.mark.parametrize("start", range(1, 6))
+    def test_a_stream_of_several_readers_continues_in_its_middle(self, tmp_path, start, broken):
+        """Two files, so that two workers take turns; an odd start is in the middle of a turn."""
+        folder = write_images(tmp_path, broken={"train": broken}, train_files=2)
+        settings = config(folder, streaming=True, shuffle_buffer=4, num_workers=2)
+        whole, rest = read(settings), read(settings, start=start)
+        assert len(rest) == 6 - start
+        for one, other in zip(whole[start:], rest, strict=True):
+            assert torch.equal(one["labels"], other["labels"])
+            assert torch.equal(one["pixel_values"], other["pixel_values"])
+
     def test_two_processes_read_what_one_would(self, images):
         settings = config(images)
         alone = read(settings, batch_size=8, stop=3)
@@ -113,10 +125,19 @@ class TestBrokenImages:
         readable = fingerprints(read(plain(write_images(tmp_path / "whole"), shuffle=False)))
         assert set(fingerprints(batches)) <= {value for index, value in enumerate(readable) if index not in (2, 5, 6)}
 
-    def test_training_needs_one_that_is_whole(self, tmp_path):
+    def test_a_stream_replaces_them_as_map_style_data_does(self, tmp_path):
+        folder = write_images(tmp_path, broken={"train": [2, 5, 6, 23]})
+        streamed, mapped = (read(config(folder, streaming=stream, shuffle=False)) for stream in (True, False))
+        for one, other in zip(streamed, mapped, strict=True):
+            assert torch.equal(one["pixel_values"], other["pixel_values"])
+            assert torch.equal(one["labels"], other["labels"])
+            assert one["skipped"] == other["skipped"]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_training_needs_one_that_is_whole(self, tmp_path, streaming):
         folder = write_images(tmp_path, broken={"train": list(range(24))})
         with pytest.raises(ValueError, match="No image of .* can be decoded"):
-            read(plain(folder))
+            read(plain(folder, streaming=streaming))
 
     def test_evaluation_names_them(self, tmp_path):
         settings = config(write_images(tmp_path, broken={"test": [3]}))

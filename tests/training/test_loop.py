@@ -25,6 +25,7 @@ from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.loop import TrainingDivergedError
+from hf_thinkingvit.training.starting_point import build_model
 from tests.models.test_swin_weights import trained_swin
 from tests.training.test_checkpoints import damage_by_cutting
 from tests.training.test_config import CONFIGS
@@ -276,10 +277,15 @@ def test_shipped_configurations_run(path, images, sources, tmp_path):
     words = ["--config", str(path), "--output_dir", str(tmp_path), "--dataset", str(images), "--cpu"]
     words += ["--batch_size", "4", "--max_steps", "2", "--num_workers", "0"]
     config = parse_config(words)
-    if config.from_vit:
-        words += ["--from_vit", str(sources / ("deit" if "distilled" in config.from_vit else "vit"))]
     if config.teacher:
         words += ["--teacher", str(sources / "teacher")]
+    if config.from_vit:
+        words += ["--from_vit", str(sources / ("deit" if "distilled" in config.from_vit else "vit"))]
+    else:
+        with torch.device("meta"):  # at its own size
+            assert build_model(config, dict(enumerate(LABELS))).config.num_labels == 3
+    if path.stem == "thinking_swin_s_imagenet":
+        words += ["--model.embed_dim", "24", "--model.depths", "1", "1", "1", "1", "--model.image_size", "32"]
     results = train(parse_config(words))
     assert results["step"] == 2
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "last")

@@ -40,6 +40,18 @@ def test_is_the_models_own_loss_where_nothing_is_added():
     assert set(parts) == {"stage_0_loss", "stage_1_loss", "stage_2_loss"}
 
 
+def test_names_the_loss_of_each_stage():
+    model = lively_model(thinking_stages=[2, 4], stage_loss_weights=[0.25, 0.75])
+    outputs = outputs_of(model)
+    loss, parts = TrainingLoss(config(), model.config)(outputs, None, LABELS, 0)
+    torch.testing.assert_close(loss, outputs.loss)
+    expected = {
+        f"stage_{index}_loss": F.cross_entropy(logits, LABELS).item()
+        for index, logits in enumerate(outputs.stage_logits)
+    }
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(expected)
+
+
 def test_mixed_targets_are_probabilities():
     model = lively_model()
     outputs, targets = outputs_of(model), torch.rand(4, 12).softmax(dim=-1)
@@ -57,6 +69,13 @@ def test_sandwich_takes_the_first_the_last_and_some_between():
     assert {tuple(weights).index(max(weights[1:-1]), 1) for weights in drawn} == {1, 2, 3}
     assert all(sum(weights) == pytest.approx(1.0) for weights in drawn)
     assert drawn[7] == loss.weights_of_step(7)
+
+
+def test_sandwich_keeps_the_sum_and_the_proportions_of_the_weights():
+    model = lively_model(stage_loss_weights=[0.5, 1.0, 2.0, 1.5], thinking_stages=[1, 2, 3, 4], num_attention_heads=4)
+    first, *between, last = TrainingLoss(config(stage_sampling="sandwich"), model.config).weights_of_step(0)
+    assert first + sum(between) + last == pytest.approx(5.0)
+    assert last / first == pytest.approx(3.0)
 
 
 def test_in_place_distillation_teaches_earlier_stages_only():
@@ -99,6 +118,16 @@ def test_avit_keeps_its_ponder_and_prior_losses():
     task = F.cross_entropy(outputs.logits, LABELS, label_smoothing=0.1)
     torch.testing.assert_close(loss, task + 0.5 * outputs.ponder_loss + 1e-3 * outputs.prior_loss)
     assert set(parts) == {"ponder_loss", "prior_loss"}
+
+
+@pytest.mark.parametrize("targets", [LABELS, torch.eye(12)[LABELS]], ids=["indices", "mixed"])
+def test_without_a_teacher_both_heads_learn_from_the_labels(targets):
+    model = lively_avit(distilled=True)
+    outputs = outputs_of(model)
+    loss, _ = TrainingLoss(config(), model.config)(outputs, None, targets, 0)
+    heads = F.cross_entropy(outputs.cls_logits, LABELS) + F.cross_entropy(outputs.distillation_logits, LABELS)
+    beside = model.config.ponder_loss_weight * outputs.ponder_loss + 1e-3 * outputs.prior_loss
+    torch.testing.assert_close(loss, heads / 2 + beside)
 
 
 def test_the_distillation_head_learns_from_the_teacher():

@@ -16,6 +16,7 @@ from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.data import Place, load_data, train_batches
 from hf_thinkingvit.training.recipe import (
     _augment_operations,
+    build_ema,
     build_mixup,
     build_optimizer,
     build_schedule,
@@ -57,6 +58,12 @@ def test_the_published_schedule():
     assert learning_rate(2.5) == pytest.approx((1e-6 + 1e-3) / 2)
     assert learning_rate(150) == pytest.approx((1e-5 + 1e-3) / 2)
     assert learning_rate(300) == learning_rate(309.9) == pytest.approx(1e-5)
+
+
+def test_the_moving_average_is_optional():
+    model = torch.nn.Linear(2, 2)
+    assert build_ema(TrainingConfig(ema_decay=0.0), model) is None
+    assert build_ema(TrainingConfig(ema_decay=0.25), model).decay == 0.25
 
 
 def test_the_published_augmentation():

@@ -19,7 +19,11 @@ def encoded_image(seed: int, size: int = 16) -> bytes:
 
 
 def write_images(
-    folder: Path, num_train: int = 24, num_test: int = 10, broken: dict[str, list[int]] | None = None
+    folder: Path,
+    num_train: int = 24,
+    num_test: int = 10,
+    broken: dict[str, list[int]] | None = None,
+    train_files: int = 1,
 ) -> Path:
     """Parquet files of random images; those whose index is listed in `broken` are cut short."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
@@ -31,7 +35,10 @@ def write_images(
             "image": [{"bytes": file, "path": f"{split}-{index}.png"} for index, file in enumerate(files)],
             "label": [index % len(LABELS) for index in range(count)],
         }
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+        data, num_files = datasets.Dataset.from_dict(rows, features=features), train_files if split == "train" else 1
+        for index in range(num_files):
+            part = f"-{index:05d}-of-{num_files:05d}" if num_files > 1 else ""
+            data.shard(num_files, index).to_parquet(folder / f"{split}{part}.parquet")
     return folder
 
 

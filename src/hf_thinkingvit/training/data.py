@@ -7,6 +7,7 @@ processes see what one would have seen.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -163,7 +164,8 @@ class TrainImages(torch.utils.data.Dataset):
 class StreamedTrainImages(torch.utils.data.IterableDataset):
     """
     The same from a stream: each process and each of its workers reads a share of its own, again from the beginning
-    where it has fewer images than its batches need. Batches before `place.start` are passed over undecoded.
+    where it has fewer images than its batches need. Batches before `place.start` are passed over undecoded; so an image
+    that stands in for one that cannot be decoded keeps its own turn, or the images after it would move up.
     """
 
     data: ImageSplit
@@ -181,25 +183,31 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        rows = self._rows()
+        rows, read_ahead = self._rows(), deque()
         for batch in range(worker_id, self.place.stop, num_workers):
             for row in range(self.place.batch_size):
-                skipped, position = 0, self.place.position(batch, row)
+                lap, candidate = read_ahead.popleft() if read_ahead else next(rows)
                 if batch < self.place.start:
-                    next(rows)
                     continue
-                while (example := augment(next(rows), self, position, f"{position} of the stream")) is None:
+                skipped, last_lap, position = 0, lap + 1, self.place.position(batch, row)
+                while (example := augment(candidate, self, position, f"{position} of the stream")) is None:
+                    if skipped == len(read_ahead):
+                        read_ahead.append(next(rows))
+                    lap, candidate = read_ahead[skipped]
                     skipped += 1
+                    if lap > last_lap:
+                        raise ValueError(f"No image of `{self.data.name}` can be decoded.")
                 yield {**example, "skipped": skipped}
 
-    def _rows(self) -> Iterator[dict]:
+    def _rows(self) -> Iterator[tuple[int, dict]]:
+        """The images with the number of their lap over the stream, without end."""
         lap = 0
         while True:
             self.stream.set_epoch(self.place.epoch + lap)
             empty = True
             for row in self.stream:
                 empty = False
-                yield row
+                yield lap, row
             if empty:
                 raise ValueError(
                     f"A stream of `{self.data.name}` has nothing to read: it has fewer files than readers. Use fewer "

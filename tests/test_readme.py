@@ -1,0 +1,90 @@
+"""Every Python snippet of the READMEs, run word for word. A new one is met here without being named."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from hf_thinkingvit.image_processing import evaluation_image_processor
+from tests.models.test_modeling_avit import lively_avit
+from tests.utils import lively_model
+
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("examples/checkpoints/*/README.md"))]
+
+
+def snippets(document: Path) -> list[tuple[int, str]]:
+    """Line of the first statement, and code, of each block marked as Python, wherever it is indented."""
+    text = document.read_text(encoding="utf-8")
+    found = re.finditer(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [
+        (text.count("\n", 0, match.start()) + 2, re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE))
+        for match in found
+    ]
+
+
+SNIPPETS = [
+    pytest.param(document, line, code, id=f"{document.relative_to(REPOSITORY)}:{line}")
+    for document in DOCUMENTS
+    for line, code in snippets(document)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """
+    A working directory with `examples` and, under the names that the snippets use, small models instead of those that
+    the quickstart trains or the Hub holds: `from_pretrained` reads a folder of that name first.
+    """
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "examples").symlink_to(REPOSITORY / "examples")
+    with Image.open(REPOSITORY / "examples/images/horse.png") as image:
+        image.save(folder / "image.jpg")
+    # In half precision, as the shipped models are.
+    lively_model(thinking_stages=[1, 2], hidden_size=16, num_hidden_layers=1).half().save_pretrained(
+        folder / "outputs/quickstart"
+    )
+    evaluation_image_processor(32).save_pretrained(folder / "outputs/quickstart")
+    lively_avit(num_hidden_layers=12).save_pretrained(folder / "path/to/avit")
+    sizes = {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 48}
+    deit = DeiTForImageClassification(DeiTConfig(**sizes, image_size=32, patch_size=16))
+    deit.save_pretrained(folder / "facebook/deit-tiny-patch16-224")
+    return folder
+
+
+def given(folder: Path) -> dict:
+    """What the text around a snippet lets the reader have: a model with its processor, and a few images."""
+    model = AutoModelForImageClassification.from_pretrained(folder / "outputs/quickstart")
+    processor = AutoImageProcessor.from_pretrained(folder / "outputs/quickstart")
+    paths = sorted(str(path) for path in (REPOSITORY / "examples/images").glob("*.png"))[:3]
+    images = [Image.open(path) for path in paths]
+    return {
+        "model": model,
+        "processor": processor,
+        "paths": paths,
+        "images": images,
+        "pixel_values": processor(images[:1], return_tensors="pt")["pixel_values"],
+    }
+
+
+def test_snippets_are_found():
+    per_document = [len(snippets(document)) for document in DOCUMENTS]
+    assert per_document[0] >= 7
+    assert min(per_document) >= 1
+    assert sum(per_document) == sum(document.read_text(encoding="utf-8").count("```python") for document in DOCUMENTS)
+
+
+@pytest.mark.parametrize("document, line, code", SNIPPETS)
+@torch.no_grad()
+def test_runs(document, line, code, folder, monkeypatch):
+    if "onnx" in code:
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(folder)
+    # The line numbers of a failure are the document's.
+    exec(compile("\n" * (line - 1) + code, document, "exec"), given(folder))
