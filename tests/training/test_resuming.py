@@ -153,6 +153,7 @@ def test_half_a_step_is_never_saved(images, tmp_path):
             raise KeyboardInterrupt
         return loss(*arguments)
 
+    interrupted.outputs_needed = loss.outputs_needed
     run.loss = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.run()
