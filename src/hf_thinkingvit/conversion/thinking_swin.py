@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint
 from .deit import label_fields, one_if_equal
 
 
-__all__ = ["IGNORED", "MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name"]
+__all__ = ["MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name", "prepare"]
 
 MODEL_CLASS = ThinkingSwinForImageClassification
 
@@ -39,6 +39,11 @@ REQUIRED = {
 
 # Buffers that follow from the sizes; some versions save them.
 IGNORED = re.compile(r"^layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)$")
+
+
+def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
+    """The state dict without the buffers that follow from the configuration."""
+    return {name: tensor for name, tensor in checkpoint.state_dict.items() if not IGNORED.match(name)}
 
 
 def official_name(name: str) -> str:
