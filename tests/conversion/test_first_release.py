@@ -41,7 +41,7 @@ def assert_golden(model) -> None:
 
 
 def write_source(folder, content: dict, stages=None):
-    """A checkpoint beside the golden one's `config.json`, which states no stages but what the file has not: its sizes."""
+    """A checkpoint beside the golden one's `config.json` without its stages: sizes, which the file does not tell."""
     folder.mkdir()
     config = json.loads((GOLDEN / "config.json").read_text())
     del config["model_args"]["thinking_stages"]

@@ -15,8 +15,8 @@ from . import avit, thinking_swin, thinkingvit
 from .checkpoint import Checkpoint, read_checkpoint
 
 
-# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`; and `prepare`,
-# where a family's checkpoints come in several forms or hold tensors that no model needs.
+# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor`, `MODEL_CLASS`; and `prepare` where
+# a family's checkpoints come in several forms or hold tensors that no model needs.
 # Order matters: every ThinkingViT checkpoint also matches the A-ViT test.
 FAMILIES = {"thinking_swin": thinking_swin, "thinkingvit": thinkingvit, "avit": avit}
 

@@ -25,8 +25,8 @@ SCALED_DIMENSIONS = (
 
 def is_supernet(state_dict: dict[str, torch.Tensor], num_heads: int, num_stages: int) -> bool:
     """
-    Whether these are the weights of a supernet of `num_heads` heads: the first release has an α for each head, the later
-    ones have one for each stage but the last.
+    Whether these are the weights of a supernet of `num_heads` heads: the first release has an α for each head, the
+    later ones have one for each stage but the last.
 
     Args:
         state_dict: under its official names.
