@@ -20,6 +20,7 @@ from hf_thinkingvit.evaluation import (
     calibrate_budget,
     calibrate_risk,
     evaluate_thresholds,
+    label_map_argument,
     measure_stage_milliseconds,
 )
 
@@ -29,6 +30,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
     parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument(
+        "--label-map",
+        type=label_map_argument,
+        help="JSON file from the dataset's label names to the model's, or \"index\"",
+    )
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--max-drop", type=float, help="greatest fall of accuracy below the last stage's, a fraction")
     goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
@@ -54,6 +60,7 @@ def main() -> None:
         arguments.dataset,
         processor,
         split=arguments.split,
+        label_map=arguments.label_map,
         max_samples=arguments.max_samples,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,

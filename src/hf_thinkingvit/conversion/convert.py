@@ -15,8 +15,8 @@ from . import avit, thinking_swin, thinkingvit
 from .checkpoint import Checkpoint, read_checkpoint
 
 
-# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor`, `MODEL_CLASS`; and `prepare` where
-# a family's checkpoints come in several forms or hold tensors that no model needs.
+# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor`, `MODEL_CLASS`; and `prepare`,
+# where a family's checkpoints come in several forms or hold tensors that no model needs.
 # Order matters: every ThinkingViT checkpoint also matches the A-ViT test.
 FAMILIES = {"thinking_swin": thinking_swin, "thinkingvit": thinkingvit, "avit": avit}
 
@@ -35,7 +35,7 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
         config_overrides:
             Fields of the configuration that win over what the source says, such as `threshold` or `id2label`; or that
             it does not say: `thinking_stages` or `head_rounds` of a bare file, `gate_scale` and `gate_center` of an
-            A-ViT.
+            A-ViT. Where neither names the classes and there are 1000, they get ImageNet-1K's names.
 
     Returns:
         The converted model, in evaluation mode.

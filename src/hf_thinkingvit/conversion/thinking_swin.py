@@ -7,7 +7,8 @@ import torch
 from ..models.configuration_thinking_swin import ThinkingSwinConfig
 from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification
 from .checkpoint import Checkpoint
-from .deit import label_fields, one_if_equal
+from .deit import one_if_equal
+from .labels import label_fields
 
 
 __all__ = ["MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name", "prepare"]
@@ -112,8 +113,8 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
         "use_absolute_embeddings": "absolute_pos_embed" in state_dict,
         "num_labels": state_dict["head.fc.weight"].shape[0],
         "qkv_slicing": "leading_rows",
-        **label_fields(checkpoint),
     }
+    fields.update(label_fields(checkpoint, fields["num_labels"], overrides))
     return ThinkingSwinConfig(**{**fields, **overrides})
 
 

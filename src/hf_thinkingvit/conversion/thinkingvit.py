@@ -65,7 +65,7 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingViTConfig:
     Raises:
         ValueError: if nothing says how many heads the stages have.
     """
-    fields = deit_fields(checkpoint)
+    fields = deit_fields(checkpoint, overrides)
     thinking_stages = _stated_stages(checkpoint, overrides) or _stages_from_widths(checkpoint, fields["hidden_size"])
     fields["num_attention_heads"] = max(thinking_stages)
     return ThinkingViTConfig(**{**fields, **overrides, "thinking_stages": thinking_stages})

@@ -2,7 +2,7 @@
 
 from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds
-from .labels import LabelMap
+from .labels import LabelMap, label_map_argument
 from .macs import halting_macs, published_stage_macs, stage_macs
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate_accuracy",
     "evaluate_thresholds",
     "halting_macs",
+    "label_map_argument",
     "measure_stage_milliseconds",
     "published_stage_macs",
     "stage_macs",
