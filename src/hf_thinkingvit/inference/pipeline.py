@@ -5,9 +5,11 @@ import os
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
+from PIL import Image
 from transformers import AutoModelForImageClassification, ImageClassificationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from ..models.image_files import read_image
 from .engine import AdaptiveEngine
 
 
@@ -64,7 +66,8 @@ class AdaptiveImageClassificationPipeline(ImageClassificationPipeline):
     def preprocess(self, image: Any, timeout: float | None = None):
         image = os.fspath(image) if isinstance(image, os.PathLike) else image
         try:
-            return super().preprocess(image, timeout=timeout)
+            image = read_image(image, timeout) if isinstance(image, (str, Image.Image)) else image
+            return super().preprocess(image)
         except Exception as error:  # decoders raise many types, and none of them says which image it was
             name = image if isinstance(image, str) else getattr(image, "filename", "") or repr(image)
             raise ValueError(
