@@ -131,6 +131,8 @@ def test_export_onnx(folders, tmp_path):
     for index in range(3):
         (tmp_path / "images" / f"{index}.png").write_bytes(encoded_image(index))
     words = ["--images", str(tmp_path / "images"), "--output-dir", str(tmp_path / "onnx"), "--threshold", "1.0"]
+    wrong = run("export_onnx.py", folders, *words, "2.0")
+    assert wrong.returncode == 2 and "one per exit" in wrong.stderr and not (tmp_path / "onnx").exists()
     done = run("export_onnx.py", folders, *words)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"adaptive.onnx", "stage_0.onnx", "stage_1.onnx"}
