@@ -31,7 +31,6 @@ def session_of(path: str, threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     # Its threads would else go on spinning while it is the model's turn, on the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # else it warns that `threshold` has a default
     return onnxruntime.InferenceSession(path, options)
 
 

@@ -22,6 +22,7 @@ from hf_thinkingvit.evaluation import (
     calibrate_budget,
     calibrate_risk,
     evaluate_thresholds,
+    label_map_argument,
     measure_stage_milliseconds,
 )
 
@@ -31,6 +32,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
     parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument(
+        "--label-map",
+        type=label_map_argument,
+        help="JSON file from the dataset's label names to the model's, or \"index\"",
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
     parser.add_argument("--allow-training-images", action="store_true", help="promise from a split called train")
     goal = parser.add_mutually_exclusive_group(required=True)
@@ -58,6 +64,7 @@ def main() -> None:
         arguments.dataset,
         processor,
         split=arguments.split,
+        label_map=arguments.label_map,
         max_samples=arguments.max_samples,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,

@@ -19,6 +19,8 @@ from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.inference import export_onnx
+from hf_thinkingvit.models.exit_criteria import ExitRule
+from hf_thinkingvit.models.image_files import read_image
 
 
 def main() -> None:
@@ -29,6 +31,12 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, nargs="+", help="τ for these images, one or one per exit")
     arguments = parser.parse_args()
     model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    threshold = arguments.threshold
+    threshold = threshold[0] if threshold and len(threshold) == 1 else threshold
+    try:  # before the export, which takes its time
+        thresholds = ExitRule.from_config(model.config, threshold).thresholds
+    except ValueError as error:
+        parser.error(str(error))
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     suffixes = Image.registered_extensions()
     paths = sorted(path for path in arguments.images.iterdir() if path.suffix.lower() in suffixes)
@@ -39,22 +47,16 @@ def main() -> None:
     for path in (files.adaptive, *files.stages):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # else it warns that `threshold` has a default
-    session = onnxruntime.InferenceSession(files.adaptive, options)
-    feed, threshold = {}, arguments.threshold
-    if threshold is not None:
-        threshold = threshold * (model.config.num_stages - 1) if len(threshold) == 1 else threshold
-        feed["threshold"] = np.array(threshold, dtype=np.float32)
+    session = onnxruntime.InferenceSession(files.adaptive)
     print("\nimage | label | exit stage | entropy | ms | the model's")
     for path in paths:
-        with Image.open(path) as image:
-            pixel_values = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        pixel_values = processor(read_image(path), return_tensors="pt")["pixel_values"]
         started = time.perf_counter()
-        logits, exit_stage, entropy = session.run(None, {"pixel_values": pixel_values.numpy(), **feed})
+        feed = {"pixel_values": pixel_values.numpy(), "threshold": np.array(thresholds, dtype=np.float32)}
+        logits, exit_stage, entropy = session.run(None, feed)
         milliseconds = 1e3 * (time.perf_counter() - started)
         with torch.no_grad():
-            expected = model(pixel_values, threshold=threshold)
+            expected = model(pixel_values, threshold=list(thresholds))
         label, theirs = (model.config.id2label[int(answer[0].argmax())] for answer in (logits, expected.logits))
         print(
             f"{path.name} | {label} | {exit_stage[0]} | {entropy[0]:.4f} | {milliseconds:.1f} | "

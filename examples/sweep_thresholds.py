@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit.auto import AutoImageProcessor
-from hf_thinkingvit.evaluation import evaluate_thresholds
+from hf_thinkingvit.evaluation import evaluate_thresholds, label_map_argument
 from hf_thinkingvit.evaluation.calibration import threshold_grid
 from hf_thinkingvit.evaluation.plots import (
     plot_accuracy_against_macs,
@@ -43,7 +43,11 @@ def main() -> None:
     parser.add_argument("--split", help="by default validation, else test")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
     parser.add_argument("--thresholds", type=float, nargs="+", help="by default 24 over the range of the criterion")
-    parser.add_argument("--label-map", type=Path, help="JSON file: the dataset's label names to the model's")
+    parser.add_argument(
+        "--label-map",
+        type=label_map_argument,
+        help="JSON file from the dataset's label names to the model's, or \"index\"",
+    )
     parser.add_argument("--max-samples", type=int)
     parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -60,7 +64,7 @@ def main() -> None:
         AutoImageProcessor.from_pretrained(arguments.model),
         arguments.thresholds or (),
         split=arguments.split,
-        label_map=json.loads(arguments.label_map.read_text()) if arguments.label_map else None,
+        label_map=arguments.label_map,
         streaming=arguments.streaming,
         max_samples=arguments.max_samples,
         batch_size=arguments.batch_size,

@@ -40,6 +40,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from hf_thinkingvit import AViTConfig, AViTForImageClassification
+from hf_thinkingvit.data import decode
 from hf_thinkingvit.models.config_checks import as_pair
 from hf_thinkingvit.models.configuration_avit import check_halting_epsilon
 
@@ -83,7 +84,7 @@ class ImageSource:
     def decode(self, name: str, encoded: dict | None) -> Image.Image | None:
         """The image as RGB, upright; None and a warning where it cannot be read."""
         try:
-            return datasets.Image().decode_example(encoded).convert("RGB")
+            return decode(encoded)
         except Exception as error:  # broken files raise whatever their format's decoder does
             self.skipped += 1
             tqdm.write(f"warning: skipped {name}, which is unreadable: {error}", file=sys.stderr)

@@ -74,7 +74,8 @@ def run_here(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def test_sweep_thresholds(folders, tmp_path):
-    done = run("sweep_thresholds.py", folders, "--output-dir", str(tmp_path), "--thresholds", "0", "0.5", "2")
+    words = ["--thresholds", "0", "0.5", "2", "--label-map", "index"]
+    done = run("sweep_thresholds.py", folders, "--output-dir", str(tmp_path), *words)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["threshold"] for row in results["sweep"]] == [0.0, 0.5, 2.0]
@@ -102,7 +103,13 @@ def test_several_processes_sweep_what_one_does(folders, tmp_path):
 
 def test_calibrate_by_budget(folders, tmp_path):
     goal = 0.0002
-    done = run("calibrate.py", folders, "--output-dir", str(tmp_path), "--gmacs", str(goal))
+    words = ["--gmacs", str(goal), "--label-map", str(tmp_path / "map.json")]
+    (tmp_path / "map.json").write_text(json.dumps({LABELS[0]: LABELS[1]}))
+    done = run("calibrate.py", folders, "--output-dir", str(tmp_path), *words)
+    assert done.returncode != 0
+    assert "2 labels of" in done.stderr  # which the map leaves out
+    (tmp_path / "map.json").write_text(json.dumps({label: index for index, label in enumerate(LABELS)}))
+    done = run("calibrate.py", folders, "--output-dir", str(tmp_path), *words)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "calibration.json").read_text())
     assert facts["gmacs"] <= goal
@@ -168,6 +175,8 @@ def test_export_onnx(folders, tmp_path):
     for index in range(3):
         (tmp_path / "images" / f"{index}.png").write_bytes(encoded_image(index))
     words = ["--images", str(tmp_path / "images"), "--output-dir", str(tmp_path / "onnx"), "--threshold", "1.0"]
+    wrong = run("export_onnx.py", folders, *words, "2.0")
+    assert wrong.returncode == 2 and "one per exit" in wrong.stderr and not (tmp_path / "onnx").exists()
     done = run("export_onnx.py", folders, *words)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"adaptive.onnx", "stage_0.onnx", "stage_1.onnx"}

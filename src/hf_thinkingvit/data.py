@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from .models.image_files import as_rgb
+
 
 DIGITS = "sklearn-digits"
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -145,8 +147,8 @@ def load_digits() -> datasets.DatasetDict:
 
 
 def decode(image: dict[str, Any]) -> Image.Image:
-    """An encoded image of `datasets` as RGB."""
-    return datasets.Image().decode_example(image).convert("RGB")
+    """An encoded image of `datasets` as RGB (see `as_rgb`)."""
+    return as_rgb(datasets.Image().decode_example(image), image.get("path"))
 
 
 @dataclass

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -86,11 +88,16 @@ class TestOnnx:
         options.log_severity_level = 3
         return onnxruntime.InferenceSession(path, options)
 
+    @staticmethod
+    def threshold(model) -> np.ndarray:
+        return np.array(model.config.threshold, dtype=np.float32)
+
     def test_the_adaptive_file(self, exported):
-        _, images, expected, files = exported
+        model, images, expected, files = exported
         session = self.session(files.adaptive)
         for index, image in enumerate(images.split(1)):
-            logits, exit_stage, entropy = session.run(None, {"pixel_values": image.numpy()})
+            feed = {"pixel_values": image.numpy(), "threshold": self.threshold(model)}
+            logits, exit_stage, entropy = session.run(None, feed)
             np.testing.assert_allclose(logits[0], expected.logits[index], atol=1e-4)
             np.testing.assert_allclose(entropy[0], expected.entropy[index], atol=1e-4)
             assert exit_stage[0] == expected.exit_stage[index]
@@ -106,6 +113,17 @@ class TestOnnx:
         np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
         assert exit_stage[0] == num_exits
 
+    def test_threshold_is_required(self, exported):
+        """OpenVINO drops inputs that have a default, and would exit at that τ whatever it is asked for."""
+        onnx = pytest.importorskip("onnx")
+        _, images, _, files = exported
+        with pytest.raises(ValueError, match="threshold"):
+            self.session(files.adaptive).run(None, {"pixel_values": images[:1].numpy()})
+        for path in (*files.stages, files.adaptive):
+            graph = onnx.load(path).graph
+            assert "threshold" in {value.name for value in graph.input}
+            assert "threshold" not in {value.name for value in graph.initializer}
+
     def test_later_stages_lie_behind_a_conditional(self, exported):
         onnx = pytest.importorskip("onnx")
         model, _, _, files = exported
@@ -118,13 +136,18 @@ class TestOnnx:
         assert depth == model.config.num_stages - 1
 
     def test_the_stage_files(self, exported):
-        _, images, expected, files = exported
+        model, images, expected, files = exported
         feed, rows = {"pixel_values": images.numpy()}, np.arange(len(images))
         logits = np.zeros(expected.logits.shape, np.float32)
-        exit_stage = np.zeros(len(images), np.int64)
+        exit_stage, threshold = np.zeros(len(images), np.int64), self.threshold(model)
         for stage, path in enumerate(files.stages):
             session = self.session(path)
-            outputs = dict(zip([output.name for output in session.get_outputs()], session.run(None, feed)))
+            outputs = dict(
+                zip(
+                    [output.name for output in session.get_outputs()],
+                    session.run(None, {**feed, "threshold": threshold}),
+                )
+            )
             logits[rows], exit_stage[rows] = outputs["logits"], stage
             going_on = ~outputs["exits"]
             rows = rows[going_on]
@@ -153,6 +176,7 @@ class TestOnnx:
         metadata = {entry.key: entry.value for entry in onnx.load(files.adaptive).metadata_props}
         assert metadata["exit_criterion"] == model.config.exit_criterion
         assert metadata["model_type"] == model.config.model_type
+        assert json.loads(metadata["threshold"]) == pytest.approx(model.config.threshold)
         assert '"0": "LABEL_0"' in metadata["id2label"]
 
 
@@ -184,7 +208,7 @@ def test_onnx_in_half_precision(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = lively_swin(head_rounds=[[2]], num_heads=[2], depths=[1]).half(), random_images(3).half()
-    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path).adaptive)
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path, dtype=torch.float16).adaptive)
     assert model.config._attn_implementation == "sdpa"  # as it was
     with torch.no_grad():
         expected = model(images, threshold=0.0)
@@ -203,8 +227,25 @@ def test_refuses_a_model_without_stages(tmp_path):
     assert not (tmp_path / "onnx").exists()
 
 
-def test_refuses_bfloat16(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_onnx_is_in_float32_whatever_the_model_is_in(dtype, tmp_path):
+    """As checkpoints are often stored in half precision. The model itself keeps its weights to the bit."""
     pytest.importorskip("onnxscript")
-    with pytest.raises(ValueError, match="bfloat16"):
-        export_onnx(lively_model(num_hidden_layers=1).bfloat16(), tmp_path / "onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images = lively_model(thinking_stages=[1, 4], num_hidden_layers=1).to(dtype), random_images(1)
+    before = {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in model.state_dict().items()}
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path).adaptive)
+    feed = {"pixel_values": images.numpy(), "threshold": np.zeros(1, np.float32)}
+    logits = session.run(None, feed)[0]
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtype and tensor.data_ptr() == before[name][1] and torch.equal(tensor, before[name][0])
+    with torch.no_grad():
+        expected = model.float()(images, threshold=0.0).logits
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_refuses_to_export_in_bfloat16(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match=r"must be torch\.float32 or torch\.float16.*bfloat16"):
+        export_onnx(lively_model(num_hidden_layers=1), tmp_path / "onnx", dtype=torch.bfloat16)
     assert not (tmp_path / "onnx").exists()

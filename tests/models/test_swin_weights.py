@@ -115,7 +115,6 @@ def test_refuses_other_models(tmp_path):
         {"depths": [1, 1]},
         {"window_size": 4},
         {"mlp_ratio": 2},
-        {"num_labels": 7},
     ],
 )
 def test_refuses_overrides_of_what_the_weights_fix(overrides):
@@ -123,8 +122,36 @@ def test_refuses_overrides_of_what_the_weights_fix(overrides):
         ThinkingSwinForImageClassification.from_swin(trained_swin(), **overrides)
 
 
-def test_refuses_rounds_and_labels_that_the_source_does_not_have():
+def test_refuses_rounds_that_the_source_does_not_have():
     with pytest.raises(ValueError, match="`head_rounds` asks for the heads"):
         ThinkingSwinForImageClassification.from_swin(trained_swin(), [[2, 8]])
-    with pytest.raises(ValueError, match="`id2label` names 2 labels, but the source has 3"):
-        ThinkingSwinForImageClassification.from_swin(trained_swin(), id2label={0: "a", 1: "b"})
+
+
+@pytest.mark.parametrize("overrides", [{"num_labels": 5}, {"id2label": {index: f"c{index}" for index in range(5)}}])
+@torch.no_grad()
+def test_another_number_of_labels_gets_a_new_classifier(overrides, caplog):
+    swin, pixel_values = trained_swin(), random_images()
+    model = ThinkingSwinForImageClassification.from_swin(swin, threshold=0.0, **overrides)
+    assert model.config.id2label == overrides.get("id2label", {index: f"LABEL_{index}" for index in range(5)})
+    assert 0.01 < model.classifier.weight.std() < 0.03  # as initialised, `initializer_range` 0.02
+    assert "newly initialized" in caplog.text and "['classifier.bias', 'classifier.weight']" in caplog.text
+    model.classifier.weight.copy_(swin.classifier.weight[[0, 1, 2, 0, 1]])
+    model.classifier.bias.copy_(swin.classifier.bias[[0, 1, 2, 0, 1]])
+    expected = swin(pixel_values).logits[:, [0, 1, 2, 0, 1]]
+    torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_same_number_of_labels_keeps_the_classifier(caplog):
+    swin, pixel_values = trained_swin(), random_images()
+    for overrides in ({"num_labels": 3}, {"id2label": {0: "a", 1: "b", 2: "c"}}):
+        model = ThinkingSwinForImageClassification.from_swin(swin, threshold=0.0, **overrides)
+        assert model.config.id2label == overrides.get("id2label", swin.config.id2label)
+        torch.testing.assert_close(model(pixel_values).logits, swin(pixel_values).logits, atol=1e-5, rtol=0)
+    assert "newly initialized" not in caplog.text
+
+
+def test_a_source_without_classifier(tmp_path):
+    SwinModel(trained_swin().config).save_pretrained(tmp_path)
+    model = ThinkingSwinForImageClassification.from_swin(tmp_path, num_labels=7)
+    assert model(random_images()).logits.shape == (6, 7)

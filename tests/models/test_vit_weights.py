@@ -11,7 +11,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_thinkingvit import ThinkingViTForImageClassification
+from hf_thinkingvit import AViTForImageClassification, ThinkingViTForImageClassification
 from tests.utils import lively_model, random_images
 
 
@@ -165,7 +165,6 @@ def test_refuses_other_models(tmp_path):
         {"num_hidden_layers": 3},
         {"image_size": 64},
         {"qkv_bias": False},
-        {"num_labels": 7},
         {"use_distillation_token": True},
     ],
 )
@@ -174,12 +173,83 @@ def test_refuses_overrides_of_what_the_weights_fix(overrides):
         ThinkingViTForImageClassification.from_vit(trained_vit(), [3, 6], **overrides)
 
 
-def test_labels_may_be_renamed_but_not_added():
-    labels = {0: "a", 1: "b", 2: "c"}
-    model = ThinkingViTForImageClassification.from_vit(trained_vit(), id2label=labels)
-    assert model.config.id2label == labels
-    with pytest.raises(ValueError, match="`id2label` names 4 labels, but the source has 3"):
-        ThinkingViTForImageClassification.from_vit(trained_vit(), id2label={**labels, 3: "d"})
+def from_thinkingvit(vit, **overrides):
+    return ThinkingViTForImageClassification.from_vit(vit, [3, 6], **overrides)
+
+
+START = {"thinkingvit": from_thinkingvit, "avit": AViTForImageClassification.from_vit}
+
+
+@pytest.mark.parametrize("start", START.values(), ids=START)
+@pytest.mark.parametrize("kind", ["vit", "deit"])
+class TestLabels:
+    """Of another number than the source's: the body's weights, and a new classifier."""
+
+    @pytest.mark.parametrize(
+        "overrides, id2label",
+        [
+            ({"num_labels": 5}, {index: f"LABEL_{index}" for index in range(5)}),
+            ({"id2label": {0: "a", 1: "b"}}, {0: "a", 1: "b"}),
+            ({"label2id": {"b": 1, "a": 0}}, {0: "a", 1: "b"}),
+            ({"num_labels": 2, "id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, {0: "a", 1: "b"}),
+        ],
+        ids=["num_labels", "id2label", "label2id", "all"],
+    )
+    @torch.no_grad()
+    def test_another_number(self, start, kind, overrides, id2label, caplog):
+        torch.manual_seed(0)
+        vit = trained_vit(kind).double()
+        model = start(vit, **overrides)
+        assert model.config.id2label == id2label
+        assert model.config.label2id == {label: index for index, label in id2label.items()}
+        assert (model.dtype, model.training, model.num_labels) == (torch.float64, False, len(id2label))
+        heads = [name for name, _ in model.named_parameters() if "classifier." in name]
+        for name in heads:
+            head = model.get_parameter(name)
+            assert head.shape[0] == len(id2label)
+            assert head.dim() == 1 or 0.01 < head.std() < 0.03  # as initialised, `initializer_range` 0.02
+        body = dict(model.base_model.named_parameters())
+        for name, parameter in vit.base_model.named_parameters():
+            ours = body[name.replace("patch_embeddings.projection.", "patch_embeddings.")]
+            assert torch.equal(ours[tuple(slice(size) for size in parameter.shape)], parameter)
+        assert model(random_images().double()).logits.shape == (6, len(id2label))
+        warning = f"Some weights of {type(model).__name__} were not initialized from the given {type(vit).__name__}"
+        (message,) = (record.getMessage() for record in caplog.records if "newly initialized" in record.getMessage())
+        assert message.startswith(warning) and "TRAIN this model" in message
+        assert all(name in message for name in heads) and "embeddings" not in message
+
+    @pytest.mark.parametrize("overrides", [{"num_labels": 3}, {"id2label": {0: "a", 1: "b", 2: "c"}}], ids=str)
+    @torch.no_grad()
+    def test_the_same_number_keeps_the_classifier(self, start, kind, overrides, caplog):
+        vit = trained_vit(kind)
+        model = start(vit, **overrides)
+        expected = overrides.get("id2label", vit.config.id2label)
+        assert model.config.id2label == expected
+        assert model.config.label2id == {label: index for index, label in expected.items()}
+        assert torch.equal(model.classifier.weight[:, :24], vit.classifier.weight)
+        assert "newly initialized" not in caplog.text
+
+    def test_refuses_labels_that_contradict_each_other(self, start, kind):
+        vit = trained_vit(kind)
+        with pytest.raises(ValueError, match=r"`num_labels` is 5, but `id2label` or `label2id` names 2 classes"):
+            start(vit, num_labels=5, id2label={0: "a", 1: "b"})
+        with pytest.raises(ValueError, match=r"must number the classes from 0 to 1, got \[1, 2\]"):
+            start(vit, id2label={1: "a", 2: "b"})
+        with pytest.raises(ValueError, match=r"contradict each other: 'b' is class 0"):
+            start(vit, id2label={0: "a", 1: "b"}, label2id={"b": 0, "a": 1})
+
+    @torch.no_grad()
+    def test_a_source_without_classifier(self, start, kind, tmp_path):
+        """Such as the pretrained ViTs, which everybody fine-tunes."""
+        vit = trained_vit(kind)
+        vit.base_model.save_pretrained(tmp_path / "bare")
+        with pytest.raises(ValueError, match=r"lacks \['classifier.bias', 'classifier.weight'\].*or pass `num_labels`"):
+            start(tmp_path / "bare")
+        for source in (tmp_path / "bare", trained_vit(kind, num_labels=0, id2label={}, label2id={})):
+            model = start(source, num_labels=7)
+            assert model(random_images()).logits.shape == (6, 7)
+        layer = start(tmp_path / "bare", num_labels=7).base_model.layers[0]
+        assert torch.equal(layer.mlp.fc1.weight[:48, :24], vit.base_model.layers[0].mlp.fc1.weight)
 
 
 @pytest.mark.parametrize("training", [True, False])

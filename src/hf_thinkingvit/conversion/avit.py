@@ -31,7 +31,7 @@ def build_config(checkpoint: Checkpoint, **overrides) -> AViTConfig:
     """
     distilled = "dist_token" in checkpoint.state_dict
     stated = {**checkpoint.model_args, **checkpoint.config}
-    fields = {**deit_fields(checkpoint, num_prefix_tokens=1 + distilled), "distilled": distilled}
+    fields = {**deit_fields(checkpoint, overrides, num_prefix_tokens=1 + distilled), "distilled": distilled}
     if stated.get("depth"):
         fields["num_hidden_layers"] = stated["depth"]
     fields["num_attention_heads"] = stated.get("num_heads") or fields["hidden_size"] // DEIT_HEAD_DIM

@@ -15,9 +15,9 @@ from . import avit, thinking_swin, thinkingvit
 from .checkpoint import Checkpoint, read_checkpoint
 
 
-# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor` and `MODEL_CLASS`; `IGNORED`
-# matches the names of tensors that follow from the configuration, where a family's checkpoints may hold such.
-# The more particular one first: a ThinkingViT has all that a DeiT has.
+# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor`, `MODEL_CLASS`; and `prepare`,
+# where a family's checkpoints come in several forms or hold tensors that no model needs.
+# Order matters: every ThinkingViT checkpoint also matches the A-ViT test.
 FAMILIES = {"thinking_swin": thinking_swin, "thinkingvit": thinkingvit, "avit": avit}
 
 
@@ -35,7 +35,7 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
         config_overrides:
             Fields of the configuration that win over what the source says, such as `threshold` or `id2label`; or that
             it does not say: `thinking_stages` or `head_rounds` of a bare file, `gate_scale` and `gate_center` of an
-            A-ViT.
+            A-ViT. Where neither names the classes and there are 1000, they get ImageNet-1K's names.
 
     Returns:
         The converted model, in evaluation mode.
@@ -60,15 +60,13 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
 def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel:
     """The model that `checkpoint` holds, in its dtype; `ValueError` where a tensor is missing, unknown or misshapen."""
     family = _detect(checkpoint, config_overrides)
-    ignored = getattr(family, "IGNORED", None)
-    if ignored is not None:
-        kept = {name: tensor for name, tensor in checkpoint.state_dict.items() if not ignored.match(name)}
-        checkpoint = replace(checkpoint, state_dict=kept)
     _require(checkpoint, list(family.REQUIRED))
     for name, dimensions in family.REQUIRED.items():
         if checkpoint.state_dict[name].dim() != dimensions:
             shape = tuple(checkpoint.state_dict[name].shape)
             raise ValueError(f"{checkpoint.path}: {name} must have {dimensions} dimensions, got the shape {shape}.")
+    if hasattr(family, "prepare"):
+        checkpoint = replace(checkpoint, state_dict=family.prepare(checkpoint, **config_overrides))
     config = family.build_config(checkpoint, **config_overrides)
     model = family.MODEL_CLASS(config).eval()
 

@@ -5,6 +5,7 @@ import re
 import torch
 
 from .checkpoint import Checkpoint
+from .labels import label_fields
 
 
 DEIT_HEAD_DIM = 64
@@ -48,8 +49,8 @@ def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
 REQUIRED = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2, "head.weight": 2}
 
 
-def deit_fields(checkpoint: Checkpoint, num_prefix_tokens: int = 1) -> dict:
-    """Fields of a configuration that the tensors tell, and labels where the files have them."""
+def deit_fields(checkpoint: Checkpoint, overrides: dict, num_prefix_tokens: int = 1) -> dict:
+    """Fields of a configuration that the tensors tell, and the names of the classes."""
     state_dict = checkpoint.state_dict
     hidden_size, num_channels, *patch_size = state_dict["patch_embed.proj.weight"].shape
     layers = {int(match[1]) for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))}
@@ -65,18 +66,7 @@ def deit_fields(checkpoint: Checkpoint, num_prefix_tokens: int = 1) -> dict:
         "num_labels": state_dict["head.weight"].shape[0],
         "image_size": _image_size(checkpoint, patch_size, num_prefix_tokens),
     }
-    return {**fields, **label_fields(checkpoint)}
-
-
-def label_fields(checkpoint: Checkpoint) -> dict:
-    """`id2label` and `label2id`, where the files name the labels."""
-    labels = checkpoint.config.get("label_names")
-    if labels is None:
-        return {}
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-    }
+    return {**fields, **label_fields(checkpoint, fields["num_labels"], overrides)}
 
 
 def _image_size(checkpoint: Checkpoint, patch_size: list[int], num_prefix_tokens: int) -> int | tuple[int, int]:

@@ -7,10 +7,11 @@ import torch
 from ..models.configuration_thinking_swin import ThinkingSwinConfig
 from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification
 from .checkpoint import Checkpoint
-from .deit import label_fields, one_if_equal
+from .deit import one_if_equal
+from .labels import label_fields
 
 
-__all__ = ["IGNORED", "MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name"]
+__all__ = ["MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name", "prepare"]
 
 MODEL_CLASS = ThinkingSwinForImageClassification
 
@@ -39,6 +40,11 @@ REQUIRED = {
 
 # Buffers that follow from the sizes; some versions save them.
 IGNORED = re.compile(r"^layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)$")
+
+
+def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
+    """The state dict without the buffers that follow from the configuration."""
+    return {name: tensor for name, tensor in checkpoint.state_dict.items() if not IGNORED.match(name)}
 
 
 def official_name(name: str) -> str:
@@ -107,8 +113,8 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
         "use_absolute_embeddings": "absolute_pos_embed" in state_dict,
         "num_labels": state_dict["head.fc.weight"].shape[0],
         "qkv_slicing": "leading_rows",
-        **label_fields(checkpoint),
     }
+    fields.update(label_fields(checkpoint, fields["num_labels"], overrides))
     return ThinkingSwinConfig(**{**fields, **overrides})
 
 

@@ -1,14 +1,18 @@
 """The official ThinkingViT state dict: which tensor each of our parameters is, and how many heads its stages have."""
 
+import operator
 import re
+
+import torch
 
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 from ..models.modeling_thinkingvit import ThinkingViTForImageClassification
 from .checkpoint import Checkpoint
 from .deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
+from .supernet import cut_supernet, is_supernet
 
 
-__all__ = ["MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name"]
+__all__ = ["MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name", "prepare"]
 
 MODEL_CLASS = ThinkingViTForImageClassification
 
@@ -32,26 +36,69 @@ def matches(checkpoint: Checkpoint, overrides: dict) -> bool:
     ) and not any(name.startswith("layers.") for name in checkpoint.state_dict)
 
 
+def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
+    """
+    The state dict; that of the first release cut to its widest stage.
+
+    Raises:
+        ValueError: if it is the first release's, and nothing says how many heads the stages have.
+    """
+    hidden_size = checkpoint.state_dict["patch_embed.proj.weight"].shape[0]
+    num_heads = checkpoint.model_args.get("num_heads") or hidden_size // DEIT_HEAD_DIM
+    thinking_stages = _stated_stages(checkpoint, overrides)
+    num_stages = len(thinking_stages or _projection_widths(checkpoint)) + (thinking_stages is None)
+    if not is_supernet(checkpoint.state_dict, num_heads, num_stages):
+        return checkpoint.state_dict
+    if thinking_stages is None:
+        raise ValueError(
+            f"{checkpoint.path} is a supernet of {num_heads} heads, whose tensors do not tell the widest stage. "
+            "Pass `thinking_stages`, the heads of each stage (--thinking-stages on the command line)."
+        )
+    return cut_supernet(checkpoint.state_dict, num_heads, thinking_stages)
+
+
 def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingViTConfig:
     """
-    The configuration that belongs to an official checkpoint. Sizes come from the tensors, stages from the files or from
-    `overrides`, which win.
+    The configuration that belongs to an official checkpoint, as `prepare` left it. Sizes come from the tensors, stages
+    from the files or from `overrides`, which win.
 
     Raises:
         ValueError: if nothing says how many heads the stages have.
     """
-    fields = deit_fields(checkpoint)
-    thinking_stages = overrides.get("thinking_stages") or checkpoint.model_args.get("thinking_stages")
-    fields["thinking_stages"] = list(thinking_stages or _stages_from_widths(checkpoint, fields["hidden_size"]))
-    fields["num_attention_heads"] = max(fields["thinking_stages"])
-    return ThinkingViTConfig(**{**fields, **overrides})
+    fields = deit_fields(checkpoint, overrides)
+    thinking_stages = _stated_stages(checkpoint, overrides) or _stages_from_widths(checkpoint, fields["hidden_size"])
+    fields["num_attention_heads"] = max(thinking_stages)
+    return ThinkingViTConfig(**{**fields, **overrides, "thinking_stages": thinking_stages})
+
+
+def _stated_stages(checkpoint: Checkpoint, overrides: dict) -> list[int] | None:
+    """Heads of each stage, from `overrides` or the files; training scripts also pickle them as strings."""
+    stated = overrides.get("thinking_stages") or checkpoint.model_args.get("thinking_stages")
+    if not stated:
+        return None
+    words = re.split(r"[\s,]+", stated.strip("[]() ")) if isinstance(stated, str) else stated
+    try:
+        stages = [int(word) if isinstance(word, str) else operator.index(word) for word in words]
+    except (TypeError, ValueError):
+        stages = []
+    if not stages or any(heads < 1 for heads in stages):
+        raise ValueError(
+            f"`thinking_stages` must be the heads of each stage, such as [3, 6]; {checkpoint.path} or the caller gave "
+            f"{stated!r}."
+        )
+    return stages
+
+
+def _projection_widths(checkpoint: Checkpoint) -> list[int]:
+    """Channels of each stage but the last: what its recycling projection takes."""
+    widths = []
+    while (name := f"proj_layer{len(widths) + 1 if widths else ''}.weight") in checkpoint.state_dict:
+        widths.append(checkpoint.state_dict[name].shape[-1])
+    return widths
 
 
 def _stages_from_widths(checkpoint: Checkpoint, hidden_size: int) -> list[int]:
-    widths = []
-    while (name := f"proj_layer{len(widths) + 1 if widths else ''}.weight") in checkpoint.state_dict:
-        widths.append(checkpoint.state_dict[name].shape[1])
-    widths.append(hidden_size)
+    widths = [*_projection_widths(checkpoint), hidden_size]
     head_dim = DEIT_HEAD_DIM
     if checkpoint.model_args.get("num_heads"):
         head_dim = hidden_size // checkpoint.model_args["num_heads"]

@@ -3,7 +3,7 @@
 from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds
 from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint
-from .labels import LabelMap
+from .labels import LabelMap, label_map_argument
 from .macs import halting_macs, published_stage_macs, stage_macs
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
@@ -20,6 +20,7 @@ __all__ = [
     "evaluate_accuracy",
     "evaluate_thresholds",
     "halting_macs",
+    "label_map_argument",
     "measure_stage_milliseconds",
     "model_conditions",
     "published_stage_macs",

@@ -1,6 +1,10 @@
 """Whether an answer is right, where a dataset's labels are not simply the model's classes."""
 
+import argparse
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -23,9 +27,12 @@ class LabelMap:
     The model's class, or classes, for each label of a dataset.
 
     Args:
-        config (`PreTrainedConfig`): the model's, with `label2id`.
+        config (`PreTrainedConfig`): the model's, with `id2label`. `label2id` may be missing or incomplete; it may have
+            further names of classes, but must not contradict `id2label`.
         label_names (`list[str]`, *optional*): the dataset's. Without them its labels are the model's class indices; an
-            image may then have several (ImageNet-ReaL), or none, and is left out.
+            image may then have several (ImageNet-ReaL), or none, and is left out. Names must be equal to the model's:
+            "tabby" is not "tabby, tabby cat". Where several labels or classes have one name, they are the ones at the
+            same places, or pair up in order if both sides have equally many.
         label_map (`dict` or `"index"`, *optional*): from the dataset's names (or indices) to the model's names (or
             indices), where they differ (ImageNet-A, -R, -Sketch). `"index"` says that both number the same classes.
             Names that are numbers, as ImageNet-V2's folders are, are class indices without being told.
@@ -34,8 +41,8 @@ class LabelMap:
         name (`str`): of the dataset, for messages.
 
     Raises:
-        ValueError: if a label of the dataset is no class of the model, or the model is not for single-label
-            classification.
+        ValueError: if a label of the dataset is no class of the model, or could be several; if the model is not for
+            single-label classification.
     """
 
     def __init__(
@@ -50,13 +57,13 @@ class LabelMap:
         self.num_classes, self.name = config.num_labels, name
         self.table: torch.Tensor | None = None
         if label_names is not None:
-            classes = [self._class_of(index, label, config, label_map) for index, label in enumerate(label_names)]
+            classes = self._classes(list(label_names), label_map, _classes_by_name(config))
             unknown = [label for label, found in zip(label_names, classes) if found is None]
             if unknown:
                 raise ValueError(
                     f"{len(unknown)} labels of {name} are no classes of the model, such as {unknown[:3]} (the model "
-                    f"has such as {list(config.label2id)[:3]}): give a `label_map` from the ones to the others, or "
-                    '"index" if both number the same classes.'
+                    f"has such as {[config.id2label[index] for index in range(min(3, self.num_classes))]}): give a "
+                    '`label_map` (--label-map) from the ones to the others, or "index" if both number the same classes.'
                 )
             self.table = torch.tensor(classes)
         elif isinstance(label_map, Mapping):
@@ -68,17 +75,61 @@ class LabelMap:
             self.excluded = torch.ones(self.num_classes, dtype=torch.bool)
             self.excluded[self.table] = False
 
-    def _class_of(
-        self, index: int, label: str, config: PreTrainedConfig, label_map: Mapping | str | None
-    ) -> int | None:
-        found = label
+    def _classes(
+        self, label_names: list[str], label_map: Mapping | str | None, by_name: dict[str, list[int]]
+    ) -> list[int | None]:
+        """The class of each label of the dataset; `None` for what is no class."""
         if label_map == "index":
-            found = index
-        elif isinstance(label_map, Mapping):
-            found = label_map.get(label, label_map.get(index))
+            return [index if index < self.num_classes else None for index in range(len(label_names))]
+        if isinstance(label_map, Mapping):
+            return [self._mapped(index, label_names, label_map, by_name) for index in range(len(label_names))]
+        if label_map is not None:
+            raise ValueError(f'`label_map` must be a dict or "index", got {label_map!r}.')
+        places = defaultdict(list)
+        for index, label in enumerate(label_names):
+            places[label].append(index)
+        classes: list[int | None] = [None] * len(label_names)
+        for label, indices in places.items():
+            candidates = by_name.get(label) or self._numbered(label)
+            same_places = set(indices) & set(candidates)
+            if len(same_places) == len(indices):
+                candidates = indices
+            elif candidates and (len(candidates) != len(indices) or same_places):
+                raise ValueError(
+                    f"{label!r} is the name of the labels {indices} of {self.name} and of the model's classes "
+                    f"{candidates}: which is which cannot be told. Give a `label_map` (--label-map) from their indices "
+                    'to the model\'s, or "index" if both number the same classes.'
+                )
+            for index, found in zip(indices, candidates):
+                classes[index] = found
+        return classes
+
+    def _mapped(
+        self, index: int, label_names: list[str], label_map: Mapping, by_name: dict[str, list[int]]
+    ) -> int | None:
+        """The class that `label_map` gives one label, by its index (in JSON a text) or its name."""
+        label = label_names[index]
+        found = label_map.get(index, None if str(index) in label_names else label_map.get(str(index)))
+        if found is None and label in label_map:
+            if label_names.count(label) > 1:
+                raise ValueError(
+                    f"`label_map` maps {label!r}, which is the name of several labels of {self.name}: map each of them "
+                    "by its index."
+                )
+            found = label_map[label]
         if isinstance(found, str):
-            found = config.label2id.get(found, int(found) if found.isdecimal() else None)
+            candidates = by_name.get(found) or self._numbered(found)
+            if len(candidates) > 1:
+                raise ValueError(
+                    f"`label_map` maps {label!r} to {found!r}, which is the name of the model's classes {candidates}: "
+                    "map it to the index of one."
+                )
+            found = candidates[0] if candidates else None
         return found if found is not None and 0 <= found < self.num_classes else None
+
+    def _numbered(self, label: str) -> list[int]:
+        """The class of a name that is a number, as ImageNet-V2's folders are."""
+        return [int(label)] if label.isdecimal() and int(label) < self.num_classes else []
 
     def hits(self, logits: torch.Tensor, labels: torch.Tensor, top_k: int) -> torch.Tensor:
         """
@@ -109,3 +160,48 @@ class LabelMap:
     def counted(labels: torch.Tensor) -> torch.Tensor:
         """Which images have a label at all, bool `(batch,)`."""
         return (labels if labels.dim() == 1 else labels.amax(dim=1)) >= 0
+
+
+def _classes_by_name(config: PreTrainedConfig) -> dict[str, list[int]]:
+    """The classes that have each name."""
+    id2label = {} if config.id2label is None else {int(index): label for index, label in config.id2label.items()}
+    if not id2label or sorted(id2label) != list(range(len(id2label))):
+        raise ValueError(
+            "The model's `id2label` must name its classes from 0 on, got "
+            f"{'nothing' if not id2label else f'names for {sorted(id2label)[:10]}'}."
+        )
+    by_name = defaultdict(list)
+    for index in range(len(id2label)):
+        by_name[id2label[index]].append(index)
+    for label, index in (config.label2id or {}).items():
+        if label not in by_name and 0 <= int(index) < len(id2label):
+            by_name[label].append(int(index))
+        elif int(index) not in by_name[label]:
+            raise ValueError(
+                f"The model's `label2id` says that {label!r} is class {index}, but `id2label` says "
+                f"{by_name[label] or 'nothing of it'}: mend its configuration."
+            )
+    return dict(by_name)
+
+
+def label_map_argument(text: str) -> dict[str, str | int] | str:
+    """
+    What `--label-map` means, as a `type` for argparse: "index", or the content of a JSON file that maps the dataset's
+    label names (or indices) to the model's.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is neither.
+    """
+    if text == "index":
+        return text
+    try:
+        content = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is neither "index" nor a JSON file that can be read: {error}'
+        ) from error
+    if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
+        raise argparse.ArgumentTypeError(
+            f"{text} must hold a JSON object from label names (or indices) to the model's names (or indices)."
+        )
+    return content

@@ -129,40 +129,44 @@ class OnnxFiles:
     adaptive: Path
 
 
-def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike) -> OnnxFiles:
+def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: torch.dtype = torch.float32) -> OnnxFiles:
     r"""
     Write the model as ONNX: `stage_0.onnx`, `stage_1.onnx` and so on (see `export_stages`), and `adaptive.onnx` with an
     `If` after each stage but the last (see `export_adaptive`).
 
     The state between two stages is one tensor for each of its entries: what stage 0 puts out as `stage_0.NAME` goes,
-    row by row for the images that go on, into stage 1 under the same name. `threshold` is an input with a default, that
-    of `model.config`. Labels and exit criterion are in the files' metadata.
+    row by row for the images that go on, into stage 1 under the same name. Every file requires the input `threshold`,
+    float32 `(number of stages - 1,)`: OpenVINO drops inputs that have a default, and would then exit at that τ whatever
+    it is asked for. The τ of `model.config` is in the files' metadata (`threshold`, a JSON list), beside
+    `id2label` and `exit_criterion`.
 
     Args:
-        model (`PreTrainedModel`): a classifier that thinks in stages, in float32 or float16; it is not changed.
+        model (`PreTrainedModel`): a classifier that thinks in stages, in any dtype; it is not changed.
         output_dir (`str` or `os.PathLike`): the folder, made where it is missing.
+        dtype (`torch.dtype`): of the files' weights and `pixel_values`, float32 or float16, whatever the model's is.
 
     Raises:
         ImportError: without the packages of the extra `onnx`.
-        ValueError: if the model does not think in stages, or is in bfloat16.
+        ValueError: if the model does not think in stages, or for another dtype.
     """
     if not (is_onnx_available() and find_spec("onnxscript")):
         raise ImportError('Writing ONNX needs onnx and onnxscript: pip install "hf-thinkingvit[onnx]".')
     output_dir = Path(output_dir)
     _check_stages(model)
-    if model.dtype == torch.bfloat16:
-        raise ValueError("onnxruntime loads no convolution in bfloat16: export `model.float()` or `model.half()`.")
-    with _plain_attention(model):
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"`dtype` must be torch.float32 or torch.float16, which onnxruntime computes in, got {dtype}.")
+    # Programs share the model's parameters, so they are written before it gets its own dtype back.
+    with _plain_attention(model), _in_dtype(model, dtype):
         programs = {"adaptive.onnx": (export_adaptive(model), ["pixel_values"], ["logits", "exit_stage", "entropy"])}
         before: list[str] = ["pixel_values"]
         for index, (program, state_names) in enumerate(_stage_programs(model)):
             after = [f"stage_{index}.{name}" for name in state_names]
             programs[f"stage_{index}.onnx"] = (program, before, ["logits", "entropy", "exits", *after])
             before = after
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name, (program, inputs, outputs) in programs.items():
-        own_weights = name != "adaptive.onnx"  # there, slices of one weight serve all stages
-        _write_onnx(program, model, [*inputs, "threshold"], outputs, output_dir / name, own_weights)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, (program, inputs, outputs) in programs.items():
+            own_weights = name != "adaptive.onnx"  # there, slices of one weight serve all stages
+            _write_onnx(program, model, [*inputs, "threshold"], outputs, output_dir / name, own_weights)
     stages = [output_dir / f"stage_{index}.onnx" for index in range(model.config.num_stages)]
     return OnnxFiles(stages, output_dir / "adaptive.onnx")
 
@@ -181,6 +185,23 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(implementation)
+
+
+@contextmanager
+def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """
+    Meanwhile weights and buffers are cast to `dtype`. The tensors themselves come back afterwards: casting back would
+    round, and a copy of the model would be another one to what is bound to this one.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+    originals = [(tensor, tensor.data) for tensor in tensors.values() if tensor.dtype != dtype]
+    try:
+        for tensor, data in originals:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in originals:
+            tensor.data = data
 
 
 def _pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
@@ -239,13 +260,10 @@ def _write_onnx(
         node.metadata_props.clear()  # the exporter's traces, with the paths of this machine
     for value in (*graph.inputs, *graph.outputs):
         value.shape = onnx_ir.Shape([size if isinstance(size, int) else "batch" for size in value.shape])
-    # A default in the ONNX sense: an input that has a value of its own need not be given.
-    threshold = next(value for value in graph.inputs if value.name == "threshold")
-    threshold.const_value = onnx_ir.tensor(_default_threshold(model).cpu().numpy(), name="threshold")
-    graph.register_initializer(threshold)
     onnx_model.metadata_props.update(
         model_type=config.model_type,
         exit_criterion=config.exit_criterion,
+        threshold=json.dumps(ExitRule.from_config(config).thresholds),
         id2label=json.dumps(config.id2label, ensure_ascii=False),
     )
     temporary = path.with_suffix(".partial")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 
+from ..models.image_files import read_image
 from ..models.image_inputs import NO_DICT, check_one_image
 
 
@@ -115,7 +115,7 @@ class Reader:
             elif not isinstance(image, Image.Image):
                 name = str(image)
             if isinstance(image, (str, Image.Image)) or hasattr(image, "__fspath__"):
-                image = load_image(image if isinstance(image, Image.Image) else str(image))
+                image = read_image(image)
             check_one_image(image)
             return Reading(index, self.processor(image, return_tensors="pt")["pixel_values"][0])
         except Exception as error:  # decoders raise many types, and none of them says which image it was

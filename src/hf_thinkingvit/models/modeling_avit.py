@@ -23,7 +23,7 @@ from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import NestedViTEmbeddings, NestedViTPreTrainedModel, build_layers
 from .packed_tokens import PackedTokens
 from .token_halting import HaltingState, halt, halting_scores
-from .vit_weights import ONE_OR_TWO_HEADS, SHARED_FIELDS, check_overrides, import_vit, load_vit
+from .vit_weights import ONE_OR_TWO_HEADS, avit_config_from_vit, import_vit, load_classifier
 
 
 @dataclass
@@ -356,19 +356,16 @@ class AViTForImageClassification(AViTPreTrainedModel):
                 A model, or the folder or Hub id of one. A DeiT has a distillation token, so the A-ViT is distilled;
                 where it has one head only, both heads start with its weights.
             config_overrides:
-                Further fields of [`AViTConfig`], such as `gate_center`.
+                Further fields of [`AViTConfig`], such as `gate_center`. `num_labels` (or `id2label`) of another number
+                than the source's gives a new classifier, freshly initialised.
 
         Raises:
             ValueError: if the source is no ViT or DeiT classifier, or an override changes what its weights fix.
         """
-        check_overrides(config_overrides)
-        vit = load_vit(source, ONE_OR_TWO_HEADS)
-        names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
-        fields = {name: getattr(vit.config, name) for name in names}
-        fields["distilled"] = vit.config.model_type == "deit"
-        model = cls(AViTConfig(**{**fields, **config_overrides}))
-        import_vit(model, vit)
-        if fields["distilled"] and not hasattr(vit, "distillation_classifier"):
+        vit = load_classifier(source, ONE_OR_TWO_HEADS, config_overrides)
+        model = cls(avit_config_from_vit(vit.config, **config_overrides))
+        takes_classifier = import_vit(model, vit)
+        if takes_classifier and model.config.distilled and not hasattr(vit, "distillation_classifier"):
             model.distillation_classifier.load_state_dict(model.classifier.state_dict())
         return model
 

@@ -238,12 +238,13 @@ class ThinkingSwinForImageClassification(StagedImageClassifierMixin, ThinkingSwi
             config_overrides:
                 Further fields of [`ThinkingSwinConfig`], such as `threshold`. `qkv_slicing` is `"each_projection"`
                 here, not the configuration's default: then the leading heads of a narrower round are heads of the
-                source, while `"leading_rows"` would read its queries as keys and values.
+                source, while `"leading_rows"` would read its queries as keys and values. `num_labels` (or `id2label`)
+                of another number than the source's gives a new classifier, freshly initialised.
 
         Raises:
             ValueError: if the source is no Swin classifier, or an override changes what its weights fix.
         """
-        swin = load_swin(source)
+        swin = load_swin(source, config_overrides)
         model = cls(thinking_swin_config_from_swin(swin.config, head_rounds, **config_overrides))
         import_swin(model, swin)
         return model

@@ -25,7 +25,7 @@ from .nested_vit import (
     NestedViTPreTrainedModel,
     build_layers,
 )
-from .vit_weights import export_stage, import_vit, load_vit, thinkingvit_config_from_vit
+from .vit_weights import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
 class ThinkingViTRecycler(nn.Module):
@@ -206,12 +206,13 @@ class ThinkingViTForImageClassification(StagedImageClassifierMixin, ThinkingViTP
             thinking_stages (`list[int]`, *optional*):
                 Heads per stage. By default the source's heads, then twice as many.
             config_overrides:
-                Further fields of [`ThinkingViTConfig`], such as `threshold`.
+                Further fields of [`ThinkingViTConfig`], such as `threshold`. `num_labels` (or `id2label`) of another
+                number than the source's gives a new classifier, freshly initialised.
 
         Raises:
             ValueError: if the source is no ViT or DeiT classifier, or is wider than every stage.
         """
-        vit = load_vit(source)
+        vit = load_classifier(source, ONE_HEAD, config_overrides)
         model = cls(thinkingvit_config_from_vit(vit.config, thinking_stages, **config_overrides))
         import_vit(model, vit)
         return model

@@ -12,10 +12,12 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import ImageClassificationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .image_files import read_image
 from .image_inputs import check_one_image, each_image, is_one_image
 
 
@@ -102,7 +104,8 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         image = os.fspath(image) if isinstance(image, os.PathLike) else image
         try:
             check_one_image(image)
-            return super().preprocess(image, timeout=timeout)
+            image = read_image(image, timeout) if isinstance(image, (str, Image.Image)) else image
+            return super().preprocess(image)
         except Exception as error:  # decoders raise many types, and none of them says which image it was
             name = image if isinstance(image, str) else getattr(image, "filename", "") or repr(image)
             raise ValueError(

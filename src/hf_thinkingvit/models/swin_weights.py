@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, SwinForImageClassification
 
 from .configuration_thinking_swin import ThinkingSwinConfig
-from .vit_weights import check_overrides, load_classifier, match_source
+from .vit_weights import HEADS, check_overrides, load_classifier, match_source, override_fields
 
 
 # What both kinds of model mean in the same way.
@@ -32,17 +32,12 @@ SHARED_FIELDS = (
     "problem_type",
 )
 # Fields that the source's weights fix: another value would leave weights out, or put them in the wrong place.
-FIXED_FIELDS = (*SHARED_FIELDS[:9], "use_absolute_embeddings", "hidden_size", "num_labels")
+FIXED_FIELDS = (*SHARED_FIELDS[:9], "use_absolute_embeddings", "hidden_size")
 
 
-def load_swin(source: str | os.PathLike | PreTrainedModel) -> SwinForImageClassification:
-    """
-    A Swin image classifier, from a model, a folder or a Hub id.
-
-    Raises:
-        ValueError: if it is of another class, or its checkpoint lacks weights, such as those of the classifier.
-    """
-    return load_classifier(source, (SwinForImageClassification,))
+def load_swin(source: str | os.PathLike | PreTrainedModel, overrides: dict) -> SwinForImageClassification:
+    """A Swin image classifier, as `load_classifier` returns it."""
+    return load_classifier(source, (SwinForImageClassification,), overrides)
 
 
 def thinking_swin_config_from_swin(config, head_rounds=None, **overrides) -> ThinkingSwinConfig:
@@ -57,7 +52,8 @@ def thinking_swin_config_from_swin(config, head_rounds=None, **overrides) -> Thi
     if head_rounds is None:
         head_rounds = [[heads[0], *(max(1, count // 2) for count in heads[1:])], heads]
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
-    return ThinkingSwinConfig(**{**fields, "head_rounds": head_rounds, "qkv_slicing": "each_projection", **overrides})
+    fields.update(head_rounds=head_rounds, qkv_slicing="each_projection")
+    return ThinkingSwinConfig(**override_fields(fields, overrides))
 
 
 def _source_names(name: str) -> list[str]:
@@ -78,12 +74,15 @@ def _source_names(name: str) -> list[str]:
 
 @torch.no_grad()
 def import_swin(model: PreTrainedModel, swin: PreTrainedModel) -> None:
-    """Put the weights of `swin` into `model`, which takes on its dtype and mode; recycling keeps what it has."""
-    match_source(model, swin)
+    """
+    Put the weights of `swin` into `model`, which takes on its device, dtype and mode; recycling keeps what it has, and
+    so does the classifier of another number of labels.
+    """
+    takes_classifier = match_source(model, swin)
     weights = dict(swin.named_parameters())
     for name, parameter in model.named_parameters():
         names = _source_names(name)
-        if names:
+        if names and (takes_classifier or not name.startswith(HEADS)):
             parameter.copy_(torch.cat([weights[each] for each in names]))
 
 

@@ -19,9 +19,14 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.utils import logging
 
+from .class_labels import complete_labels
+from .configuration_avit import AViTConfig
 from .configuration_thinkingvit import ThinkingViTConfig
 
+
+logger = logging.get_logger(__name__)
 
 # What both kinds of model mean in the same way, whatever the width.
 SHARED_FIELDS = (
@@ -45,37 +50,39 @@ ONE_HEAD = (ViTForImageClassification, DeiTForImageClassification)
 ONE_OR_TWO_HEADS = (*ONE_HEAD, DeiTForImageClassificationWithTeacher)
 
 
+# Parameters that belong to the labels: of our models, and under the source's names.
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
+
+
 def load_classifier(
-    source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...]
+    source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...], overrides: dict
 ) -> PreTrainedModel:
     """
-    An image classifier of one of the `accepted` classes, from a model, a folder or a Hub id.
+    An image classifier of one of the `accepted` classes, from a model, a folder or a Hub id. It may lack the classifier
+    itself where `overrides` of the configuration say what the labels are.
 
     Raises:
         ValueError: if it is of another class, or its checkpoint lacks weights, such as those of the classifier.
     """
+    needs_classifier = all(overrides.get(name) is None for name in ("num_labels", "id2label", "label2id"))
     names = " or ".join(f"`{expected.__name__}`" for expected in accepted)
     if isinstance(source, (str, os.PathLike)):
         model, loading = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
-        if loading["missing_keys"]:
+        missing = sorted(key for key in loading["missing_keys"] if needs_classifier or not key.startswith(HEADS))
+        if missing:
             raise ValueError(
-                f"{source} is no complete image classifier: its checkpoint lacks {sorted(loading['missing_keys'])}. "
-                f"Expected a fine-tuned {names}."
+                f"{source} is no complete image classifier: its checkpoint lacks {missing}. Expected a fine-tuned "
+                f"{names}{'; or pass `num_labels`, for a new classifier' if needs_classifier else ''}."
             )
     else:
         model = source
     if not isinstance(model, accepted):
         raise ValueError(f"Expected a {names}, got {type(model).__name__}.")
-    if not model.config.num_labels:
-        raise ValueError(f"The {type(model).__name__} has no classification head (`num_labels` = 0).")
+    if needs_classifier and not model.config.num_labels:
+        raise ValueError(
+            f"The {type(model).__name__} has no classification head (`num_labels` = 0): pass `num_labels`."
+        )
     return model
-
-
-def load_vit(
-    source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...] = ONE_HEAD
-) -> PreTrainedModel:
-    """A ViT or DeiT image classifier, as `load_classifier` returns it."""
-    return load_classifier(source, accepted)
 
 
 # Fields that the source's weights fix: another value would leave weights out, or put them in the wrong place.
@@ -88,19 +95,36 @@ FIXED_FIELDS = (
     "patch_size",
     "num_channels",
     "qkv_bias",
-    "num_labels",
     "use_distillation_token",
     "distilled",
 )
 
 
 def check_overrides(overrides: dict, fixed_fields: tuple[str, ...] = FIXED_FIELDS) -> None:
-    """`ValueError` for overrides of what the source's weights fix; labels may be renamed, not added or removed."""
+    """`ValueError` for overrides of what the source's weights fix. The labels are free: another number of them gets a
+    new classifier."""
     fixed = [name for name in fixed_fields if name in overrides]
     if fixed:
         raise ValueError(
             f"{', '.join(f'`{name}`' for name in fixed)} cannot be overridden: the weights of the source fix them."
         )
+
+
+def override_fields(fields: dict, overrides: dict) -> dict:
+    """
+    The source's `fields` of a configuration, of which `overrides` win. Of `num_labels`, `id2label` and `label2id` one
+    is enough; the source's names of the labels stay where only their number is given and it is the same.
+
+    Raises:
+        ValueError: if the overrides' labels contradict each other.
+    """
+    labels = complete_labels(overrides)
+    names = ("num_labels", "id2label", "label2id")
+    others = {name: value for name, value in overrides.items() if name not in names}
+    only_number = overrides.get("id2label") is None and overrides.get("label2id") is None
+    if only_number and overrides.get("num_labels") == len(fields["id2label"]):
+        labels = {}
+    return {**fields, **others, **labels}
 
 
 def thinkingvit_config_from_vit(
@@ -130,38 +154,69 @@ def thinkingvit_config_from_vit(
         intermediate_size=config.intermediate_size * heads // source_heads,
         use_distillation_token=isinstance(config, DeiTConfig),
     )
-    return ThinkingViTConfig(**{**fields, **overrides})
+    return ThinkingViTConfig(**override_fields(fields, overrides))
 
 
-def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
+def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
+    """
+    The configuration of an A-ViT of the size of the ViT or DeiT `config`; a DeiT makes it a distilled one.
+
+    Raises:
+        ValueError: if an override changes what the source's weights fix.
+    """
+    check_overrides(overrides)
+    names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
+    fields = {name: getattr(config, name) for name in names}
+    return AViTConfig(**override_fields({**fields, "distilled": isinstance(config, DeiTConfig)}, overrides))
+
+
+def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name and parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
     nested = dict(model.named_parameters())
     for name, parameter in vit.named_parameters():
         name = name.replace(f"{vit.base_model_prefix}.", f"{model.base_model_prefix}.", 1)
         name = name.removeprefix("cls_") if name.startswith("cls_classifier.") else name
-        yield nested[name.replace("patch_embeddings.projection.", "patch_embeddings.")], parameter
+        name = name.replace("patch_embeddings.projection.", "patch_embeddings.")
+        yield name, nested[name], parameter
 
 
 def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return parameter[tuple(slice(size) for size in shape)]
 
 
-def match_source(model: PreTrainedModel, source: PreTrainedModel) -> None:
-    """`model` takes on device, dtype and mode of `source`; `ValueError` if their numbers of labels differ."""
-    if model.config.num_labels != source.config.num_labels:
-        raise ValueError(
-            f"`id2label` names {model.config.num_labels} labels, but the source has {source.config.num_labels}: their "
-            "number cannot change here."
-        )
+def match_source(model: PreTrainedModel, source: PreTrainedModel) -> bool:
+    """
+    `model` takes on device, dtype and mode of `source`.
+
+    Returns:
+        Whether the source's classifier fits. Where the numbers of labels differ it does not, and that of `model` stays
+        as it was initialised, which is logged as by `from_pretrained`.
+    """
     model.to(device=source.device, dtype=source.dtype).train(source.training)
+    fits = model.config.num_labels == source.config.num_labels
+    if not fits:
+        fresh = sorted(name for name, _ in model.named_parameters() if name.startswith(HEADS))
+        origin = source.config.name_or_path or f"the given {type(source).__name__}"
+        logger.warning(
+            f"Some weights of {type(model).__name__} were not initialized from {origin} and are newly initialized, "
+            f"because it has {source.config.num_labels} labels and not {model.config.num_labels}: {fresh}\n"
+            "You should probably TRAIN this model on a down-stream task to be able to use it for predictions and "
+            "inference."
+        )
+    return fits
 
 
 @torch.no_grad()
-def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> None:
-    """Put the weights of `vit` into the leading channels and heads of `model`, which takes on its dtype and mode."""
-    match_source(model, vit)
-    for nested, parameter in _pairs(model, vit):
-        _leading(nested, parameter.shape).copy_(parameter)
+def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> bool:
+    """
+    Put the weights of `vit` into the leading channels and heads of `model`, which takes on its device, dtype and mode.
+    Returns whether those of the classifier are among them (see `match_source`).
+    """
+    takes_classifier = match_source(model, vit)
+    for name, nested, parameter in _pairs(model, vit):
+        if takes_classifier or not name.startswith(HEADS):
+            _leading(nested, parameter.shape).copy_(parameter)
+    return takes_classifier
 
 
 @torch.no_grad()
@@ -179,19 +234,22 @@ def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     vit = vit_class(config_class(**fields, **stage._asdict()))
     vit.to(device=model.device, dtype=model.dtype)
-    for nested, parameter in _pairs(model, vit):
+    for _, nested, parameter in _pairs(model, vit):
         parameter.copy_(_leading(nested, parameter.shape))
     return vit.train(model.training)
 
 
 __all__ = [
+    "HEADS",
+    "ONE_HEAD",
     "ONE_OR_TWO_HEADS",
     "SHARED_FIELDS",
+    "avit_config_from_vit",
+    "check_overrides",
     "export_stage",
     "import_vit",
     "load_classifier",
-    "load_vit",
     "match_source",
-    "check_overrides",
+    "override_fields",
     "thinkingvit_config_from_vit",
 ]

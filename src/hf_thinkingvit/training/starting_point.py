@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..auto import FAMILIES
 from ..models import swin_weights, vit_weights
+from ..models.class_labels import label2id_of
 from ..models.config_checks import as_pair
 from .config import MODEL_CONFIGS, TrainingConfig
 from .labels import first_difference, label_names, match_labels
@@ -136,7 +137,7 @@ def _comparable(value: Any) -> Any:
 
 
 def _labels(id2label: dict[int, str]) -> dict[str, dict]:
-    return {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+    return {"id2label": id2label, "label2id": label2id_of(id2label)}
 
 
 @torch.no_grad()

@@ -1,0 +1,76 @@
+"""
+Image files as RGB with 8 bits a channel, whatever they hold.
+
+Pillow's `convert("RGB")` cuts the values of wider grey images at 255, which turns nearly all of a 16-bit image white.
+"""
+
+import base64
+import os
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image
+
+
+# TIFF tags.
+BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION = 258, 262
+
+
+def read_image(source: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
+    """
+    An upright RGB image from a path, a URL, base64 text or an image, as Transformers' `load_image` takes them.
+
+    Args:
+        source (`str`, `os.PathLike` or `PIL.Image.Image`): where the image is, or the image.
+        timeout (`float`, *optional*): for URLs, in seconds.
+
+    Raises:
+        ValueError: if there is none, or its grey values are of an unknown range (see `as_rgb`).
+    """
+    if isinstance(source, Image.Image):
+        return as_rgb(source)
+    source = os.fspath(source)
+    if source.startswith(("http://", "https://")):
+        import httpx  # with which Transformers reads URLs
+
+        content = httpx.get(source, timeout=timeout, follow_redirects=True).content
+        return as_rgb(Image.open(BytesIO(content)), source)
+    if os.path.isfile(source):
+        with Image.open(source) as image:
+            return as_rgb(image, source)
+    try:
+        image = Image.open(BytesIO(base64.decodebytes(source.rpartition(",")[2].encode())))
+    except Exception:  # neither a path nor base64
+        return load_image(source)  # says so
+    return as_rgb(image, "in base64")
+
+
+def as_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
+    """
+    An image as RGB and upright. Grey values of 16 bits (12 in some TIFF files) are scaled to 8 bits.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+        name (`str`, *optional*): for messages; by default the name of its file.
+
+    Raises:
+        ValueError: if its values are numbers of an unknown range: 32-bit integers, signed ones, and floats. Only PNG
+            and PGM files say that theirs end at 65535 where Pillow holds them in 32 bits.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return ImageOps.exif_transpose(image).convert("RGB")
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(
+            f"The image {name or getattr(image, 'filename', '') or 'without a name'} has grey values of unknown range "
+            f"(mode {image.mode!r}): scale them to 8 or 16 bits first, so that black is 0 and white 255 or 65535."
+        )
+    tiff = getattr(image, "tag_v2", {})
+    white = 2**12 - 1 if tiff.get(BITS_PER_SAMPLE) == (12,) else 2**16 - 1
+    values = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint32)
+    if tiff.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0, which Pillow reads as it is
+        values = white - values
+    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
+
+
+__all__ = ["as_rgb", "read_image"]
