@@ -26,6 +26,10 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:
     return sorted(set(batch_sizes))
 
 
+# Arguments that some steps have, and the same step of another model does not read.
+STEP_OPTIONS = frozenset({"interpolate_pos_encoding", "is_last", "max_stages"})
+
+
 def compilable_step(step: Callable) -> Callable:
     """
     Declares a step of a staged model (`begin`, `run_stage`, `recycle`): `step(self, [stage_index,] state, ...)`. Once
@@ -49,7 +53,8 @@ def compilable_step(step: Callable) -> Callable:
         state = arguments.get(state_name)
         # Programs are made for the step's own arguments, each given once and a plain value. Anything else runs as
         # before, a call that records outputs for example; or fails as before.
-        fits = arguments.keys() == set(names) and len(args) == len(positional) and not positional.keys() & given.keys()
+        known = set(names) <= arguments.keys() <= {*names, *STEP_OPTIONS}
+        fits = known and len(args) == len(positional) and not positional.keys() & given.keys()
         constants = {name: value for name, value in arguments.items() if name != state_name}
         fits = fits and _is_batch(state) and all(isinstance(value, int | None) for value in constants.values())
         if not fits or wants_recordings(self.config, kwargs):
