@@ -55,7 +55,7 @@ def train(model: AViTForImageClassification, pixel_values, labels, epochs: int, 
 @torch.no_grad()
 def evaluate(model: AViTForImageClassification, pixel_values, labels) -> tuple[float, float, float]:
     """Accuracy in %, mean token depth, and millions of multiply-accumulates per image."""
-    depth = model(pixel_values, output_token_depth=True).mean_depth.mean().item()
+    depth = model(pixel_values, output_token_depth=True).token_depth.float().mean().item()
     outputs = model(pixel_values)
     accuracy = (outputs.logits.argmax(-1) == labels).float().mean().item()
     return 100 * accuracy, depth, outputs.macs.float().mean().item() / 1e6

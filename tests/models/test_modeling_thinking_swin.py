@@ -141,8 +141,8 @@ class TestRounds:
         torch.testing.assert_close(torch.stack(logits), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
-class TestKeptTensors:
-    """What inference keeps of the weights follows them."""
+class TestCaches:
+    """What inference caches follows the weights."""
 
     def assert_fresh(self, model):
         twin = type(model)(model.config).eval().to(model.dtype)
@@ -157,6 +157,11 @@ class TestKeptTensors:
         before = model(random_images()).logits
         table.mul_(3)
         assert not torch.allclose(model(random_images()).logits, before)
+        self.assert_fresh(model)
+        table.data.mul_(3)  # which no version counts
+        self.assert_fresh(model)
+        for parameter in model.parameters():  # as weights of an average are swapped in
+            parameter.data.copy_(torch.randn_like(parameter))
         self.assert_fresh(model)
         model.load_state_dict(lively_swin(initializer_range=0.5).state_dict())
         self.assert_fresh(model)
@@ -199,7 +204,7 @@ class TestKeptTensors:
         expected = model(pixel_values).logits
         model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         torch.testing.assert_close(model(pixel_values).logits, expected)
-        assert not any("_kept" in module.__dict__ for module in model.modules())
+        assert not any("_cached_views" in module.__dict__ for module in model.modules())
 
 
 class TestEarlyExit:

@@ -118,7 +118,7 @@ class TestStages:
         model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         torch.testing.assert_close(model(pixel_values).logits, expected)
         assert all(parameter.device.type == "meta" for parameter in model.parameters())
-        assert not any("_kept" in module.__dict__ for module in model.modules())
+        assert not any("_cached_views" in module.__dict__ for module in model.modules())
 
     @pytest.mark.parametrize("backend", ["eager", "sdpa"])
     @torch.no_grad()

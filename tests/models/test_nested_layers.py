@@ -3,7 +3,11 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d, layer_norm, linear
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import GELUActivation
 
 from hf_thinkingvit.models.nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
 from tests.utils import lively_model, random_images
@@ -50,7 +54,7 @@ def test_layer_norm_normalises_the_leading_channels():
 def test_gradients_reach_only_the_leading_corner():
     layer = NestedLinear(8, 12)
     with torch.no_grad():
-        layer(torch.randn(3, 5), 7)  # keeps views, which training must not use
+        layer(torch.randn(3, 5), 7)  # caches views, which training must not use
     layer(torch.randn(3, 5), 7).sum().backward()
     used = torch.zeros(12, 8, dtype=torch.bool)
     used[:7, :5] = True
@@ -59,7 +63,7 @@ def test_gradients_reach_only_the_leading_corner():
 
 
 @torch.no_grad()
-def test_kept_views_follow_the_weights():
+def test_cached_views_follow_the_weights():
     layer, hidden_states = NestedLinear(8, 12), torch.randn(3, 5)
     assert_leading(layer, hidden_states, 7)
     layer.weight.mul_(2)  # changed in place
@@ -83,24 +87,112 @@ def test_kept_views_follow_the_weights():
     assert_leading(layer, hidden_states.double(), 7)
 
 
+def other_bias(layer):
+    layer.bias = torch.nn.Parameter(torch.randn(8))
+
+
+def other_memory(layer):
+    layer.weight.data = torch.randn(8, 8)
+
+
+def other_strides(layer):
+    layer.weight.data = layer.weight.data.t()
+
+
+def other_offset(layer):
+    layer.bias.data = torch.randn(16)[8:]
+
+
+def other_dtype(layer):
+    layer.half()
+    for out_features in (7, 4):
+        layer(torch.randn(3, 5).half(), out_features)
+    layer.weight.data = layer.weight.data.view(torch.bfloat16)  # the same memory, shape and strides
+    layer.bias.data = layer.bias.data.view(torch.bfloat16)
+
+
+def fewer_rows(layer):
+    layer.weight.data, layer.bias.data = layer.weight.data[:6], layer.bias.data[:6]
+
+
+def resized_storage(layer):
+    weight = layer.weight.detach().clone()
+    layer.weight.data.untyped_storage().resize_(0)
+    layer.weight.data.untyped_storage().resize_(weight.nbytes)
+    layer.weight.data.copy_(weight * 2)
+
+
+def parametrized(layer):
+    class Double(torch.nn.Module):
+        def forward(self, tensor):
+            return 2 * tensor
+
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Double())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_bias,
+        other_memory,
+        other_strides,
+        other_offset,
+        other_dtype,
+        fewer_rows,
+        resized_storage,
+        parametrized,
+    ],
+)
 @torch.no_grad()
-def test_a_new_bias_is_seen_too():
+def test_cached_views_are_of_the_parameter_as_it_is(change):
+    layer, hidden_states = NestedLinear(8, 8), torch.randn(3, 5)
+    for out_features in (7, 4):
+        assert_leading(layer, hidden_states, out_features)
+    change(layer)
+    hidden_states = hidden_states.to(layer.weight.dtype)
+    for out_features in (7, 4):
+        if out_features <= len(layer.weight):
+            assert_leading(layer, hidden_states, out_features)
+        else:  # a view of the former rows would answer
+            assert layer(hidden_states, out_features).shape == (3, len(layer.weight))
+
+
+@torch.no_grad()
+def test_nothing_of_a_tracer_is_cached():
     layer, hidden_states = NestedLinear(8, 12), torch.randn(3, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.randn(3, 5), 7).shape == (3, 7)
     assert_leading(layer, hidden_states, 7)
-    layer.bias = torch.nn.Parameter(torch.randn(12))
+    torch.func.jvp(lambda inputs: layer(inputs, 6), (hidden_states,), (hidden_states,))
+    torch.func.vmap(lambda inputs: layer(inputs, 6))(hidden_states)
+    assert_leading(layer, hidden_states, 6)
+    weights = {"weight": torch.randn(12, 8), "bias": torch.randn(12)}
+    output = torch.func.functional_call(layer, weights, (hidden_states, 7))
+    torch.testing.assert_close(output, linear(hidden_states, weights["weight"][:7, :5], weights["bias"][:7]))
     assert_leading(layer, hidden_states, 7)
+    assert layer.to("meta")(hidden_states.to("meta"), 7).shape == (3, 7)
+
+
+def test_views_taken_without_gradients_do_not_cut_the_graph():
+    layer, hidden_states = NestedLinear(8, 12), torch.randn(3, 5)
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with without_gradients():
+            layer(hidden_states, 7)
+        layer.zero_grad()
+        layer(hidden_states, 7).sum().backward()
+        assert layer.weight.grad[:7, :5].abs().sum() > 0
 
 
 @torch.no_grad()
-def test_kept_views_do_not_travel_with_the_module():
+def test_cached_views_do_not_travel_with_the_module():
     layer, hidden_states = NestedLinear(64, 64), torch.randn(3, 32)
     size = len(pickle.dumps(layer))
     assert_leading(layer, hidden_states, 32)
-    assert "_kept" in layer.__dict__
+    assert "_cached_views" in layer.__dict__
     assert len(pickle.dumps(layer)) == size
-    assert "_kept" not in copy.deepcopy(layer).__dict__
+    assert "_cached_views" not in copy.deepcopy(layer).__dict__
     layer.load_state_dict(layer.state_dict())
-    assert "_kept" not in layer.__dict__
+    assert "_cached_views" not in layer.__dict__
 
 
 def test_residual_dropout_is_the_identity_in_evaluation():
@@ -120,6 +212,16 @@ def test_residual_dropout_keeps_the_mean():
     assert mean == pytest.approx(1.0, abs=0.03)
 
 
+class CountInPlace(TorchDispatchMode):
+    """Counts operations that write over a layer's output."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("gelu_", "add_")
+        return function(*args, **(kwargs or {}))
+
+
 class TestWritingOver:
     """Inference without gradients writes into what its layers put out."""
 
@@ -127,9 +229,101 @@ class TestWritingOver:
     def test_answers_are_those_with_gradients(self, autocast):
         model, images = lively_model(), random_images()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            expected = model(images, output_stage_logits=True).stage_logits
+            self.assert_equal_without_gradients(model, images)
+
+    @pytest.mark.parametrize("kind", ["forward", "pre", "pre_with_kwargs", "global", "global_pre"])
+    def test_a_hook_keeps_what_it_saw(self, kind):
+        """Every tensor that a hook was given, or saw put out, is in the end as it was then."""
+        model, seen, handles = lively_model(num_hidden_layers=1), [], []
+
+        def forward(module, args, output):
+            tensors = [output] if isinstance(output, torch.Tensor) else output
+            seen.extend((tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+        def pre(module, args, kwargs=None):
+            tensors = [*args, *(kwargs or {}).values()]
+            seen.extend((tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+        if kind == "global":
+            handles.append(register_module_forward_hook(forward))
+        elif kind == "global_pre":
+            handles.append(register_module_forward_pre_hook(pre))
+        for module in model.thinkingvit.layers[0].modules():
+            if kind == "forward":
+                module.register_forward_hook(forward)
+            elif kind.startswith("pre"):
+                module.register_forward_pre_hook(pre, with_kwargs=kind == "pre_with_kwargs")
+        try:
             with torch.no_grad():
-                stage_logits = model(images, output_stage_logits=True).stage_logits
+                model(random_images(), max_stages=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert len(seen) > 10
+        for tensor, before in seen:
+            assert torch.equal(tensor, before)
+
+    @torch.no_grad()
+    def test_recording_once_does_not_end_it(self):
+        model, images = lively_model(num_hidden_layers=2), random_images()
+        with CountInPlace() as first:
+            model(images, max_stages=1)
+        assert first.count == 2 * 3  # the activation and both residuals of each layer
+        model(images, max_stages=1, output_hidden_states=True, output_attentions=True)
+        with CountInPlace() as again:
+            model(images, max_stages=1)
+        assert again.count == first.count
+
+    @torch.no_grad()
+    def test_recorded_outputs_stay_as_they_were(self):
+        model, images = lively_model(), random_images()
+        model.set_attn_implementation("eager")
+        plain = model(images, output_hidden_states=True, max_stages=1).hidden_states
+        with torch.enable_grad():
+            expected = model(images, output_hidden_states=True, max_stages=1).hidden_states
+        for tensor, other in zip(plain, expected):
+            assert torch.equal(tensor, other)
+
+    @pytest.mark.parametrize("replaced", ["attention.o_proj", "attention", "mlp", "mlp.fc1", "mlp.fc2", "dropout"])
+    @pytest.mark.parametrize("how", ["module", "subclass", "forward"])
+    @torch.no_grad()
+    def test_a_module_that_returns_what_others_hold(self, how, replaced):
+        """Such as an adapter that passes its input on, or one that answers from a store."""
+        model = lively_model(num_hidden_layers=2)
+        layer, images = model.thinkingvit.layers[0], random_images()
+        held = torch.randn(6, 17, 128 if replaced == "mlp.fc1" else 32)
+        before = held.clone()
+
+        def answer(hidden_states, *args, **kwargs):
+            output = held[..., : args[0] if replaced.endswith(("fc1", "fc2", "proj")) else hidden_states.shape[-1]]
+            return (output, None) if replaced == "attention" else output
+
+        old = layer.get_submodule(replaced)
+        if how == "forward":
+            old.forward = answer
+        else:
+            # A layer calls more of its attention than `forward`.
+            bases = (torch.nn.Module,) if how == "module" and replaced != "attention" else (type(old),)
+            new = type("Stored", bases, {"forward": lambda self, *args, **kwargs: answer(*args, **kwargs)})
+            new = new.__new__(new)
+            new.__dict__.update(old.__dict__)
+            layer.set_submodule(replaced, new)
+        model(images, threshold=0.0)
+        assert torch.equal(held, before)
+
+    def test_a_replaced_activation_serves_training_and_inference(self):
+        model, images = lively_model(), random_images()
+        for layer in model.thinkingvit.layers:
+            layer.mlp.activation_fn = torch.nn.ReLU()
+        self.assert_equal_without_gradients(model, images)
+        for layer in model.thinkingvit.layers:
+            layer.mlp.activation_fn = GELUActivation(use_gelu_python=True)
+        self.assert_equal_without_gradients(model, images)
+
+    def assert_equal_without_gradients(self, model, images):
+        expected = model(images, output_stage_logits=True).stage_logits
+        with torch.no_grad():
+            stage_logits = model(images, output_stage_logits=True).stage_logits
         for logits, one in zip(stage_logits, expected):
             assert torch.equal(logits, one)
 
@@ -139,25 +333,6 @@ class TestWritingOver:
         expected = model(images).logits
         with torch.no_grad():
             assert torch.equal(model(images).logits, expected)
-
-    def test_a_hook_keeps_what_it_saw(self):
-        model, images = lively_model(), random_images()
-        layer, kept = model.thinkingvit.layers[0], {}
-        watched = {
-            "attention": layer.attention.o_proj,
-            "fc1": layer.mlp.fc1,
-            "activation": layer.mlp.activation_fn,
-            "fc2": layer.mlp.fc2,
-            "mlp": layer.mlp,
-        }
-        for name, module in watched.items():
-            module.register_forward_hook(lambda module, _, output, name=name: kept.setdefault(name, []).append(output))
-        model(images, max_stages=1)
-        with torch.no_grad():
-            model(images, max_stages=1)
-        assert kept.keys() == watched.keys()
-        for expected, found in kept.values():
-            assert torch.equal(expected, found)
 
     def test_inputs_stay_as_they_are(self):
         model, images = lively_model(), random_images()

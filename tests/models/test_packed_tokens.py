@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,3 +50,30 @@ def test_an_image_attends_to_its_own_tokens(name):
 @pytest.mark.parametrize("name", LENGTHS)
 def test_an_image_attends_to_its_own_tokens_on_cuda(name, dtype):
     compare(name, "cuda", dtype, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+OLDER_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn.attention.varlen":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from hf_thinkingvit import AViTConfig, AViTForImageClassification
+from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
+
+sizes = {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+model = ThinkingViTForImageClassification(ThinkingViTConfig(thinking_stages=[1, 2], hidden_size=16, **sizes)).eval()
+model(torch.randn(2, 3, 32, 32))
+model = AViTForImageClassification(AViTConfig(num_attention_heads=2, hidden_size=16, **sizes)).eval()
+model(torch.randn(2, 3, 32, 32))
+from hf_thinkingvit.models.packed_tokens import variable_length_kernel
+assert variable_length_kernel() is None
+"""
+
+
+def test_models_run_where_torch_has_no_variable_length_attention():
+    subprocess.run([sys.executable, "-c", OLDER_TORCH], check=True)

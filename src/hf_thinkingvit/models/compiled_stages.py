@@ -3,11 +3,19 @@ Stages compiled one by one, for a few batch sizes: early exit leaves any number 
 would compile for ever. Batches are filled up to the next size, and what was filled in is cut off again.
 """
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .module_caches import ModuleCacheMixin
+from .output_recording import RECORDINGS, wants_recordings
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:
@@ -18,50 +26,134 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:
     return sorted(set(batch_sizes))
 
 
-class CompiledStage:
+# Arguments that some steps have, and the same step of another model does not read.
+STEP_OPTIONS = frozenset({"interpolate_pos_encoding", "is_last", "max_stages"})
+
+
+def compilable_step(step: Callable) -> Callable:
     """
-    A step of a staged model (`begin`, `run_stage` or `recycle` of one stage) that compiles itself once for each batch
-    size and image size.
+    Declares a step of a staged model (`begin`, `run_stage`, `recycle`): `step(self, [stage_index,] state, ...)`. Once
+    the model has been told to `compile_stages`, inference calls the step's compiled program, whoever calls the step.
+    """
+    parameters = [p for p in list(signature(step).parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [parameter.name for parameter in parameters]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    state_name = next(name for name in names if name != "stage_index")
+
+    @wraps(step)
+    def run(self, *args, **kwargs):
+        programs = self._stage_programs
+        if programs is None or self.training or torch.is_grad_enabled():
+            return step(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # no program within another
+            return step(self, *args, **kwargs)
+        given = {name: kwargs[name] for name in kwargs if kwargs[name] is not None and name not in RECORDINGS}
+        positional = dict(zip(names, args))
+        arguments = {**defaults, **positional, **given}
+        state = arguments.get(state_name)
+        # Programs are made for the step's own arguments, each given once and a plain value. Anything else runs as
+        # before, a call that records outputs for example; or fails as before.
+        known = set(names) <= arguments.keys() <= {*names, *STEP_OPTIONS}
+        fits = known and len(args) == len(positional) and not positional.keys() & given.keys()
+        constants = {name: value for name, value in arguments.items() if name != state_name}
+        fits = fits and _is_batch(state) and all(isinstance(value, int | None) for value in constants.values())
+        if not fits or wants_recordings(self.config, kwargs):
+            return step(self, *args, **kwargs)
+        return programs.run(self, step, state_name, state, constants)
+
+    return run
+
+
+class CompiledStagesMixin(ModuleCacheMixin):
+    """
+    `compile_stages`, for a model whose steps are marked with `compilable_step`. It leaves one attribute on the model,
+    which copies do not inherit: they run uncompiled until they are told to compile, too.
+    """
+
+    _stage_programs: "StagePrograms | None" = None
+    _cache_attributes = ("_stage_programs",)
+
+    def compile_stages(self, batch_sizes: Sequence[int] | None = (1, 2, 4, 8, 16, 32, 64), **options) -> None:
+        r"""
+        Compile each stage, and each way from one to the next, by itself. In evaluation without gradients, `forward` and
+        everything else that runs stages then use the compiled programs; calls that record hidden states run as before.
+        Compiling happens at first use, once for each stage, batch size and image size. Whatever changes in the model
+        afterwards (weights, dtype, modules, hooks, configuration) is seen, and compiles again where it has to. Copies
+        (`copy.deepcopy`, `pickle`, the replicas of `nn.DataParallel`) are not compiled.
+
+        Args:
+            batch_sizes (`list[int]`, *optional*):
+                Batches are filled up to the next of these, and more images than the last run in parts, so that nothing
+                compiles again however many images a stage is left with. `None` undoes it.
+            options:
+                Of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
+
+        Raises:
+            ValueError: if `batch_sizes` is neither `None` nor a list of positive integers.
+        """
+        programs = None if batch_sizes is None else StagePrograms(check_batch_sizes(batch_sizes), options)
+        self.__dict__.pop("_stage_programs", None)
+        if programs is not None:
+            self._stage_programs = programs
+
+
+class StagePrograms:
+    """
+    The compiled programs of a model's steps: one for each step, its arguments, batch size and image size.
+
+    A program takes the model as an argument and holds nothing of it, so it reads the weights of the model that it is
+    called with, as they are at that time; what it may rely on is for the guards of `torch.compile` to say.
 
     Args:
-        step (`Callable`): from a state, or pixel values, to tensors whose first dimension is the image.
         batch_sizes (`list[int]`): ascending. More images than the last run in parts.
-        options: of `torch.compile`.
+        options (`dict`): of `torch.compile`.
     """
 
-    def __init__(self, step: Callable, batch_sizes: list[int], **options: Any):
-        self.step, self.batch_sizes, self.options = step, batch_sizes, options
-        self.programs: dict[tuple, Callable] = {}  # by the shapes of their input
-        # A CUDA graph writes each answer to where the last one was.
+    def __init__(self, batch_sizes: list[int], options: dict[str, Any]):
+        self.batch_sizes, self.options = batch_sizes, options
+        self.programs: dict[tuple, Callable] = {}
+        # A CUDA graph writes each answer to where the last one was: it is copied before the next call may run.
         self.copies = options.get("mode") in ("reduce-overhead", "max-autotune")
+        self.lock = threading.Lock() if self.copies else nullcontext()
 
-    def __call__(self, state: Any) -> Any:
+    def run(self, model: nn.Module, step: Callable, state_name: str, state: Any, constants: dict[str, Any]) -> Any:
+        """`step` of `model` on `state` (pixel values or a dict), by the program for its batch size."""
         count = len(_first(state))
         if count == 0:
-            return self.step(state)
+            return step(model, **{state_name: state}, **constants)
         largest = self.batch_sizes[-1]
         if count > largest:
             parts = [_rows(state, slice(start, start + largest)) for start in range(0, count, largest)]
-            return _join([self(part) for part in parts])
+            return _join([self.run(model, step, state_name, part, constants) for part in parts])
         size = next(size for size in self.batch_sizes if size >= count)
         if size > count:
             rows = torch.arange(size, device=_first(state).device).clamp(max=count - 1)
             state = tree_map(lambda tensor: tensor.index_select(0, rows), state)
         # A program is for certain strides, also where a dimension is 1: those of a view would make it compile again.
         state = tree_map(lambda tensor: tensor.flatten().view(tensor.shape), state)
-        output = self._program(state)(state)
-        return tree_map(lambda tensor: tensor[:count].clone() if self.copies else tensor[:count], output)
+        program = self._program(step, state_name, state, constants)
+        # A hook that is added or removed later must be seen; by default `torch.compile` does not look for hooks again.
+        with self.lock, torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            output = program(model, state)
+            return tree_map(lambda tensor: tensor[:count].clone() if self.copies else tensor[:count], output)
 
-    def _program(self, state: Any) -> Callable:
-        shapes = tuple(tuple(tensor.shape) for tensor in tree_leaves(state))
-        if shapes not in self.programs:
-            # Of its own code object: dynamo counts recompilations by code, and these are none.
-            def program(state: Any, step: Callable = self.step) -> Any:
-                return step(state)
+    def _program(self, step: Callable, state_name: str, state: Any, constants: dict[str, Any]) -> Callable:
+        inputs = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tree_leaves(state))
+        key = step, tuple(constants.items()), inputs
+        if key not in self.programs:
 
+            def program(model: nn.Module, state: Any) -> Any:
+                return step(model, **{state_name: state}, **constants)
+
+            # Each program gets its own code object, because dynamo limits recompilations per code object.
             program.__code__ = program.__code__.replace(co_name=f"stage_program_{len(self.programs)}")
-            self.programs[shapes] = torch.compile(program, dynamic=False, **self.options)
-        return self.programs[shapes]
+            self.programs.setdefault(key, torch.compile(program, dynamic=False, **self.options))
+        return self.programs[key]
+
+
+def _is_batch(state: Any) -> bool:
+    tensors = tree_leaves(state) if isinstance(state, dict) else [state]
+    return len(tensors) > 0 and all(isinstance(tensor, torch.Tensor) and tensor.dim() > 0 for tensor in tensors)
 
 
 def _first(state: Any) -> torch.Tensor:

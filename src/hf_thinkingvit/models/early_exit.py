@@ -13,16 +13,14 @@ another way (one batch at a time here, queues per stage elsewhere) uses the same
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import nn
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .classification_loss import check_labels, classification_loss, loss_arguments, weights_of_stages
-from .compiled_stages import CompiledStage, check_batch_sizes
+from .compiled_stages import CompiledStagesMixin
 from .exit_criteria import ExitRule
 from .forward_arguments import check_arguments, warn_of_outside_loss
 
@@ -83,22 +81,6 @@ def select_rows(state: State, rows: torch.Tensor) -> State:
     return {name: tensor.index_select(0, rows) for name, tensor in state.items()}
 
 
-def record(module_class: type[nn.Module], index: int = 0) -> OutputRecorder:
-    """What `_can_record_outputs` says of outputs that come stage after stage: entry `index` of what modules return."""
-    recorder = OutputRecorder(module_class, index=index)
-    # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
-    recorder.num_hidden_layers_key = "num_recorded_layers"
-    return recorder
-
-
-def wants_recordings(config, kwargs: dict) -> bool:
-    """Whether the caller asked for hidden states or attentions, by argument or by `config`."""
-    return any(
-        kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name)
-        for name in ("output_hidden_states", "output_attentions")
-    )
-
-
 def resolve_max_stages(max_stages: int | None, num_stages: int) -> int:
     """How many of `num_stages` may run; `ValueError` for what is no integer from 1 to that."""
     if max_stages is None:
@@ -111,10 +93,10 @@ def resolve_max_stages(max_stages: int | None, num_stages: int) -> int:
     return max_stages
 
 
-class StagedImageClassifierMixin:
+class StagedImageClassifierMixin(CompiledStagesMixin):
     """
     `forward` of an image classifier that thinks in stages, for a `PreTrainedModel` with `begin`, `run_stage` and
-    `recycle` (see this module's opening).
+    `recycle` (see this module's opening), which `compilable_step` marks as steps that `compile_stages` compiles.
     """
 
     _loss_function = staticmethod(classification_loss)  # behind `loss_function`, which users may set
@@ -127,45 +109,6 @@ class StagedImageClassifierMixin:
 
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
         raise NotImplementedError
-
-    def compile_stages(self, batch_sizes: Sequence[int] | None = (1, 2, 4, 8, 16, 32, 64), **options) -> None:
-        r"""
-        Compile each stage, and each way from one to the next, by itself. In evaluation without gradients, `forward` and
-        everything else that runs stages then use the compiled programs; calls that record hidden states run as before.
-        Compiling happens at first use, once for each stage, batch size and image size.
-
-        Args:
-            batch_sizes (`list[int]`, *optional*):
-                Batches are filled up to the next of these, and more images than the last run in parts, so that nothing
-                compiles again however many images a stage is left with. `None` undoes it.
-            options:
-                Of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
-
-        Raises:
-            ValueError: for `batch_sizes` that are none.
-        """
-        for name in ("begin", "run_stage", "recycle"):
-            self.__dict__.pop(name, None)
-        if batch_sizes is None:
-            return
-        sizes, programs = check_batch_sizes(batch_sizes), {}
-        for name in ("begin", "run_stage", "recycle"):
-            self.__dict__[name] = partial(self._run_compiled, getattr(self, name), programs, sizes, options)
-
-    # Arguments of the steps that a compiled program may be made for.
-    _COMPILED_FOR = frozenset({"is_last", "interpolate_pos_encoding", "max_stages"})
-
-    def _run_compiled(self, method, programs: dict, sizes: list[int], options: dict, *args, **kwargs):
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():  # or exporting: no program in one
-            return method(*args, **kwargs)
-        known = {name: value for name, value in kwargs.items() if value is not None}
-        if known.keys() - self._COMPILED_FOR:
-            return method(*args, **kwargs)
-        *stage_index, state = args
-        key = (method.__name__, *stage_index, *known.items())
-        if key not in programs:
-            programs[key] = CompiledStage(partial(method, *stage_index, **known), sizes, **options)
-        return programs[key](state)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -6,7 +6,7 @@ recorded outputs. The sparse one removes them: packed tokens of the whole batch,
 (and distillation token), and the last layer computes only the tokens that are read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.processing_utils import Unpack
@@ -17,12 +17,12 @@ from .avit_loss import OUTSIDE_LOSS, add_loss, halting_losses
 from .classification_loss import check_labels, classification_loss
 from .config_checks import check_integer
 from .configuration_avit import AViTConfig, check_halting_epsilon
-from .early_exit import wants_recordings
 from .forward_arguments import check_arguments, warn_of_outside_loss
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import NestedViTEmbeddings, NestedViTPreTrainedModel, build_layers
+from .output_recording import wants_recordings
 from .packed_tokens import PackedTokens
-from .token_halting import HaltingState, halt, halting_scores
+from .token_halting import HaltingState, depth_until_answer, halt, halting_scores, sparse_macs
 from .vit_weights import ONE_OR_TWO_HEADS, avit_config_from_vit, import_vit, load_classifier
 
 
@@ -68,10 +68,13 @@ class AViTImageClassifierOutput(ModelOutput):
             The parts of the loss, unweighted. The latter two in training mode, also without `labels`, and with
             `output_halting_losses=True`.
         mean_depth (`torch.FloatTensor` of shape `(batch_size,)`):
-            Mean number of layers that the image's tokens ran. Tokens that an image takes with it when it leaves count
-            with the layers that they ran.
-        macs (`torch.LongTensor` of shape `(batch_size,)`, *optional*, not returned by the dense computation):
-            Multiply-accumulates in matrix products that the image took.
+            Mean number of layers that the image's tokens run until its answer is there. An image leaves with its class
+            token (and distillation token); other tokens that have not halted leave with it, and count with the layers
+            that they ran. The same in training, and whatever else is returned; where every token's own depth is meant,
+            as in the A-ViT paper, take the mean of `token_depth`.
+        macs (`torch.LongTensor` of shape `(batch_size,)`, *optional*, not returned in training mode):
+            Multiply-accumulates in matrix products of the sparse computation until the image's answer is there. What
+            runs only for `token_depth` or for recorded outputs is not counted.
         token_depth (`torch.LongTensor` of shape `(batch_size, tokens)`, *optional*):
             Layers that each token runs until it halts, returned with `output_token_depth=True`, for which images stay
             until all their tokens have halted.
@@ -91,6 +94,11 @@ class AViTImageClassifierOutput(ModelOutput):
     token_depth: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def in_declared_order(outputs: ModelOutput) -> ModelOutput:
+    """The same output as one whose fields were all set at once: a tuple has them in the order of their setting."""
+    return type(outputs)(**{field.name: getattr(outputs, field.name) for field in fields(outputs)})
 
 
 class AViTPreTrainedModel(NestedViTPreTrainedModel):
@@ -196,14 +204,14 @@ class AViTModel(AViTPreTrainedModel):
         max_depth: int | None = None,
         output_token_depth: bool = False,
         interpolate_pos_encoding: bool | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The sparse computation.
 
         Returns:
             The halting-weighted prefix tokens (class, distillation) after the final LayerNorm `(batch_size, prefix
-            tokens, hidden_size)`, the layers that each token ran `(batch_size, tokens)`, and the multiply-accumulates
-            that the layers spent per image `(batch_size,)`, int64.
+            tokens, hidden_size)`, and the layers that each token ran `(batch_size, tokens)`: without
+            `output_token_depth` until its image left.
         """
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
         embeddings = self.embed(pixel_values, interpolate_pos_encoding)
@@ -211,24 +219,20 @@ class AViTModel(AViTPreTrainedModel):
         num_prefix, device = self.config.num_prefix_tokens, embeddings.device
         output = embeddings.new_zeros(batch_size * num_prefix, width)
         token_depth = torch.full((batch_size * num_tokens,), num_layers, device=device)
-        macs = torch.zeros(batch_size, dtype=torch.long, device=device)
 
         hidden_states = embeddings.flatten(0, 1)
         packed = PackedTokens.whole(batch_size, num_tokens, num_prefix, device)
         state = HaltingState.start((batch_size * num_tokens,), device)
-        layer_macs = self._layer_macs(packed.counts, packed.counts)
         for index, layer in enumerate(self.layers[:num_layers]):
             if packed.prefix.numel() == 0 and not (output_token_depth and packed.position.numel()):
                 break
             if index == num_layers - 1:
                 # Every token halts here, so that only what is read of this layer's output needs computing.
-                macs += self._layer_macs(packed.prefix_counts, packed.counts)
                 lengths = {"query_lengths": packed.prefix_lengths, "key_lengths": packed.lengths}
                 prefix, *_ = layer(hidden_states[None], self.stage, packed.prefix, **lengths)
                 weight = state.remainder[packed.prefix]
                 output.index_add_(0, packed.prefix_slot, weight[:, None].to(output.dtype) * prefix[0])
                 break
-            macs += layer_macs
             lengths = {"query_lengths": packed.lengths, "key_lengths": packed.lengths}
             hidden_states = layer(hidden_states[None], self.stage, **lengths)[0]
             step, state = halt(state, self.halting_scores(hidden_states), epsilon)
@@ -244,16 +248,8 @@ class AViTModel(AViTPreTrainedModel):
             token_depth[packed.position[~keep]] = index + 1
             rows = keep.nonzero().squeeze(1)
             hidden_states, packed, state = hidden_states[rows], packed.select(rows), state.select(rows)
-            layer_macs = self._layer_macs(packed.counts, packed.counts)
         output = output.view(batch_size, num_prefix, width)
-        return self.layernorm(output), token_depth.view(batch_size, num_tokens), macs
-
-    def _layer_macs(self, num_queries: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-        """Multiply-accumulates of a layer for images with so many queries and tokens."""
-        width = self.config.hidden_size
-        key_value = 2 * num_tokens * width**2
-        per_query = 2 * width**2 + 2 * num_tokens * width + 2 * width * self.config.intermediate_size
-        return key_value + num_queries * per_query
+        return self.layernorm(output), token_depth.view(batch_size, num_tokens)
 
 
 class AViTForImageClassification(AViTPreTrainedModel):
@@ -313,7 +309,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
             warn_of_outside_loss(self, OUTSIDE_LOSS)
         with_halting_losses = self.training or bool(output_halting_losses)
         recorded = wants_recordings(self.config, kwargs)
-        dense = macs = None
+        dense = None
         if with_halting_losses or recorded:
             dense = self.avit(
                 pixel_values,
@@ -324,11 +320,14 @@ class AViTForImageClassification(AViTPreTrainedModel):
             )
             prefix, token_depth = dense.last_hidden_state[:, : self.config.num_prefix_tokens], dense.token_depth
         else:
-            prefix, token_depth, macs = self.avit.run_sparse(
+            prefix, token_depth = self.avit.run_sparse(
                 pixel_values, halting_epsilon, max_depth, bool(output_token_depth), interpolate_pos_encoding
             )
-            macs = macs + self._fixed_macs(token_depth.shape[1])
-        outputs = AViTImageClassifierOutput(mean_depth=token_depth.float().mean(dim=1), macs=macs)
+        depth = depth_until_answer(token_depth, self.config.num_prefix_tokens)
+        outputs = AViTImageClassifierOutput(mean_depth=depth.float().mean(dim=1))
+        if not self.training:
+            _, num_layers = self.avit.resolve(halting_epsilon, max_depth)
+            outputs.macs = sparse_macs(self.config, depth, num_layers) + self._fixed_macs(depth.shape[1])
         outputs.logits = self.classifier(prefix[:, 0])
         if self.config.distilled:
             outputs.cls_logits, outputs.distillation_logits = outputs.logits, self.distillation_classifier(prefix[:, 1])
@@ -342,6 +341,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
         if labels is not None:
             check_labels(labels, len(token_depth), self.config)
             add_loss(self, outputs, labels, **kwargs)
+        outputs = in_declared_order(outputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 

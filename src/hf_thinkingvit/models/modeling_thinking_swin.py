@@ -16,11 +16,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from .compiled_stages import compilable_step
 from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
-from .early_exit import StagedImageClassifierMixin, State, record, resolve_max_stages
+from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages
 from .forward_arguments import check_arguments
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
+from .output_recording import record
 from .swin_weights import import_swin, load_swin, thinking_swin_config_from_swin
 
 
@@ -204,6 +206,7 @@ class ThinkingSwinForImageClassification(StagedImageClassifierMixin, ThinkingSwi
         self.classifier = NestedLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @compilable_step
     def begin(
         self,
         pixel_values: torch.Tensor,
@@ -213,10 +216,12 @@ class ThinkingSwinForImageClassification(StagedImageClassifierMixin, ThinkingSwi
     ) -> State:
         return self.thinking_swin.embed(pixel_values, interpolate_pos_encoding, max_stages)
 
+    @compilable_step
     def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> tuple[torch.Tensor, State]:
         pooled, state = self.thinking_swin.run_stage(stage_index, state, **kwargs)
         return self.classifier(pooled), state
 
+    @compilable_step
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
         return self.thinking_swin.recycle(stage_index, state)
 

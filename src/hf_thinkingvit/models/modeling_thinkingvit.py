@@ -13,9 +13,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from .compiled_stages import compilable_step
 from .configuration_nested_vit import Stage
 from .configuration_thinkingvit import ThinkingViTConfig
-from .early_exit import StagedImageClassifierMixin, State, record, resolve_max_stages, wants_recordings
+from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages
 from .forward_arguments import check_arguments
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import (
@@ -25,6 +26,7 @@ from .nested_vit import (
     NestedViTPreTrainedModel,
     build_layers,
 )
+from .output_recording import record, wants_recordings
 from .vit_weights import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
@@ -178,9 +180,11 @@ class ThinkingViTForImageClassification(StagedImageClassifierMixin, ThinkingViTP
         self.classifier = NestedLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @compilable_step
     def begin(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs) -> State:
         return self.thinkingvit.embed(pixel_values, interpolate_pos_encoding)
 
+    @compilable_step
     def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> tuple[torch.Tensor, State]:
         # In training every image goes on, so nothing is gained by computing the last layer in two parts. Recorded
         # outputs are of all tokens.
@@ -188,6 +192,7 @@ class ThinkingViTForImageClassification(StagedImageClassifierMixin, ThinkingViTP
         class_token, state = self.thinkingvit.run_stage(stage_index, state, all_tokens=all_tokens, **kwargs)
         return self.classifier(class_token), state
 
+    @compilable_step
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
         return self.thinkingvit.recycle(stage_index, state, **kwargs)
 

@@ -6,67 +6,80 @@ Slices are views: no weight is copied. At full width the layers are exactly `nn.
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from torch.utils._pytree import tree_leaves
+from transformers.activations import ACT2FN, GELUActivation
+
+from .module_caches import ModuleCacheMixin, is_plain_tensor
+from .output_recording import is_idle_recorder
 
 
-class KeptTensorsMixin:
-    """
-    What a module makes of its parameters in every call, it may keep for inference, in `self._kept`.
-
-    Who keeps, checks that the parameter has not moved since (another device, dtype or checkpoint). What is kept holds
-    memory, so nothing is where weights come and go between calls, and it does not travel with a copied or pickled
-    module.
-    """
-
-    def keeps(self, parameter: torch.Tensor) -> bool:
-        """Whether to keep what is made of `parameter`; if not, what has been kept is forgotten."""
-        if torch.compiler.is_compiling():
-            return False
-        # Sharded or quantised weights are no plain parameters; `_hf_hook` is Accelerate's, which offloads weights.
-        if not torch.is_grad_enabled() and type(parameter) is nn.Parameter and "_hf_hook" not in self.__dict__:
-            return True
-        self._forget()
-        return False
-
-    def _forget(self) -> None:
-        self.__dict__.pop("_kept", None)
-
-    def _apply(self, *args, **kwargs):
-        self._forget()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._forget()
-        return super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
-
-
-class LeadingSliceMixin(KeptTensorsMixin):
+class LeadingSliceMixin(ModuleCacheMixin):
     """
     `leading(...)`: weight and bias of the leading channels. Taking the views anew costs more, at batch 1 on a CPU, than
-    some of the products that they serve, so inference keeps them.
+    some of the products that they serve, so inference caches them.
+
+    A cached view shares the storage of the parameter that it was taken from. So it needs no update when values change,
+    in place or through `.data`, nor when the storage itself is resized; it is dropped when the parameter no longer is
+    what it was (storage, offset, shape, strides, dtype), whether as another object or by `p.data = ...`. Only plain
+    parameters are cached, and only without gradients: a view taken under `torch.no_grad()` would cut the graph.
     """
+
+    _cache_attributes = ("_cached_views",)
 
     def leading(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Views of the leading corner `sizes` of the weight, and of as much of the bias as the corner has rows."""
         weight, bias = self.weight, self.bias
         if sizes == weight.shape:
             return weight, bias
-        if not self.keeps(weight):
+        if torch.compiler.is_compiling():
             return self._corner(weight, bias, sizes)
-        kept = self.__dict__.setdefault("_kept", {})
-        addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr())
-        if sizes not in kept or kept[sizes][1] != addresses:
-            kept[sizes] = self._corner(weight, bias, sizes), addresses
-        return kept[sizes][0]
+        if torch.is_grad_enabled() or not self._may_cache(weight, bias):
+            self._drop_views()
+            return self._corner(weight, bias, sizes)
+        cached = self.__dict__.get("_cached_views")
+        if cached is None or not (_is_same_memory(weight, cached[0]) and _is_same_memory(bias, cached[1])):
+            cached = weight.detach(), None if bias is None else bias.detach(), {}
+            self.__dict__["_cached_views"] = cached
+        views = cached[2].get(sizes)
+        if views is None:
+            views = self._corner(weight, bias, sizes)
+            if all(view is None or is_plain_tensor(view) for view in tree_leaves(views)):
+                cached[2][sizes] = views
+        return views
+
+    def _may_cache(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        # Sharded, quantised and parametrized weights are no plain parameters; Accelerate, whose hook is `_hf_hook`,
+        # moves weights in for a call and out again.
+        plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+        return plain and "_hf_hook" not in self.__dict__
+
+    def _drop_views(self) -> None:
+        self.__dict__.pop("_cached_views", None)
 
     def _corner(
         self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         corner = tuple(slice(size) for size in sizes)
         return weight[corner], None if bias is None else bias[corner[0]]
+
+    # Right without these two as well, but views of the old weights would hold their memory until the next call.
+    def _apply(self, *args, **kwargs):
+        self._drop_views()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._drop_views()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+
+def _is_same_memory(tensor: torch.Tensor | None, alias: torch.Tensor | None) -> bool:
+    """Whether `tensor` still is the storage, offset, shape, strides and dtype that `alias` was taken from."""
+    if tensor is None or alias is None:
+        return tensor is alias
+    try:
+        return tensor.dtype == alias.dtype and tensor.is_set_to(alias)
+    except NotImplementedError:  # of devices without memory (meta) or without this operation
+        return False
 
 
 class NestedLinear(LeadingSliceMixin, nn.Linear):
@@ -111,43 +124,73 @@ class NestedLayerNorm(LeadingSliceMixin, nn.LayerNorm):
         return torch.layer_norm(hidden_states, (width,), weight, bias, self.eps)
 
 
-def may_overwrite(*modules: nn.Module) -> bool:
+# Classes whose output is memory that nobody else holds, or what an earlier one of them put out. Not their subclasses,
+# such as the layers of PEFT: those may return anything, their input for example.
+_OWN_OUTPUT: set[type[nn.Module]] = {GELUActivation, NestedLinear}
+
+
+def owns_output(module_class: type[nn.Module]) -> type[nn.Module]:
+    """Declares that `module_class` returns what its last `NestedLinear` put out, unless that is changed."""
+    _OWN_OUTPUT.add(module_class)
+    return module_class
+
+
+def may_overwrite(output: torch.Tensor, *modules: nn.Module) -> bool:
     """
-    Whether inference may write into what these modules have just put out: fresh memory costs a layer on a CPU about a
-    tenth of its time. Not where a gradient will need it, nor where a hook may have kept it.
+    Whether inference may write into `output`, which the first of `modules` has just put out and the others have passed
+    on: fresh memory costs a layer on a CPU about a tenth of its time. Not where a gradient will need it, where a hook
+    may have kept it, or where a module is not the expected one and may have returned what others hold.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(output) is not torch.Tensor:
         return False
-    return not any(module._forward_hooks for module in modules)
+    has_global_hooks = getattr(nn.modules.module, "_has_any_global_hook", None)
+    return has_global_hooks is not None and not has_global_hooks() and all(map(_is_unobserved, modules))
+
+
+def _is_unobserved(module: nn.Module) -> bool:
+    """Whether `module` is of a class of `_OWN_OUTPUT` itself, with no hook that sees its input or output."""
+    attributes = module.__dict__
+    if type(module) not in _OWN_OUTPUT or "forward" in attributes or attributes["_forward_pre_hooks"]:
+        return False
+    if attributes.get("_compiled_call_impl") is not None:
+        return False
+    return all(map(is_idle_recorder, attributes["_forward_hooks"].values()))
 
 
 def add_residual(hidden_states: torch.Tensor, branch: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
-    """`hidden_states + branch`, where one of `modules` has just put out `branch` and the others have passed it on."""
-    if branch.dtype == hidden_states.dtype and may_overwrite(*modules):  # under autocast, the sum is the wider dtype's
+    """`hidden_states + branch`, where the first of `modules` has just put out `branch`, and the others passed it on."""
+    # Under autocast, the sum is of the wider dtype.
+    if branch.dtype == hidden_states.dtype and may_overwrite(branch, *modules):
         return branch.add_(hidden_states)
     return hidden_states + branch
 
 
+@owns_output
 class NestedMLP(nn.Module):
     """Two linear maps with an activation between them, on their leading channels."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
         self.activation_fn = ACT2FN[hidden_act]
-        self.is_gelu = hidden_act == "gelu"
         self.fc1 = NestedLinear(hidden_size, intermediate_size)
         self.fc2 = NestedLinear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
         """`hidden_states` (..., width) → the same shape, by way of the first `intermediate_size` channels."""
         intermediate = self.fc1(hidden_states, intermediate_size)
-        if self.is_gelu and may_overwrite(self.fc1, self.activation_fn):
+        if _is_exact_gelu(self.activation_fn) and may_overwrite(intermediate, self.fc1, self.activation_fn):
             torch.ops.aten.gelu_(intermediate)
         else:
             intermediate = self.activation_fn(intermediate)
         return self.fc2(intermediate, hidden_states.shape[-1])
 
 
+def _is_exact_gelu(activation_fn: nn.Module) -> bool:
+    """Asked in every call, since the activation is an attribute that users replace."""
+    return type(activation_fn) is GELUActivation and activation_fn.act is nn.functional.gelu
+
+
+@owns_output
 class ResidualDropout(nn.Module):
     """
     What training drops of a residual branch: single values (dropout), and the whole branch of an image (stochastic

@@ -14,8 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .config_checks import as_pair
 from .configuration_nested_vit import Stage
 from .configuration_thinking_swin import ThinkingSwinConfig
+from .module_caches import ModuleCacheMixin, is_plain_tensor
 from .nested_layers import (
-    KeptTensorsMixin,
     LeadingSliceMixin,
     NestedLayerNorm,
     NestedLinear,
@@ -31,8 +31,8 @@ from .nested_vit import attend, check_pixel_values
 NOT_ADJACENT = -100.0
 # Of the norms of patch embedding and patch merging, whatever `layer_norm_eps`, as in Transformers' Swin.
 PATCH_NORM_EPS = 1e-5
-# How many kinds of windows (sizes, shifts, dtypes) are remembered before all are made anew.
-KEPT_GRIDS = 16
+# How many kinds of windows (sizes, shifts, dtypes) a layer caches before it starts anew.
+MAX_CACHED_WINDOWS = 16
 
 
 class NestedSwinEmbeddings(nn.Module):
@@ -116,6 +116,8 @@ class Windows(NamedTuple):
         order (`torch.LongTensor` of shape `(windows * size²,)`): the position in the (padded) grid of each window's
             tokens, window after window.
         back (`torch.LongTensor` of shape `(rows * columns,)`): the place in `order` of each position of the grid.
+        offsets (`torch.LongTensor` of shape `(size⁴,)`): for each pair of tokens of a window, the row of the table of
+            relative position biases.
         mask (`torch.Tensor` of shape `(windows, 1, size², size²)`, *optional*): added to the attention scores where the
             shift brings opposite ends of the grid together.
     """
@@ -125,6 +127,7 @@ class Windows(NamedTuple):
     padding: tuple[int, int]
     order: torch.Tensor
     back: torch.Tensor
+    offsets: torch.Tensor
     mask: torch.Tensor | None
 
     @classmethod
@@ -132,6 +135,7 @@ class Windows(NamedTuple):
         cls, grid: tuple[int, int], window_size: int, shift: int, device: torch.device, dtype: torch.dtype
     ) -> "Windows":
         """The windows of a grid of (rows, columns); one that is no longer than a window has the size of its side."""
+        table_side, middle = 2 * window_size - 1, window_size - 1
         if min(grid) <= window_size:
             window_size, shift = min(grid), 0
         padding = tuple(-side % window_size for side in grid)
@@ -139,6 +143,9 @@ class Windows(NamedTuple):
         places = torch.arange(rows * columns, device=device).view(rows, columns)
         order = _cut(places.roll((-shift, -shift), (0, 1)), window_size).flatten()
         back = order.argsort().view(rows, columns)[: grid[0], : grid[1]].flatten()
+        places = torch.arange(window_size, device=device)
+        apart = places[:, None] - places + middle
+        offsets = (apart[:, None, :, None] * table_side + apart[None, :, None, :]).flatten()
         mask = None
         if shift:
             # Bands along each axis: what lies in one band was adjacent before the shift.
@@ -150,7 +157,7 @@ class Windows(NamedTuple):
             regions = _cut(3 * row_bands[:, None] + column_bands, window_size).flatten(1)
             apart = regions[:, None, :, None] != regions[:, None, None, :]
             mask = torch.zeros(apart.shape, device=device, dtype=dtype).masked_fill(apart, NOT_ADJACENT)
-        return cls(grid, window_size, padding, order, back, mask)
+        return cls(grid, window_size, padding, order, back, offsets, mask)
 
     def cut(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, rows, columns, channels) → (batch * windows, size², channels)."""
@@ -198,7 +205,7 @@ class NestedQKV(LeadingSliceMixin, nn.Linear):
         return [super(NestedQKV, self)._corner(*part, sizes) for part in zip(weight.chunk(3), biases)]
 
 
-class NestedSwinAttention(KeptTensorsMixin, nn.Module):
+class NestedSwinAttention(nn.Module):
     """Self-attention within windows, with the leading heads and their relative position bias."""
 
     def __init__(self, config: ThinkingSwinConfig, full: Stage):
@@ -210,37 +217,18 @@ class NestedSwinAttention(KeptTensorsMixin, nn.Module):
         self.is_causal = False
         self.qkv = NestedQKV(full.hidden_size, bias=config.qkv_bias, slicing=config.qkv_slicing)
         self.o_proj = NestedLinear(full.hidden_size, full.hidden_size)
-        self.window_size = config.window_size
         # One row per offset (rows, columns) between two tokens of a window.
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * config.window_size - 1) ** 2, full.num_attention_heads)
         )
 
-    def relative_position_bias(self, size: int, num_heads: int) -> torch.Tensor:
-        """Of windows of `size` × `size` tokens, at most `config.window_size`: (1, num_heads, size², size²)."""
-        places = torch.arange(size, device=self.relative_position_bias_table.device)
-        offsets = places[:, None] - places + self.window_size - 1
-        rows = offsets[:, None, :, None] * (2 * self.window_size - 1) + offsets[None, :, None, :]
-        table = self.relative_position_bias_table[:, :num_heads]
-        return table[rows.flatten()].view(size**2, size**2, num_heads).permute(2, 0, 1).contiguous()[None]
-
     def bias_and_mask(self, windows: Windows, num_heads: int) -> torch.Tensor:
-        """What is added to the scores: (1 or windows of an image, num_heads, size², size²)."""
-        table = self.relative_position_bias_table
-        if not self.keeps(table):
-            return self._make_bias_and_mask(windows, num_heads)
-        kept = self.__dict__.setdefault("_kept", {})
-        # Unlike a view, it does not follow a change of the table in place, which the version counts.
-        state = table.data_ptr(), None if table.is_inference() else table._version
-        key = windows.grid, num_heads  # a block has one shift, so nothing else differs between its windows
-        if key not in kept or kept[key][1] != state:
-            if len(kept) >= KEPT_GRIDS:
-                kept.clear()
-            kept[key] = self._make_bias_and_mask(windows, num_heads), state
-        return kept[key][0]
-
-    def _make_bias_and_mask(self, windows: Windows, num_heads: int) -> torch.Tensor:
-        bias = self.relative_position_bias(windows.size, num_heads)
+        """
+        What is added to the scores: (1 or windows of an image, num_heads, size², size²). Only the offsets are cached:
+        the table may change in any way between two calls, which no counter of torch tells for certain.
+        """
+        table = self.relative_position_bias_table.t()[:num_heads]
+        bias = table.index_select(1, windows.offsets).view(1, num_heads, windows.size**2, windows.size**2)
         return bias if windows.mask is None else bias + windows.mask.to(bias.dtype)
 
     def forward(self, hidden_states: torch.Tensor, windows: Windows, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,11 +263,13 @@ class NestedSwinBlock(GradientCheckpointingLayer):
         return add_residual(hidden_states, dropout(mlp_output), mlp.fc2, mlp, dropout)
 
 
-class NestedSwinLayer(nn.Module):
+class NestedSwinLayer(ModuleCacheMixin, nn.Module):
     """
     A layer of the hierarchy: patch merging, except in the first, then blocks, of which every other one shifts its
     windows by half their size.
     """
+
+    _cache_attributes = ("_windows",)
 
     def __init__(self, config: ThinkingSwinConfig, index: int, drop_path_rates: list[float]):
         super().__init__()
@@ -288,7 +278,6 @@ class NestedSwinLayer(nn.Module):
         self.window_size = config.window_size
         self.downsample = NestedSwinPatchMerging(config.hidden_sizes[index - 1], width) if index else None
         self.blocks = nn.ModuleList([NestedSwinBlock(config, full, rate) for rate in drop_path_rates])
-        self._windows: dict[tuple, Windows] = {}  # made of nothing but sizes: never stale
 
     def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int], stage: Stage, **kwargs) -> torch.Tensor:
         """
@@ -312,13 +301,13 @@ class NestedSwinLayer(nn.Module):
         grid, device, dtype = tuple(hidden_states.shape[1:3]), hidden_states.device, hidden_states.dtype
         if torch.compiler.is_compiling():
             return Windows.of_grid(grid, self.window_size, shift, device, dtype)
-        key = grid, shift, device, dtype
-        if key not in self._windows:
-            if len(self._windows) >= KEPT_GRIDS:
-                self._windows.clear()
+        cached, key = self.__dict__.setdefault("_windows", {}), (grid, shift, device, dtype)
+        windows = cached.get(key)  # made of nothing but sizes: never stale
+        if windows is None:
             with torch.inference_mode(False):  # autograd may need the indices later
-                self._windows[key] = Windows.of_grid(grid, self.window_size, shift, device, dtype)
-        return self._windows[key]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_windows": {}}
+                windows = Windows.of_grid(grid, self.window_size, shift, device, dtype)
+            if len(cached) >= MAX_CACHED_WINDOWS:
+                cached.clear()
+            if is_plain_tensor(windows.order):
+                cached[key] = windows
+        return windows

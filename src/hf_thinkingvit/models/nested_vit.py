@@ -23,8 +23,8 @@ from .nested_layers import (
     NestedMLP,
     ResidualDropout,
     add_residual,
+    owns_output,
 )
-from .packed_tokens import packed_attention
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
@@ -132,6 +132,7 @@ def attend(
     )
 
 
+@owns_output
 class NestedViTAttention(nn.Module):
     """Multi-head self-attention with the leading `stage.num_attention_heads` heads."""
 
@@ -175,6 +176,8 @@ class NestedViTAttention(nn.Module):
         width = hidden_states.shape[-1]
         query = self._split_heads(self.q_proj(hidden_states, width))
         if query_lengths is not None:
+            from .packed_tokens import packed_attention  # of A-ViT alone
+
             attn_output = packed_attention(query, key, value, query_lengths, key_lengths, self.scaling)
             return self.o_proj(attn_output.flatten(2), width), None
         attn_output, attn_weights = attend(self, query, key, value, attention_mask, **kwargs)

@@ -3,11 +3,13 @@ Images with different numbers of tokens, packed one after another without paddin
 of each image over its own tokens.
 """
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from itertools import accumulate
 
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 
 
 class PackedTokens:
@@ -23,7 +25,6 @@ class PackedTokens:
         image (`torch.LongTensor` of shape `(tokens,)`): whose token it is.
         prefix (`torch.LongTensor`): which of the packed tokens are prefix tokens.
         prefix_slot (`torch.LongTensor`): index of each of those in the flattened `(batch, num_prefix)`.
-        counts (`torch.LongTensor` of shape `(batch,)`): tokens per image.
         lengths, prefix_lengths (`tuple[int]`): tokens and prefix tokens per image, without images that have none left.
     """
 
@@ -35,10 +36,8 @@ class PackedTokens:
         self.prefix = (token < num_prefix).nonzero().squeeze(1)
         prefix_image = self.image[self.prefix]
         self.prefix_slot = prefix_image * num_prefix + token[self.prefix]
-        self.counts = torch.bincount(self.image, minlength=batch_size)
-        self.prefix_counts = torch.bincount(prefix_image, minlength=batch_size)
-        # One copy to the host for both.
-        lengths = torch.stack([self.counts, self.prefix_counts], dim=1).tolist()
+        counts = [torch.bincount(owner, minlength=batch_size) for owner in (self.image, prefix_image)]
+        lengths = torch.stack(counts, dim=1).tolist()  # one copy to the host for both
         self.lengths, self.prefix_lengths = zip(*([pair for pair in lengths if pair[0]] or [(0, 0)]))
 
     @classmethod
@@ -49,8 +48,18 @@ class PackedTokens:
         return PackedTokens(self.position[rows], self.batch_size, self.num_tokens, self.num_prefix)
 
 
-def has_variable_length_kernel(query: torch.Tensor) -> bool:
-    """Whether `torch.nn.attention.varlen` runs here: flash attention, so NVIDIA from Ampere on, in half precision."""
+@cache
+def variable_length_kernel() -> Callable | None:
+    """`torch.nn.attention.varlen.varlen_attn`, where this version of torch has it and it takes `scale`."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
+
+
+def runs_variable_length_kernel(query: torch.Tensor) -> bool:
+    """Whether `varlen_attn` is there and runs here: flash attention, so NVIDIA from Ampere on, in half precision."""
     return (
         query.is_cuda
         and torch.version.hip is None
@@ -58,6 +67,7 @@ def has_variable_length_kernel(query: torch.Tensor) -> bool:
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and variable_length_kernel() is not None
     )
 
 
@@ -90,11 +100,12 @@ def packed_attention(
             for packed, lengths in ((query, query_lengths), (key, key_lengths), (value, key_lengths))
         )
         return attend(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1).unsqueeze(0)
-    if query.shape[2] and has_variable_length_kernel(query):
+    if query.shape[2] and runs_variable_length_kernel(query):
         query, key, value = (packed.squeeze(0).transpose(0, 1) for packed in (query, key, value))
         query_offsets, key_offsets = (_offsets(lengths, query.device) for lengths in (query_lengths, key_lengths))
         longest = max(query_lengths), max(key_lengths)
-        return varlen_attn(query, key, value, query_offsets, key_offsets, *longest, scale=scaling).unsqueeze(0)
+        attend = variable_length_kernel()
+        return attend(query, key, value, query_offsets, key_offsets, *longest, scale=scaling).unsqueeze(0)
     output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     parts = zip(query.split(query_lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2))
     start = 0

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .configuration_avit import AViTConfig
+
 
 class HaltingState(NamedTuple):
     """
@@ -70,6 +72,29 @@ def halt(
     weight = torch.where(halts, state.remainder, scores)
     # What a halted token's remainder becomes is never read.
     return HaltingStep(halts, weight), HaltingState(cumulative, state.remainder - scores)
+
+
+def depth_until_answer(token_depth: torch.Tensor, num_prefix: int) -> torch.Tensor:
+    """
+    Layers that each token runs until its image is finished, from the depths `(batch_size, tokens)` of the tokens. An
+    image is finished once all of its first `num_prefix` tokens have halted; tokens that are active then leave with it.
+    """
+    return torch.minimum(token_depth, token_depth[:, :num_prefix].amax(dim=1, keepdim=True))
+
+
+def sparse_macs(config: AViTConfig, depth: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """
+    Multiply-accumulates per image, int64 `(batch_size,)`, that `num_layers` layers spend in the sparse computation,
+    where the image's tokens run `depth` `(batch_size, tokens)` of them until its answer is there. The last layer
+    computes only the prefix tokens.
+    """
+    width, layers = config.hidden_size, torch.arange(1, num_layers + 1, device=depth.device)
+    active = depth >= layers[:, None, None]
+    num_tokens = active.sum(dim=2)
+    num_queries = torch.cat([num_tokens[:-1], active[-1:, :, : config.num_prefix_tokens].sum(dim=2)])
+    key_value = 2 * num_tokens * width**2
+    per_query = 2 * width**2 + 2 * num_tokens * width + 2 * width * config.intermediate_size
+    return (key_value + num_queries * per_query).sum(dim=0)
 
 
 def depth_prior(num_layers: int, target_depth: float, std: float, mass: float = 0.98) -> torch.Tensor:

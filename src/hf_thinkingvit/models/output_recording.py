@@ -1,0 +1,39 @@
+"""
+What the models say to Transformers' recording of hidden states and attentions, and ask of it
+(`transformers.utils.output_capturing`, which records by forward hooks).
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+from transformers.utils import output_capturing
+from transformers.utils.output_capturing import OutputRecorder
+
+
+# The arguments, and fields of the configuration, that ask for recordings.
+RECORDINGS = ("output_hidden_states", "output_attentions")
+
+
+def record(module_class: type[nn.Module], index: int = 0) -> OutputRecorder:
+    """What `_can_record_outputs` says of outputs that come stage after stage: entry `index` of what modules return."""
+    recorder = OutputRecorder(module_class, index=index)
+    # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
+    recorder.num_hidden_layers_key = "num_recorded_layers"
+    return recorder
+
+
+def wants_recordings(config, kwargs: dict) -> bool:
+    """Whether the caller asked for hidden states or attentions, by argument or by `config`."""
+    return any(kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name) for name in RECORDINGS)
+
+
+def is_idle_recorder(hook: Callable) -> bool:
+    """
+    Whether `hook` is one of Transformers' recording hooks in a call that records nothing. The first call that records
+    installs them for good, and later calls switch them by a context variable. `False` for every hook if this version of
+    Transformers has another mechanism.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    if getattr(hook, "__module__", None) != output_capturing.__name__ or not hasattr(collector, "get"):
+        return False
+    return not collector.get()
