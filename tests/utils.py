@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_thinkingvit import (
@@ -113,3 +114,16 @@ class HostSynchronisations(TorchDispatchMode):
         if name in self.WAITING or by_mask:
             self.counts.append(name)
         return function(*args, **(kwargs or {}))
+
+
+class SizedStream(IterableDataset):
+    """With a length and without indices, as webdataset's."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __iter__(self):
+        return iter(self.images)

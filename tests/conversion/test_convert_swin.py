@@ -93,7 +93,9 @@ def test_the_published_folder(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     converted = convert_checkpoint(source, tmp_path / "out").config.to_dict()
     expected = ThinkingSwinConfig(num_labels=1000).to_dict()
-    assert {name for name in expected if converted[name] != expected[name]} <= {"dtype", "architectures"}
+    labels = {"id2label", "label2id"}  # ImageNet-1K's
+    assert {name for name in expected if converted[name] != expected[name]} <= {"dtype", "architectures", *labels}
+    assert converted["id2label"][281] == "tabby, tabby cat" and len(converted["id2label"]) == 1000
 
 
 class TestRefusals:

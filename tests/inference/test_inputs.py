@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from hf_thinkingvit import inference
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
-from tests.utils import lively_model, middle_threshold, random_images
+from tests.utils import SizedStream, lively_model, middle_threshold, random_images
 
 
 class Indexed(Dataset):
@@ -28,19 +28,6 @@ class Indexed(Dataset):
 
     def __getitem__(self, index):
         return self.images[index % len(self.images)]
-
-
-class Sized(IterableDataset):
-    """With a length and without indices, as webdataset's."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __iter__(self):
-        return iter(self.images)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +48,7 @@ STREAMS = {
     "tensor": torch.stack,
     "generator": iter,
     "indexed": Indexed,
-    "sized": Sized,
+    "sized": SizedStream,
     "loader of batches": lambda images: DataLoader(images, batch_size=4),
     "loader of lists": lambda images: DataLoader(images, batch_size=4, collate_fn=list),
     "loader of images": lambda images: DataLoader(images, batch_size=None),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, ViTConfig, ViTForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.pipelines.pt_utils import KeyDataset
@@ -13,7 +13,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from hf_thinkingvit import AdaptiveImageClassificationPipeline
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model, lively_swin
+from tests.utils import SizedStream, lively_model, lively_swin
 
 
 @pytest.fixture(scope="module", params=[lively_model, lively_swin], ids=["vit", "swin"])
@@ -162,22 +162,9 @@ def test_streams_keep_the_batches_of_every_stage_full(folder, images, expected, 
     assert second == [8] * (go_on // 8) + ([go_on % 8] if go_on % 8 else [])
 
 
-class Sized(IterableDataset):
-    """With a length and without indices."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __iter__(self):
-        return iter(self.images)
-
-
 MORE_STREAMS = {
     "tuple": tuple,
-    "sized": Sized,
+    "sized": SizedStream,
     "iterator": iter,
     "loader": lambda images: DataLoader(images, batch_size=3, collate_fn=list),
     "array": lambda images: np.stack([np.array(image) for image in images]),

@@ -1,5 +1,9 @@
 import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from urllib.error import HTTPError
 
 import datasets
 import numpy as np
@@ -94,6 +98,18 @@ def test_other_sources(tmp_path):
         assert np.array_equal(np.asarray(read_image(image)), np.asarray(image.convert("RGB")))
     with pytest.raises(ValueError, match="Incorrect image source"):
         read_image(tmp_path / "absent.png")
+
+
+def test_urls(tmp_path):
+    files(tmp_path)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert np.array_equal(np.asarray(read_image(f"{address}/wide.png", timeout=10))[..., 0], GREY)
+        with pytest.raises(HTTPError, match="404"):
+            read_image(f"{address}/absent.png", timeout=10)
+        server.shutdown()
 
 
 def test_every_way_in_reads_the_same_picture(tmp_path):

@@ -263,8 +263,8 @@ class TestTraining:
         model = lively_avit(ponder_loss_weight=1.0, prior_loss_weight=0.0).train()
         optimizer, depths = torch.optim.SGD(model.parameters(), lr=0.05), []
         for _ in range(15):
-            outputs = model(random_images(), labels=torch.arange(6))
-            depths.append(outputs.mean_depth.mean().item())
+            outputs = model(random_images(), labels=torch.arange(6), output_token_depth=True)
+            depths.append(outputs.token_depth.float().mean().item())
             outputs.loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -7,6 +7,7 @@ Pillow's `convert("RGB")` cuts the values of wider grey images at 255, which tur
 import base64
 import os
 from io import BytesIO
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,9 +33,9 @@ def read_image(source: str | os.PathLike | Image.Image, timeout: float | None = 
         return as_rgb(source)
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
-        import httpx  # with which Transformers reads URLs
-
-        content = httpx.get(source, timeout=timeout, follow_redirects=True).content
+        request = Request(source, headers={"User-Agent": "hf-thinkingvit"})  # Python's own is refused by some servers
+        with urlopen(request, timeout=timeout) as response:
+            content = response.read()
         return as_rgb(Image.open(BytesIO(content)), source)
     if os.path.isfile(source):
         with Image.open(source) as image:
