@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .module_caches import ModuleCacheMixin
-from .output_recording import RECORDINGS, wants_recordings
+from .output_recording import RECORDINGS, recording_off, wants_recordings
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:
@@ -143,7 +143,8 @@ class StagePrograms:
         if key not in self.programs:
 
             def program(model: nn.Module, state: Any) -> Any:
-                return step(model, **{state_name: state}, **constants)
+                with recording_off():
+                    return step(model, **{state_name: state}, **constants)
 
             # Each program gets its own code object, because dynamo limits recompilations per code object.
             program.__code__ = program.__code__.replace(co_name=f"stage_program_{len(self.programs)}")

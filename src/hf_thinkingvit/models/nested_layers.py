@@ -124,6 +124,9 @@ class NestedLayerNorm(LeadingSliceMixin, nn.LayerNorm):
         return torch.layer_norm(hidden_states, (width,), weight, bias, self.eps)
 
 
+# Not public: where it is missing, hooks are assumed.
+_has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
+
 # Classes whose output is memory that nobody else holds, or what an earlier one of them put out. Not their subclasses,
 # such as the layers of PEFT: those may return anything, their input for example.
 _OWN_OUTPUT: set[type[nn.Module]] = {GELUActivation, NestedLinear}
@@ -143,8 +146,12 @@ def may_overwrite(output: torch.Tensor, *modules: nn.Module) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(output) is not torch.Tensor:
         return False
-    has_global_hooks = getattr(nn.modules.module, "_has_any_global_hook", None)
-    return has_global_hooks is not None and not has_global_hooks() and all(map(_is_unobserved, modules))
+    if _has_any_global_hook is None or _has_any_global_hook():
+        return False
+    for module in modules:  # noqa: SIM110, called thrice by every layer
+        if not _is_unobserved(module):
+            return False
+    return True
 
 
 def _is_unobserved(module: nn.Module) -> bool:
@@ -154,7 +161,8 @@ def _is_unobserved(module: nn.Module) -> bool:
         return False
     if attributes.get("_compiled_call_impl") is not None:
         return False
-    return all(map(is_idle_recorder, attributes["_forward_hooks"].values()))
+    hooks = attributes["_forward_hooks"]
+    return not hooks or all(map(is_idle_recorder, hooks.values()))
 
 
 def add_residual(hidden_states: torch.Tensor, branch: torch.Tensor, *modules: nn.Module) -> torch.Tensor:

@@ -3,7 +3,8 @@ What the models say to Transformers' recording of hidden states and attentions, 
 (`transformers.utils.output_capturing`, which records by forward hooks).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers.utils import output_capturing
@@ -25,6 +26,23 @@ def record(module_class: type[nn.Module], index: int = 0) -> OutputRecorder:
 def wants_recordings(config, kwargs: dict) -> bool:
     """Whether the caller asked for hidden states or attentions, by argument or by `config`."""
     return any(kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name) for name in RECORDINGS)
+
+
+@contextmanager
+def recording_off() -> Iterator[None]:
+    """
+    For code that `torch.compile` traces where nothing is recorded. Transformers' idle hooks ask a context variable,
+    which some versions of torch cannot trace; told within the trace, they ask a plain attribute instead.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    if not (hasattr(collector, "set") and hasattr(collector, "reset")):
+        yield
+        return
+    token = collector.set(None)
+    try:
+        yield
+    finally:
+        collector.reset(token)
 
 
 def is_idle_recorder(hook: Callable) -> bool:
