@@ -227,3 +227,19 @@ class TestNumbers:
 def test_infinite_threshold_survives_saving(tmp_path):
     tiny_config(threshold=math.inf).save_pretrained(tmp_path)
     assert ThinkingViTConfig.from_pretrained(tmp_path).threshold == math.inf
+
+
+@pytest.mark.parametrize("names", [("threshold", "exit_criterion"), ("exit_criterion", "threshold")])
+def test_an_update_takes_threshold_and_criterion_together(names):
+    config, new = ThinkingViTConfig(), {"threshold": 0.3, "exit_criterion": "margin"}
+    config.update({name: new[name] for name in names})
+    assert (config.threshold, config.exit_criterion) == (0.3, "margin")
+
+
+def test_a_model_of_another_problem_type_says_how_it_is_loaded(tmp_path):
+    lively_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"exit_criterion='mean_binary_entropy', threshold=0\.1\)") as error:
+        ThinkingViTForImageClassification.from_pretrained(tmp_path, problem_type="multi_label_classification")
+    assert "from_pretrained(" in str(error.value)
+    fields = {"problem_type": "multi_label_classification", "exit_criterion": "mean_binary_entropy", "threshold": 0.1}
+    assert ThinkingViTForImageClassification.from_pretrained(tmp_path, **fields).config.threshold == 0.1

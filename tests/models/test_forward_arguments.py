@@ -37,3 +37,10 @@ def test_what_transformers_passes_is_known(family):
     outputs = model(random_images(), labels=torch.arange(6), **known)
     torch.testing.assert_close(outputs.loss, expected.loss)
     assert isinstance(model.base_model(random_images(), return_dict=False), tuple)
+
+
+def test_none_under_a_name_of_another_kind_of_model():
+    images = random_images()
+    assert torch.equal(lively_model()(images, attention_mask=None).logits, lively_model()(images).logits)
+    with pytest.raises(TypeError, match="attention_mask"):
+        lively_model()(images, attention_mask=torch.ones(6))

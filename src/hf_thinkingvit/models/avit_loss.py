@@ -36,7 +36,8 @@ def add_loss(model: PreTrainedModel, outputs: ModelOutput, labels: torch.Tensor,
     Set `task_loss` and `loss` of a classifier's outputs: in training mode `loss` has the ponder and prior losses in it.
 
     With `num_items_in_batch` the labels are of a part of a batch. The ponder loss is a mean over images, so that the
-    parts' losses, each times its share of the batch, sum to the whole batch's. The prior is not linear in the images:
+    parts' losses, each times its share of the batch, sum to the whole batch's (where some labels are -100, as far as
+    these are spread evenly: the share counts labels, the mean all images). The prior is not linear in the images:
     it compares scores that are averaged over the images at hand. Its share makes a part count as much as its images do,
     but the sum is that of the parts' priors, not the prior of the whole batch (as under `DistributedDataParallel`).
     `ponder_loss` and `prior_loss` are scaled as well, so that they remain parts of `loss`.

@@ -85,6 +85,11 @@ class StagedConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """As in Transformers, in an order in which a `threshold` is that of an `exit_criterion` given with it."""
+        first = ("problem_type", "exit_criterion")
+        super().update(dict(sorted(config_dict.items(), key=lambda item: item[0] not in first)))
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "StagedConfig":
         """

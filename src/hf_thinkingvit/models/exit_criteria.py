@@ -250,10 +250,12 @@ class ExitRule:
         criterion = EXIT_CRITERIA[self.criterion]
         if not suits_problem_type(self.criterion, problem_type):
             names = sorted(name for name in EXIT_CRITERIA if suits_problem_type(name, problem_type))
+            usual = next(name for name in names if EXIT_CRITERIA[name].default_threshold is not None)
             judged = "each label by itself" if criterion.multi_label else "a softmax"
             raise ValueError(
                 f"`exit_criterion` = {self.criterion!r} judges {judged}, not the answer of {problem_type}: set "
-                f"`exit_criterion` to one of {names}, with its `threshold`."
+                f"`exit_criterion` to one of {names}, with its `threshold`. A saved model takes both on loading: "
+                f"`from_pretrained(..., exit_criterion={usual!r}, threshold={EXIT_CRITERIA[usual].default_threshold})`."
             )
         # One output has no entropy, and the softmax of several means nothing: every image would exit at once.
         if problem_type == "regression" and self.thresholds and (any(self.thresholds) or not criterion.exits_below):
@@ -261,7 +263,8 @@ class ExitRule:
                 f"Regression has no criterion of certainty for early exits, got `exit_criterion` = {self.criterion!r} "
                 f"with `threshold` = {list(self.thresholds)}: set `threshold` to 0"
                 + ("" if criterion.exits_below else " and `exit_criterion` to 'topk_entropy'")
-                + ", at which no image exits early, and choose the compute of a call by its argument `max_stages`."
+                + ", at which no image exits early, and choose the compute of a call by its argument `max_stages`. A "
+                "saved model takes it on loading: `from_pretrained(..., threshold=0)`."
             )
 
     def judge(self, stage_index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,8 @@ TRANSFORMERS_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"retur
 
 def check_arguments(model: PreTrainedModel, kwargs: dict) -> None:
     """
-    Refuse a misspelt argument, which a `forward` with `**kwargs` would ignore.
+    Refuse a misspelt argument, which a `forward` with `**kwargs` would ignore. `None` asks for nothing: wrappers that
+    serve all kinds of models pass it as arguments of other kinds (`attention_mask`).
 
     Args:
         model (`PreTrainedModel`): whose `forward` was called.
@@ -26,7 +27,7 @@ def check_arguments(model: PreTrainedModel, kwargs: dict) -> None:
         TypeError: for a name that neither the model's `forward` nor Transformers knows, with the nearest that one does.
     """
     for name in kwargs:
-        if name not in TRANSFORMERS_ARGUMENTS:
+        if name not in TRANSFORMERS_ARGUMENTS and kwargs[name] is not None:
             raise TypeError(_unknown_argument(model, name))
 
 
