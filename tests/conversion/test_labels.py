@@ -70,7 +70,7 @@ TWENTY = [f"class {index}" for index in range(20)]
         ([*TWENTY[:19], 19], "strings.*got int 19"),
         ([*TWENTY[:19], None], "strings.*got NoneType None"),
     ],
-    ids=str,
+    ids=["too few", "too many", "none", "text", "dict", "a number", "null"],
 )
 def test_names_that_are_not_one_for_each_class(names, message, tmp_path):
     """Of the files or the caller: they were dropped, and the classes called LABEL_0 and so on."""
