@@ -6,12 +6,14 @@ Classify many images with full batches at every stage, and write a line for each
 
 `--images` is a folder of images, searched with its subfolders, or what `datasets` reads. The output is JSONL or, by its
 suffix, Parquet; `OUTPUT.run.json` beside it says model, τ and source. Started again with the same output it goes on
-where it stopped, whatever the number of processes; with another model, τ or source it is refused. Unreadable images
-are reported and left out. `accelerate launch` on several GPUs shares the images out.
+where it stopped, whatever the number of processes; with another model, τ or source it is refused. Of the source it
+compares the names, sizes and modification times of files, or the fingerprint that `datasets` gives a dataset and its
+number of rows. Unreadable images are reported and left out; a run that goes on tries them again. `accelerate launch` on
+several GPUs shares the images out.
 """
 
 import argparse
-import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +30,8 @@ from transformers import AutoModelForImageClassification
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.data import as_images, decode, find_split, load_splits
 from hf_thinkingvit.inference import AdaptiveEngine, ResumableOutput
-from hf_thinkingvit.inference.resumable import fingerprint, model_fingerprint
+from hf_thinkingvit.inference.resumable import fingerprint, model_fingerprint, printable
+from hf_thinkingvit.public_names import public_name
 
 
 def find_images(name: str, split: str | None, column: str | None) -> tuple[list[str], str, Callable[[int], Any]]:
@@ -38,25 +41,16 @@ def find_images(name: str, split: str | None, column: str | None) -> tuple[list[
         suffixes = Image.registered_extensions()
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
         if files:
-            names = [printable(path.relative_to(folder).as_posix()) for path in files]
-            # Another folder may have the same names.
-            return names, fingerprint(str(path.stat().st_size) for path in files), lambda place: files[place]
+            names = [path.relative_to(folder).as_posix() for path in files]
+            # The same names may be of other images: in another folder, or since the earlier run.
+            found = (path.stat() for path in files)
+            contents = fingerprint(f"{file.st_size} {file.st_mtime_ns}" for file in found)
+            return names, contents, lambda place: files[place]
     rows, column = as_images(find_split(load_splits(name), split, name, ("test", "validation", "train")), name, column)
-    samples = (rows[place][column] for place in range(0, len(rows), max(1, len(rows) // 16)))
-    contents = (hashlib.sha256(sample["bytes"] or Path(sample["path"]).read_bytes()).hexdigest() for sample in samples)
     # As a function: an image that cannot be decoded is then met, and reported, like a file that cannot.
     names = [str(place) for place in range(len(rows))]
-    return names, fingerprint(contents), lambda place: partial(decode_row, rows, place, column)
-
-
-def printable(name: str) -> str:
-    """File names need not be Unicode, which files of answers are."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def public(name: str) -> str:
-    """A Hub id, or the last part of a local path: the rest is nobody's business."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    contents = fingerprint([str(getattr(rows, "_fingerprint", None)), column, str(len(rows))])
+    return names, contents, lambda place: partial(decode_row, rows, place, column)
 
 
 def decode_row(rows: datasets.Dataset, place: int, column: str) -> Image.Image:
@@ -91,11 +85,11 @@ def main() -> None:
     )
     names, contents, image_at = find_images(arguments.images, arguments.split, arguments.image_column)
     facts = {
-        "model": public(arguments.model),
+        "model": public_name(arguments.model),
         "model_fingerprint": model_fingerprint(model, processor),
         "threshold": getattr(model.config, "threshold", None) if threshold is None else threshold,
         "max_stages": arguments.max_stages,
-        "source": public(arguments.images),
+        "source": public_name(arguments.images),
         "split": arguments.split,
         "contents": contents,
     }
@@ -109,8 +103,9 @@ def main() -> None:
         for result in engine(image_at(place) for place in output.places):
             place = output.places[result.index]
             if result.error is not None:
-                bar.write(str(result.error))
-                output.write(place, error=str(result.error))
+                error = printable(str(result.error))
+                bar.write(error, file=sys.stderr)
+                output.write(place, error=error)
             else:
                 score, label = result.logits.softmax(dim=-1).max(dim=-1)
                 exits[result.exit_stage] += 1
@@ -126,7 +121,7 @@ def main() -> None:
             bar.set_postfix_str(f"leave at stage {shares}", refresh=False)
     counts = output.finish()
     if counts is not None:
-        print(f"{counts[0]} images classified, {counts[1]} could not be read: {arguments.output}")
+        print(f"{counts[0]} images classified, {counts[1]} could not be read: {printable(str(arguments.output))}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from datasets import Dataset
+from datasets import Dataset, Features, Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_thinkingvit.image_processing import evaluation_image_processor
@@ -135,11 +135,12 @@ def test_classify_folder(folders, tmp_path):
     for index in range(9):
         (pictures / ("deeper" if index % 2 else ".") / f"{index}.png").write_bytes(encoded_image(index))
     (pictures / "7broken.png").write_bytes(b"no image")
+    (pictures / os.fsdecode(b"\xff.png")).write_bytes(b"no image")
     output = tmp_path / "out" / "found.jsonl"
     words = ["--images", str(pictures), "--output", str(output)]
     done = run("classify_folder.py", folders, *words)
     assert done.returncode == 0, done.stderr
-    assert "7broken.png" in done.stderr + done.stdout
+    assert "7broken.png" in done.stderr and r"\xff.png" in done.stderr
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["name"] for line in lines] == ["0.png", "2.png", "4.png", "6.png", "8.png"] + [
         f"deeper/{index}.png" for index in (1, 3, 5, 7)
@@ -150,7 +151,7 @@ def test_classify_folder(folders, tmp_path):
         assert (line["label"], line["exit_stage"]) == (expected["label"], expected["exit_stage"])
         assert line["score"] == pytest.approx(expected["score"], abs=1e-4)
     facts = json.loads((output.parent / "found.jsonl.run.json").read_text())
-    expected = {"model": "model", "source": "pictures", "split": None, "images": 10, "threshold": 0.0}
+    expected = {"model": "model", "source": "pictures", "split": None, "images": 11, "threshold": 0.0}
     assert {name: facts[name] for name in expected} == expected
 
     output.unlink()
@@ -163,10 +164,32 @@ def test_classify_folder(folders, tmp_path):
     for line, other in zip(lines[1:], again[1:], strict=True):
         assert all(line[name] == other[name] for name in ("name", "label", "exit_stage"))
 
+    output.unlink()
+    (output.parent / ".found.jsonl.0.part").write_text(json.dumps(earlier) + "\n")
+    picture = pictures / "2.png"
+    content, changed = picture.read_bytes(), picture.stat().st_mtime_ns + 1_000_000
+    picture.write_bytes(content[::-1])  # of the same size
+    os.utime(picture, ns=(changed, changed))
+    done = run("classify_folder.py", folders, *words)
+    assert done.returncode == 2 and "contents was" in done.stderr and not output.exists()
+
     table = tmp_path / "found.parquet"
     done = run("classify_folder.py", folders, "--images", str(folders / "images"), "--output", str(table))
     assert done.returncode == 0, done.stderr
     assert len(Dataset.from_parquet(str(table))) == 120
+
+
+def test_a_dataset_of_other_images_is_told_from_the_earlier_one(tmp_path):
+    """Whichever row it is that differs."""
+    find_images = runpy.run_path(str(EXAMPLES / "classify_folder.py"))["find_images"]
+    contents = []
+    for seed in (100, 200):
+        images = [{"bytes": encoded_image(index if index != 37 else seed), "path": None} for index in range(40)]
+        features = Features({"image": Image()})
+        Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "rows.parquet")
+        contents.append(find_images(str(tmp_path / "rows.parquet"), "train", None)[1])
+        contents.append(find_images(str(tmp_path / "rows.parquet"), "train", None)[1])
+    assert contents[0] == contents[1] != contents[2] == contents[3]
 
 
 def test_export_onnx(folders, tmp_path):

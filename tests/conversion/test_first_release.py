@@ -63,7 +63,7 @@ def test_command_line_gives_the_official_numbers(tmp_path):
     assert_golden(model)
 
 
-@pytest.mark.parametrize("stages", [["3", "6"], "3 6", "[3, 6]", (3, 6)], ids=str)
+@pytest.mark.parametrize("stages", [["3", "6"], "['3', '6']", '("3", "6")', "3 6", (3.0, 6.0)], ids=str)
 def test_stages_as_training_scripts_pickle_them(stages, tmp_path):
     source = write_source(tmp_path / "source", golden_content(), stages)
     assert_golden(convert_checkpoint(source, tmp_path / "out"))
@@ -148,6 +148,11 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["alpha.0", "proj_layer.bias", "blocks.2.mlp.fc1.weight"])
     def test_missing_keys(self, name, tmp_path):
         self.refuse(tmp_path, rf"Missing keys: {name}\. Unexpected keys: none", missing=[name])
+
+    @pytest.mark.parametrize("stages", [[3, 6], [3, 12], None], ids=str)
+    def test_a_missing_last_alpha(self, stages, tmp_path):
+        """It tells the first release from the later ones, which have fewer."""
+        self.refuse(tmp_path, r"supernet of 12 heads, .* it lacks alpha\.11\.", stages=stages, missing=["alpha.11"])
 
     def test_more_heads_than_there_are(self, tmp_path):
         self.refuse(tmp_path, r"asks for 16 heads, but the supernet has 12", stages=[3, 16])

@@ -56,6 +56,48 @@ def test_other_names_win(source, tmp_path):
     assert not (tmp_path / "wrong").exists()
 
 
+TWENTY = [f"class {index}" for index in range(20)]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (TWENTY[:19], r"20 classes of .*model\.safetensors, got 19 names"),
+        ([*TWENTY, "a", "b"], r"20 classes of .*, got 22 names"),
+        ([], r"20 classes of .*, got 0 names"),
+        ("imagenet", "strings.*got str 'imagenet'"),
+        (dict.fromkeys(TWENTY, 1), "strings.*got dict"),
+        ([*TWENTY[:19], 19], "strings.*got int 19"),
+        ([*TWENTY[:19], None], "strings.*got NoneType None"),
+    ],
+    ids=["too few", "too many", "none", "text", "dict", "a number", "null"],
+)
+def test_names_that_are_not_one_for_each_class(names, message, tmp_path):
+    """Of the files or the caller: they were dropped, and the classes called LABEL_0 and so on."""
+    folder = shutil.copytree(FIXTURES / "avit", tmp_path / "source")
+    settings = json.loads((folder / "config.json").read_text())
+    num_labels = load_file(folder / "model.safetensors")["head.bias"].shape[0]
+    assert num_labels == 20
+    (folder / "config.json").write_text(json.dumps({**settings, "label_names": names}))
+    with pytest.raises(ValueError, match=rf"`label_names` of its config\.json must be .*{message}"):
+        convert_checkpoint(folder, tmp_path / "out")
+    (folder / "config.json").write_text(json.dumps(settings))
+    given = dict(enumerate(names)) if isinstance(names, list) else names
+    with pytest.raises(ValueError, match="`id2label` must be"):
+        convert_checkpoint(folder, tmp_path / "out", id2label=given)
+    if isinstance(names, list):
+        with pytest.raises(ValueError, match="`label2id` must be"):
+            convert_checkpoint(folder, tmp_path / "out", label2id={name: index for index, name in enumerate(names)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_the_caller_for_twenty_classes(tmp_path):
+    label2id = {name: index for index, name in enumerate(TWENTY)}
+    assert convert_checkpoint(FIXTURES / "avit", tmp_path / "a", label2id=label2id).config.id2label[7] == "class 7"
+    given = {str(index): name for index, name in enumerate(TWENTY)}
+    assert convert_checkpoint(FIXTURES / "avit", tmp_path / "b", id2label=given).config.label2id == label2id
+
+
 def test_fewer_classes_are_not_imagenets(tmp_path):
     assert convert_checkpoint(FIXTURES / "avit", tmp_path).config.id2label[0] == "LABEL_0"
 

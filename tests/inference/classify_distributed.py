@@ -17,16 +17,27 @@ from tests.utils import lively_model, random_images
 NUM_IMAGES, THRESHOLD = 13, [2.235, 2.11]
 
 
+class Interrupted(list):
+    """As where somebody presses Ctrl-C while an image is being read."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise KeyboardInterrupt("while reading")
+        return super().__getitem__(index)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     images = list(random_images(NUM_IMAGES))
-    if sys.argv[2] != "none":
+    if sys.argv[2] == "interrupted":
+        images = Interrupted(images)
+    elif sys.argv[2] != "none":
         images[int(sys.argv[2])] = torch.zeros(2, 2)  # no image
     try:
         results = classify_across_processes(AdaptiveEngine(lively_model(threshold=THRESHOLD), batch_size=4), images)
         rows = [(result.index, result.exit_stage, result.logits) for result in results]
-    except (RuntimeError, ValueError) as error:
+    except (KeyboardInterrupt, RuntimeError, ValueError) as error:
         rows = f"{type(error).__name__}: {error}"
     torch.save(rows, Path(sys.argv[1]) / f"{state.process_index}.pt")
     state.wait_for_everyone()

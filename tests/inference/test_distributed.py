@@ -45,6 +45,12 @@ def test_all_processes_hear_of_a_failure(tmp_path):
     assert first.startswith("RuntimeError: Process 1 of 2 (inputs 1, 3 and so on) failed: ValueError: Input 1")
 
 
+def test_all_processes_hear_of_an_interrupt(tmp_path):
+    first, second = run_processes(tmp_path, "interrupted")
+    assert second == "KeyboardInterrupt: while reading"
+    assert first.startswith("RuntimeError: Process 1 of 2 (inputs 1, 3 and so on) failed: KeyboardInterrupt")
+
+
 def test_a_single_process():
     model, images = lively_model(threshold=THRESHOLD), random_images(7)
     results = classify_across_processes(AdaptiveEngine(model, batch_size=4), images)

@@ -294,6 +294,12 @@ class TestFaults:
             assert result.exit_stage == outputs.exit_stage
             torch.testing.assert_close(result.logits, outputs.logits[0], atol=1e-5, rtol=0)
 
+    def test_out_of_memory_leaves_the_oldest_first(self, model):
+        """Images whose batch did not fit run before those that came later."""
+        give_little_memory(model, 1, "accelerator", [])
+        engine = AdaptiveEngine(model, batch_size=4, in_order=False, threshold=100.0)  # all leave at the first stage
+        assert [result.index for result in engine(random_images(10))] == list(range(10))
+
     def test_out_of_memory_of_less_than_a_batch(self, model):
         images = random_images(5)
         give_little_memory(model, 3, "accelerator", [])

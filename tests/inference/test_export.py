@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -242,6 +243,24 @@ def test_onnx_is_in_float32_whatever_the_model_is_in(dtype, tmp_path):
     with torch.no_grad():
         expected = model.float()(images, threshold=0.0).logits
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_exports_between_two_steps_of_training(tmp_path):
+    """The gradients, of the weights' own dtype, come back and go on adding up."""
+    pytest.importorskip("onnxscript")
+    model, images = lively_model(thinking_stages=[1, 4], num_hidden_layers=1), random_images(2)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        each(images, labels=torch.tensor([0, 1])).loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    export_onnx(model, tmp_path, dtype=torch.float16)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is grads[name] and parameter.dtype == torch.float32
+    for each in (model, twin):
+        each(images, labels=torch.tensor([2, 3])).loss.backward()
+        torch.optim.SGD(each.parameters(), 0.1).step()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected)
 
 
 def test_refuses_to_export_in_bfloat16(tmp_path):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_thinkingvit import inference
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
+from hf_thinkingvit.models.staged_pipeline import StagedImageClassificationPipeline
 from tests.utils import SizedStream, lively_model, middle_threshold, random_images
 
 
@@ -92,6 +93,43 @@ def test_several_images_in_place_of_one(engine, picture):
     for several in ([picture, picture], (picture, 3), np.zeros((2, 32, 32, 3), dtype=np.uint8), {"image": picture}):
         with pytest.raises(ValueError, match="Expected one image|is not an image"):
             list(engine([several]))
+
+
+def both_ways(model, processor):
+    """The logits or scores of one image, by the engine and by the pipeline."""
+    classifier = StagedImageClassificationPipeline(model=model, image_processor=processor)
+    engine = AdaptiveEngine(model, processor)
+    return {
+        "engine": lambda image: next(iter(engine(image))).logits.tolist(),
+        "function": lambda image: next(iter(engine(lambda: image))).logits.tolist(),
+        "pipeline": lambda image: [result["score"] for result in classifier(image, top_k=12)],
+    }
+
+
+@pytest.mark.parametrize("way", ["engine", "function", "pipeline"])
+def test_arrays_of_wide_integers(engine, picture, way):
+    """16 bits are scaled like those of files; what has another range is refused in place of being cut or wrapped."""
+    answer = both_ways(engine.model, engine.processor)[way]
+    pixels = np.array(picture)
+    expected = answer(pixels)
+    wide = pixels.astype(np.uint16) * 257
+    for same in (
+        wide,
+        np.minimum(wide, 65435) + 100,
+        wide.astype(">u2"),
+        pixels.astype(np.int32),
+        pixels.astype(np.int64),
+    ):
+        assert answer(same) == expected
+    unknown = [wide.astype(dtype) for dtype in (np.int32, np.int64, np.uint32, np.uint64)]
+    for other in (*unknown, pixels.astype(np.int16) - 128):
+        with pytest.raises(ValueError, match=rf"uint16.*got {other.dtype} from .* whose range is unknown"):
+            answer(other)
+    if way == "function":  # elsewhere tensors are preprocessed already
+        planes = torch.from_numpy(wide).permute(2, 0, 1)
+        assert answer(planes) == expected
+        with pytest.raises(ValueError, match=r"got torch\.int32 from"):
+            answer(planes.to(torch.int32))
 
 
 def test_pixels_that_are_not_finite_run_every_stage(engine):

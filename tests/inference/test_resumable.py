@@ -27,6 +27,33 @@ def processes(path, count: int, facts=FACTS, names=NAMES) -> list[ResumableOutpu
     return [ResumableOutput(path, facts, names, state) for state in states][::-1]
 
 
+class Killed(Exception):
+    """Ends one process, or what ends the others that wait for it."""
+
+
+def process(path, index: int, count: int, facts=FACTS, killed_at: int | None = None):
+    """
+    The output of one of several processes, which is killed at a barrier; and what each barrier found: τ in the header,
+    and how many parts there were.
+    """
+    found = []
+
+    def wait_for_everyone():
+        header = path.with_name(f"{path.name}.run.json")
+        threshold = json.loads(header.read_text(encoding="utf-8"))["threshold"] if header.exists() else None
+        found.append((threshold, len(list(path.parent.glob(".*.part")))))
+        if len(found) == killed_at:
+            raise Killed
+
+    state = SimpleNamespace(
+        process_index=index, num_processes=count, is_main_process=index == 0, wait_for_everyone=wait_for_everyone
+    )
+    try:
+        return ResumableOutput(path, facts, NAMES, state), found
+    except Killed:
+        return None, found
+
+
 def answer(output: ResumableOutput, count: int | None = None) -> list[int]:
     for place in output.places[:count]:
         output.write(place, label=f"label {place}", score=0.5)
@@ -98,12 +125,89 @@ def test_a_run_of_something_else_is_refused(tmp_path, change):
     assert processes(path, 1, facts, names)[0].done == 0  # anew
 
 
-def test_parts_without_a_header_are_refused(tmp_path):
-    (output,) = processes(tmp_path / "out.jsonl", 1)
+@pytest.mark.parametrize("header", [None, b'{"model', b"[1]", b"\xff"])
+def test_parts_without_a_header_are_refused(tmp_path, header):
+    path, header_path = tmp_path / "out.jsonl", tmp_path / "out.jsonl.run.json"
+    (output,) = processes(path, 1)
     answer(output, 3)
-    (tmp_path / "out.jsonl.run.json").unlink()
-    with pytest.raises(FileExistsError, match="model was None"):
-        processes(tmp_path / "out.jsonl", 1)
+    header_path.unlink() if header is None else header_path.write_bytes(header)
+    with pytest.raises(
+        FileExistsError, match=r"run\.json.* is missing or damaged.*by removing .*\.out\.jsonl\.0\.part"
+    ):
+        processes(path, 1)
+    (tmp_path / ".out.jsonl.0.part").unlink()  # as the message says
+    assert processes(path, 1)[0].done == 0
+
+
+def test_nobody_opens_a_part_before_everybody_has_read_and_the_header_is_there(tmp_path):
+    """A finished run whose output was removed leaves a header; the next run is another one."""
+    path, other = tmp_path / "out.jsonl", {**FACTS, "threshold": 1.0}
+    (output,) = processes(path, 1)
+    answer(output)
+    finish([output])
+    path.unlink()
+    second, found = process(path, 1, 2, other)
+    assert found == [([0.5, 0.25], 0), ([0.5, 0.25], 0)]  # opened after both barriers
+    first, found = process(path, 0, 2, other)
+    assert found == [([0.5, 0.25], 1), (1.0, 1)]  # written between them
+    for output in (first, second):
+        answer(output, 2)
+    assert processes(path, 1, other)[0].done == 4
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_killed_before_the_header_is_there_for_all(tmp_path, killed_at, leftover):
+    """Answers of a second run, under another τ, are never taken for those of the first."""
+    path, other = tmp_path / "out.jsonl", {**FACTS, "threshold": 1.0}
+    if leftover:
+        (output,) = processes(path, 1)
+        answer(output)
+        finish([output])
+        path.unlink()
+    process(path, 0, 2, other, killed_at)
+    survivor, _ = process(path, 1, 2, other, killed_at=2)  # waits at the second barrier for the one that was killed
+    if survivor is not None:
+        answer(survivor, 2)
+    (output,) = processes(path, 1)
+    assert output.done == 0
+    answer(output)
+    assert finish([output]) == (len(NAMES), 0)
+    assert_complete(path)
+
+
+def test_images_that_could_not_be_read_are_tried_again(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first, second = processes(path, 2)
+    first.write(0, error="the disk was away")
+    second.write(1, error="the disk was away")
+    second.write(3, label="label 3", score=0.5)
+    for _ in range(2):  # the first of them is killed after it has failed again
+        (output,) = processes(path, 1)
+        assert output.done == 1 and output.places == [place for place in range(len(NAMES)) if place != 3]
+        output.write(1, error="damaged")
+    for place in output.places:
+        if place != 1:
+            output.write(place, label=f"label {place}", score=0.5)
+    assert finish([output]) == (len(NAMES) - 1, 1)
+    names = [json.loads(line)["name"] for line in path.read_bytes().split(b"\n")[:-1]]
+    assert names == [NAMES[0], *NAMES[2:]]  # once each
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_names_that_are_not_unicode(tmp_path, suffix):
+    path, names = tmp_path / f"out{suffix}", ["\udcff.png", "\ud800.png", "ü.png"]
+    facts = {**FACTS, "source": "folder \udcff"}
+    processes(path, 1, facts, names)[0].write(0, error="cannot read \udcff.png")
+    (output,) = processes(path, 1, facts, names)
+    for place in output.places:
+        output.write(place, label="cat")
+    assert finish([output]) == (3, 0)
+    if suffix == ".jsonl":
+        found = [json.loads(line)["name"] for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        found = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))["name"][:]
+    assert found == [r"\xff.png", r"\ud800.png", "ü.png"]
 
 
 def test_a_process_that_died_leaves_no_incomplete_output(tmp_path):

@@ -48,6 +48,7 @@ def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
     thinking_stages = _stated_stages(checkpoint, overrides)
     num_stages = len(thinking_stages or _projection_widths(checkpoint)) + (thinking_stages is None)
     if not is_supernet(checkpoint.state_dict, num_heads, num_stages):
+        _refuse_supernet_without_alphas(checkpoint, num_heads, num_stages, thinking_stages)
         return checkpoint.state_dict
     if thinking_stages is None:
         raise ValueError(
@@ -55,6 +56,21 @@ def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
             "Pass `thinking_stages`, the heads of each stage (--thinking-stages on the command line)."
         )
     return cut_supernet(checkpoint.state_dict, num_heads, thinking_stages)
+
+
+def _refuse_supernet_without_alphas(
+    checkpoint: Checkpoint, num_heads: int, num_stages: int, thinking_stages: list[int] | None
+) -> None:
+    """A supernet whose last α is missing looks like a later release with too many: say which are missing instead."""
+    alphas = [f"alpha.{index}" for index in range(num_heads)]
+    further = [name for name in alphas[num_stages - 1 :] if name in checkpoint.state_dict]
+    is_wider = thinking_stages is not None and max(thinking_stages) < num_heads
+    if len(further) > 1 or (further and is_wider):
+        missing = [name for name in alphas if name not in checkpoint.state_dict]
+        raise ValueError(
+            f"{checkpoint.path} is a supernet of {num_heads} heads, which has an α for each head, but it lacks "
+            f"{', '.join(missing)}. Is the file complete?"
+        )
 
 
 def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingViTConfig:
@@ -76,9 +92,9 @@ def _stated_stages(checkpoint: Checkpoint, overrides: dict) -> list[int] | None:
     stated = overrides.get("thinking_stages") or checkpoint.model_args.get("thinking_stages")
     if not stated:
         return None
-    words = re.split(r"[\s,]+", stated.strip("[]() ")) if isinstance(stated, str) else stated
+    words = re.split(r"[\s,]+", re.sub(r"[\[\]()'\"]", " ", stated).strip()) if isinstance(stated, str) else stated
     try:
-        stages = [int(word) if isinstance(word, str) else operator.index(word) for word in words]
+        stages = [_heads(word) for word in words]
     except (TypeError, ValueError):
         stages = []
     if not stages or any(heads < 1 for heads in stages):
@@ -87,6 +103,14 @@ def _stated_stages(checkpoint: Checkpoint, overrides: dict) -> list[int] | None:
             f"{stated!r}."
         )
     return stages
+
+
+def _heads(word: str | float) -> int:
+    if isinstance(word, float):
+        if not word.is_integer():
+            raise ValueError(f"{word} is not a number of heads")
+        return int(word)
+    return int(word) if isinstance(word, str) else operator.index(word)
 
 
 def _projection_widths(checkpoint: Checkpoint) -> list[int]:

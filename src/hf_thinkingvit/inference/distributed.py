@@ -31,7 +31,9 @@ def classify_across_processes(engine: AdaptiveEngine, inputs: Sequence[Any]) -> 
     results, failure = [], None
     try:
         results = [replace(result, index=places[result.index]) for result in engine(inputs[place] for place in places)]
-    except (Exception, SystemExit) as error:  # told to the others before it is raised: they wait for this process
+    except (
+        BaseException
+    ) as error:  # Ctrl-C too: told to the others before it is raised, since they wait for this process
         failure = error
     told = None if failure is None else f"{type(failure).__name__}: {failure}"
     parts = gather_object([(results, told)])

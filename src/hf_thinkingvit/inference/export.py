@@ -190,18 +190,21 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """
-    Meanwhile weights and buffers are cast to `dtype`. The tensors themselves come back afterwards: casting back would
-    round, and a copy of the model would be another one to what is bound to this one.
+    Meanwhile weights and buffers are cast to `dtype`, without gradients, which must be of the dtype of their weights.
+    The tensors themselves come back afterwards: casting back would round, and a copy of the model would be another one
+    to what is bound to this one.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
-    originals = [(tensor, tensor.data) for tensor in tensors.values() if tensor.dtype != dtype]
+    originals = [(tensor, tensor.data, tensor.grad) for tensor in tensors.values() if tensor.dtype != dtype]
     try:
-        for tensor, data in originals:
+        for tensor, data, _ in originals:
+            tensor.grad = None
             tensor.data = data.to(dtype)
         yield
     finally:
-        for tensor, data in originals:
+        for tensor, data, grad in originals:
             tensor.data = data
+            tensor.grad = grad
 
 
 def _pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..models.image_files import read_image
-from ..models.image_inputs import NO_DICT, check_one_image
+from ..models.image_inputs import NO_DICT, as_8_bits, check_one_image
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Reader:
             if isinstance(image, (str, Image.Image)) or hasattr(image, "__fspath__"):
                 image = read_image(image)
             check_one_image(image)
-            return Reading(index, self.processor(image, return_tensors="pt")["pixel_values"][0])
+            return Reading(index, self.processor(as_8_bits(image), return_tensors="pt")["pixel_values"][0])
         except Exception as error:  # decoders raise many types, and none of them says which image it was
             failure = ValueError(f"Cannot read the image {name[:200]}: {type(error).__name__}: {error}")
             failure.__cause__ = error

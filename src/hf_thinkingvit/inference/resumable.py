@@ -18,6 +18,16 @@ from transformers.image_processing_utils import BaseImageProcessor
 SUFFIXES = (".jsonl", ".parquet")
 
 
+def printable(text: str) -> str:
+    r"""Text with `\xff` in place of bytes that are not UTF-8: file names may hold them, files of answers may not."""
+    return re.sub("[\ud800-\udfff]", lambda found: _escaped(ord(found[0])), text)
+
+
+def _escaped(surrogate: int) -> str:
+    # Python decodes the byte b of a file name as U+DC00 + b; other lone surrogates come from Windows.
+    return f"\\x{surrogate - 0xDC00:02x}" if 0xDC80 <= surrogate <= 0xDCFF else f"\\u{surrogate:04x}"
+
+
 def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> str:
     """16 hexadecimal digits of everything that answers depend on: weights, configuration, image processor."""
     digest = hashlib.sha256()
@@ -45,41 +55,46 @@ class ResumableOutput:
     r"""
     A JSONL or Parquet file with a line for each image, in the order of the input.
 
-    While it is being written, each process adds lines to a hidden file of its own beside it, and `NAME.run.json` says
-    what is being answered. A later run, of any number of processes, first reads what all of them left; it is refused
-    where what it would write is not the same. The output itself appears only when it is complete.
+    While it is being written, each process adds lines to a hidden file of its own beside it (a part), and
+    `NAME.run.json` says what is being answered (the header). A later run, of any number of processes, first reads what
+    all of them left; it is refused where what it would write is not the same. Images that could not be read are tried
+    again. The output itself appears only when it is complete.
 
     Args:
         path (path): ends in `.jsonl` or `.parquet`.
         facts (`dict`): what the answers depend on (model, τ, source), as JSON.
-        names (`Sequence[str]`): one per image, in order.
+        names (`Sequence[str]`): one per image, in order; what is not Unicode in them is escaped.
         state (`PartialState`): of Accelerate; every process creates the output with the same arguments.
 
     Attributes:
         places (`list[int]`): images that this process has to answer.
-        done (`int`): images that earlier runs answered.
+        done (`int`): images that earlier runs answered, without those that they could not read.
 
     Raises:
-        FileExistsError: if the output is complete already, or its parts are of other facts; the message says which.
+        FileExistsError: if the output is complete already, or its parts are of other facts or without a header; the
+            message says which, and which files to remove to start anew.
         ValueError: for another suffix.
     """
 
     def __init__(self, path: str | os.PathLike, facts: Mapping[str, Any], names: Sequence[str], state: PartialState):
-        self.path, self.names, self.state = Path(path), names, state
+        self.path, self.names, self.state = Path(path), [printable(name) for name in names], state
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"The output must end in {' or '.join(SUFFIXES)}, got {self.path.name!r}.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.header = self.path.with_name(f"{self.path.name}.run.json")
         self._refuse_complete()
-        facts = json.loads(json.dumps({**facts, "images": len(names), "names": fingerprint(names)}))
+        facts = json.loads(json.dumps({**facts, "images": len(names), "names": fingerprint(self.names)}))
         self._refuse_other(facts)
-        lines = self._read_lines()
+        answered = {place for place, line in self._read_lines().items() if "error" not in line}
         # Nobody writes before everybody has read.
         state.wait_for_everyone()
         if state.is_main_process:
-            self._replace(self.header, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        self.done = len(lines)
-        self.places = [place for place in range(len(names)) if place not in lines][
+            # In place of a header that an earlier run left without parts.
+            self._replace(self.header, _as_json(facts, indent=1))
+        # Nobody opens a part before its header is there: a later run would take it for one of another header, or none.
+        state.wait_for_everyone()
+        self.done = len(answered)
+        self.places = [place for place in range(len(names)) if place not in answered][
             state.process_index :: state.num_processes
         ]
         part = self._part(state.process_index)
@@ -91,7 +106,7 @@ class ResumableOutput:
     def write(self, place: int, **line: Any) -> None:
         """The answer to the image at `place`; with `error`, why there is none, and the image is left out."""
         line = {"place": place, "name": self.names[place], **line}
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.write(_as_json(line))
         self._file.flush()
 
     def finish(self) -> tuple[int, int] | None:
@@ -119,7 +134,7 @@ class ResumableOutput:
             datasets.Dataset.from_list(good).to_parquet(temporary)
             temporary.replace(self.path)
         else:
-            self._replace(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in good))
+            self._replace(self.path, b"".join(map(_as_json, good)))
         self._remove_parts()
         return len(good), len(ordered) - len(good)
 
@@ -136,8 +151,11 @@ class ResumableOutput:
             part.unlink()
 
     def _read_lines(self) -> dict[int, dict[str, Any]]:
-        """The answers of all parts, by place. A line that was cut short or damaged counts as none."""
-        lines = {}
+        """
+        The answers of all parts, by place. A line that was cut short or damaged counts as none; one that says why an
+        image could not be read counts until another answers it.
+        """
+        lines: dict[int, dict[str, Any]] = {}
         for part in self._parts():
             for text in part.read_bytes().split(b"\n")[:-1]:  # not `splitlines`: names may hold other separators
                 try:
@@ -146,8 +164,8 @@ class ResumableOutput:
                     fits = place >= 0 and line["name"] == self.names[place]
                 except (ValueError, LookupError, TypeError):
                     continue
-                if fits:
-                    lines.setdefault(place, line)
+                if fits and "error" in lines.get(place, {"error": "none yet"}):
+                    lines[place] = line
         return lines
 
     def _refuse_complete(self) -> None:
@@ -158,12 +176,19 @@ class ResumableOutput:
         raise FileExistsError(f"{self.path} is there already, and complete. Choose another output.")
 
     def _refuse_other(self, facts: dict[str, Any]) -> None:
-        if not any(part.stat().st_size for part in self._parts()):
+        parts = [str(part) for part in self._parts() if part.stat().st_size]
+        if not parts:
             return
+        anew = f"Choose another output, or start anew by removing {', '.join(parts)}."
         try:
-            earlier = json.loads(self.header.read_text(encoding="utf-8"))
+            earlier = json.loads(self.header.read_bytes())
         except (OSError, ValueError):
-            earlier = {}
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise FileExistsError(
+                f"An unfinished run to {self.path} cannot be continued: {self.header}, which says what was being "
+                f"answered, is missing or damaged. {anew}"
+            )
         changes = [
             f"{name} was {earlier.get(name)!r} and is {facts.get(name)!r}"
             for name in {**earlier, **facts}
@@ -171,12 +196,16 @@ class ResumableOutput:
         ]
         if changes:
             raise FileExistsError(
-                f"An unfinished run to {self.path} is of something else: {'; '.join(changes)}. Choose another output, "
-                f"or start anew by removing {', '.join(str(part) for part in self._parts())}."
+                f"An unfinished run to {self.path} is of something else: {'; '.join(changes)}. {anew}"
             )
 
     @staticmethod
-    def _replace(path: Path, text: str) -> None:
+    def _replace(path: Path, content: bytes) -> None:
         temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
         temporary.replace(path)
+
+
+def _as_json(value: Any, **options: Any) -> bytes:
+    # What is not Unicode becomes an escape of JSON's.
+    return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "backslashreplace") + b"\n"

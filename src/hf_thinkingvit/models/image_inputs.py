@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from transformers.image_utils import is_numpy_array, is_pil_image, is_torch_tensor
 
@@ -73,4 +75,40 @@ def check_one_image(image: Any) -> None:
         raise ValueError(f"Expected one image, got a batch of shape {tuple(image.shape)}: give images one by one.")
 
 
-__all__ = ["NO_DICT", "check_one_image", "each_image", "is_one_image"]
+def as_8_bits(image: Any) -> Any:
+    """
+    Arrays and tensors of integers as uint8, 16-bit values scaled as those of files are; anything else as it is.
+
+    Image processors take all integers for 8-bit values: wider ones would leave the range that the model knows.
+
+    Args:
+        image: as callers hand it over. Unsigned 16-bit values end at 65535, floats are the image processor's to scale.
+
+    Raises:
+        ValueError: for other integers with values outside of 0 to 255, whose range is unknown.
+    """
+    if is_torch_tensor(image):
+        if image.is_floating_point() or image.dtype in (torch.uint8, torch.bool):
+            return image
+        values = image.to(torch.int64)
+        if image.dtype == torch.uint16:
+            return _scaled_to_8_bits(values).to(torch.uint8)
+    elif is_numpy_array(image) and image.dtype.kind in "iu" and image.dtype != np.uint8:
+        values = image
+        if image.dtype.kind == "u" and image.dtype.itemsize == 2:  # of either byte order
+            return _scaled_to_8_bits(values.astype(np.uint32)).astype(np.uint8)
+    else:
+        return image
+    if 0 not in values.shape and (values.min() < 0 or values.max() > 255):
+        raise ValueError(
+            f"Expected an image of 8-bit (uint8) or 16-bit (uint16) values or of floats, got {image.dtype} from "
+            f"{values.min().item()} to {values.max().item()}, whose range is unknown: scale it to uint8 first."
+        )
+    return values.to(torch.uint8) if is_torch_tensor(image) else values.astype(np.uint8)
+
+
+def _scaled_to_8_bits(values: Any) -> Any:
+    return (values * 255 + 32767) // 65535  # rounded
+
+
+__all__ = ["NO_DICT", "as_8_bits", "check_one_image", "each_image", "is_one_image"]

@@ -18,7 +18,7 @@ from transformers import ImageClassificationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .image_files import read_image
-from .image_inputs import check_one_image, each_image, is_one_image
+from .image_inputs import as_8_bits, check_one_image, each_image, is_one_image
 
 
 class StagedImageClassificationPipeline(ImageClassificationPipeline):
@@ -105,7 +105,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         try:
             check_one_image(image)
             image = read_image(image, timeout) if isinstance(image, (str, Image.Image)) else image
-            return super().preprocess(image)
+            return super().preprocess(as_8_bits(image))
         except Exception as error:  # decoders raise many types, and none of them says which image it was
             name = image if isinstance(image, str) else getattr(image, "filename", "") or repr(image)
             raise ValueError(
