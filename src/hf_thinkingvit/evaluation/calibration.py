@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..models.exit_criteria import EXIT_CRITERIA
 from ..public_names import public_name
 from .conditions import check_same_model
-from .splits import UNKNOWN, is_training_split
+from .splits import ALL, UNKNOWN, is_training_split
 from .sweep import StageAnswers, Threshold
 from .wording import at_least, at_most
 
@@ -218,6 +218,11 @@ def calibrate_risk(
         statement += (
             f" The calibration images are training images (split {answers.split!r}): for other images this promises "
             "nothing, unless the model was not trained on these."
+        )
+    elif answers.split in (ALL, UNKNOWN):
+        statement += (
+            f" Which split the images are of is not known ({answers.split!r}): this holds provided that the model was "
+            "not trained on them, nor its epoch chosen by them."
         )
     row = tested.row(kept)
     return Calibration(
