@@ -23,7 +23,7 @@ def parquet(path):
 def test_training_images_must_be_asked_for(tmp_path):
     parquet(tmp_path / "train.parquet")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="none of the splits validation, test, val, only train .*: name the one"):
+        with pytest.raises(ValueError, match="none of the splits validation, test, val, only train.*: name the one"):
             evaluation_rows(str(tmp_path), None, streaming)
     with pytest.raises(ValueError, match="none of the splits"):
         evaluate_thresholds(model(), str(tmp_path), PROCESSOR, progress=False)

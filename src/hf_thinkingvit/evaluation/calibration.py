@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..models.exit_criteria import EXIT_CRITERIA
 from ..public_names import public_name
 from .conditions import check_same_model
-from .splits import ALL, UNKNOWN, is_training_split
+from .splits import UNKNOWN, is_training_split
+from .statements import calibration_statement
 from .sweep import StageAnswers, Threshold
 from .wording import at_least, at_most
 
@@ -38,18 +39,17 @@ class Calibration:
     Attributes:
         threshold: τ, one or one per exit.
         target: "accuracy_drop", "error", "macs" or "milliseconds".
-        statement: what was found, in a sentence.
         dataset, split, images: what it was found on; `images` are those that were tested or counted.
         epsilon, delta: of a promise; `None` for a budget.
         budget: GMACs or milliseconds per image; `None` for a promise.
         achieved: the risk (a fraction), GMACs or milliseconds per image on these images.
         top1, gmacs: accuracy (%) and cost at this τ on these images.
         conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
+        exits_early: whether any image leaves before the last stage at this τ.
     """
 
     threshold: float | list[float]
     target: str
-    statement: str
     dataset: str
     images: int
     achieved: float
@@ -60,9 +60,18 @@ class Calibration:
     budget: float | None = None
     split: str = UNKNOWN
     conditions: Mapping[str, Any] | None = None
+    exits_early: bool = True
+
+    @property
+    def statement(self) -> str:
+        """What was found, in a sentence; of the model that was measured only."""
+        return calibration_statement(asdict(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data to be saved and shared: of a local dataset only the name."""
+        """
+        As plain data to be saved and shared: of a local dataset only the name, and no sentence, which could be read
+        beside a model that has changed since.
+        """
         facts = {name: value for name, value in asdict(self).items() if value is not None}
         return facts | {"dataset": public_name(self.dataset)}
 
@@ -205,30 +214,10 @@ def calibrate_risk(
             f"probability {at_least(delta)} on these {len(tested)} images, not even the last stage for every image."
         )
     early = bool((tested.exit_stages(kept) < tested.num_stages - 1).any())
-    what = {
-        "accuracy_drop": f"at most {at_most(epsilon)} of images are right at the last stage and wrong where they exit",
-        "error": f"at most {at_most(epsilon)} of images are classified wrongly",
-    }[risk]
-    statement = (
-        f"With probability at least {at_least(delta)} over the choice of {len(tested)} calibration images, {what}."
-    )
-    if not early:
-        statement += " No τ at which an image exits early keeps this promise."
-    if training:
-        statement += (
-            f" The calibration images are training images (split {answers.split!r}): for other images this promises "
-            "nothing, unless the model was not trained on these."
-        )
-    elif answers.split in (ALL, UNKNOWN):
-        statement += (
-            f" Which split the images are of is not known ({answers.split!r}): this holds provided that the model was "
-            "not trained on them, nor its epoch chosen by them."
-        )
     row = tested.row(kept)
     return Calibration(
         threshold=kept,
         target=risk,
-        statement=statement,
         dataset=answers.dataset,
         images=len(tested),
         achieved=_means(tested, [kept], _failures(tested, risk)).item(),
@@ -238,6 +227,7 @@ def calibrate_risk(
         delta=delta,
         split=answers.split,
         conditions=answers.conditions,
+        exits_early=early,
     )
 
 
@@ -297,7 +287,6 @@ def calibrate_budget(
     return Calibration(
         threshold=threshold,
         target="macs" if milliseconds is None else "milliseconds",
-        statement=f"On {len(answers)} images, {cost:.4g} {unit} per image on average, within {budget!r}.",
         dataset=answers.dataset,
         images=len(answers),
         achieved=cost,

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
 from ..evaluation.splits import ALL, UNKNOWN
+from ..evaluation.statements import calibration_statement
 from ..models.config_checks import as_pair
 from ..models.exit_criteria import EXIT_CRITERIA, resolve_thresholds
 from ..public_names import public_name
@@ -156,6 +157,7 @@ def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str
     return {
         "calibration": calibration,
         "calibration_status": status,
+        "calibration_statement": calibration_statement(calibration),
         "calibration_threshold": _exactly(calibration.get("threshold")),
         "calibration_facts": [
             # τ, ε and δ to the last digit: a promise is of these and no others.
