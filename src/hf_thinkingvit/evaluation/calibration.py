@@ -46,6 +46,7 @@ class Calibration:
         top1, gmacs: accuracy (%) and cost at this τ on these images.
         conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
         exits_early: whether any image leaves before the last stage at this τ.
+        seen: why the images were not new to the model, in words, where that is known.
     """
 
     threshold: float | list[float]
@@ -61,6 +62,7 @@ class Calibration:
     split: str = UNKNOWN
     conditions: Mapping[str, Any] | None = None
     exits_early: bool = True
+    seen: str | None = None
 
     @property
     def statement(self) -> str:
@@ -167,23 +169,29 @@ def calibrate_risk(
             (Pareto testing, arXiv 2210.07913), and the promise is tested on the other half.
         candidates (`list`, *optional*): thresholds in the order in which to test them, fixed without looking at these
             images, from the safest on. By default the criterion's range in 1000 steps.
-        allow_training_images (`bool`): calibrate on a split of training images all the same, for instance one that this
-            model never saw; the statement then says so.
+        allow_training_images (`bool`): calibrate on training images all the same, for instance a split of that name
+            which this model never saw, or on those that chose its best epoch (`answers.seen`); the statement says so.
 
     Returns:
         [`Calibration`]. If no τ keeps the promise but the one at which nothing exits early, its statement says so.
 
     Raises:
         ValueError: if there are too few images for any promise (the message says how many it takes), or if not even
-            the last stage keeps it; for ε and δ that are not between 0 and 1; for training images.
+            the last stage keeps it; for ε and δ that are not between 0 and 1; for training images, and
+            images by which the model's best epoch was chosen.
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         if not 0 < value < 1:
             raise ValueError(f"`{name}` must be above 0 and below 1, got {value!r}.")
     if risk not in ("accuracy_drop", "error"):
         raise ValueError(f'`risk` must be "accuracy_drop" or "error", got {risk!r}.')
-    training = is_training_split(answers.split)
-    if training and not allow_training_images:
+    if answers.seen and not allow_training_images:
+        raise ValueError(
+            f"The calibration images are not new to the model: {answers.seen}. On them a model does better than on "
+            "others, so no promise follows. Calibrate on images that had no part in making it, or pass "
+            "`allow_training_images=True`."
+        )
+    if is_training_split(answers.split) and not allow_training_images:
         raise ValueError(
             f"The calibration images are training images (split {answers.split!r}): on them a model does better than "
             "on others, so no promise follows. Calibrate on images that it was not trained on; if these are such, name "
@@ -228,6 +236,7 @@ def calibrate_risk(
         split=answers.split,
         conditions=answers.conditions,
         exits_early=early,
+        seen=answers.seen,
     )
 
 
@@ -295,6 +304,7 @@ def calibrate_budget(
         budget=budget,
         split=answers.split,
         conditions=answers.conditions,
+        seen=answers.seen,
     )
 
 

@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..data import Rows, find_split, load_splits
+from ..public_names import UNNAMED, public_name
 
 
 ALL = "all"  # of data that have no splits
@@ -25,7 +26,9 @@ _FILES_OF_IMAGES = (".parquet", ".arrow", ".zip", ".tar", ".tar.gz", ".tgz")
 _LISTED = 64  # entries of a sub-folder that are looked at: a folder of one class may hold thousands of images
 
 
-def evaluation_rows(dataset: Any, split: str | None = None, streaming: bool = False) -> tuple[Rows, str]:
+def evaluation_rows(
+    dataset: Any, split: str | None = None, streaming: bool = False, trained_on: Mapping[str, str] | None = None
+) -> tuple[Rows, str]:
     """
     The images to evaluate on, and the name of their split.
 
@@ -33,6 +36,9 @@ def evaluation_rows(dataset: Any, split: str | None = None, streaming: bool = Fa
         dataset (`str`, `datasets.Dataset` or `datasets.IterableDataset`): as in
             [`~hf_thinkingvit.evaluation.evaluate_thresholds`].
         split (`str`, *optional*): the split to read; of a dataset that is no name, what its images are called.
+        streaming (`bool`): read a stream.
+        trained_on (`dict`, *optional*): the `training_data` of a model's configuration. By default a split is read
+            that made no part of the model, where there is one.
 
     Returns:
         The rows, and their split: as named; `"all"` for a folder or Parquet file that has no splits; for a
@@ -61,8 +67,50 @@ def evaluation_rows(dataset: Any, split: str | None = None, streaming: bool = Fa
             + (f" ({said})" if said else "")
             + ": name the one to evaluate on (`split`). Training images tell nothing of how a model does on others."
         )
-    wanted = split or next(candidate for candidate in CANDIDATES if candidate in splits)
+    candidates = [candidate for candidate in CANDIDATES if candidate in splits]
+    new = [candidate for candidate in candidates if why_not_new(trained_on, dataset, candidate) is None]
+    wanted = split or (new or candidates)[0]
     return find_split(splits, wanted, dataset), wanted
+
+
+def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) -> str | None:
+    """
+    What part images had in making a model, in words; `None` if none is recorded.
+
+    Args:
+        trained_on (`dict`, *optional*): the `training_data` of the model's configuration: `dataset` (a public name),
+            `split` (to learn from) and `selected_on` (the images by which the best epoch was chosen).
+        dataset (`str` or object of `datasets`): what the images are of; known by its name, see [`same_data`].
+        split (`str`): which of them, such as `"test[:50%]"` or `"train+test"`; `"all"` and `"unknown"` may be any.
+    """
+    if not trained_on or not same_data(trained_on.get("dataset"), dataset):
+        return None
+    learned, selected = str(trained_on.get("split") or ""), str(trained_on.get("selected_on") or "")
+    parts = {part.partition("[")[0].strip().lower() for part in split.split("+")}
+    whole = bool(parts & {ALL, UNKNOWN})
+    if whole or learned.lower() in parts:
+        return f"the model was trained on split {learned!r} of `{trained_on['dataset']}`"
+    if selected.lower() in parts:
+        return f"the best epoch of the model was chosen by split {selected!r} of `{trained_on['dataset']}`"
+    return None
+
+
+def same_data(recorded: str | None, dataset: Any) -> bool:
+    """
+    Whether two data sets are called the same: a public name, and a name, path or object of `datasets`. Who publishes it
+    and whether it lies here make no difference.
+    """
+    if not isinstance(dataset, str):
+        dataset = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    if not recorded or not dataset:
+        return False
+    name = public_name(dataset)
+    return name != UNNAMED and _letters(name.rpartition("/")[2]) == _letters(recorded.rpartition("/")[2])
+
+
+def _letters(name: str) -> str:
+    """Without what `datasets` changes in names."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def is_training_split(split: str) -> bool:

@@ -43,7 +43,9 @@ def _promise(facts: Mapping[str, Any]) -> str:
     )
     if not facts.get("exits_early", True):
         statement += " No τ at which an image exits early keeps this promise."
-    if is_training_split(split):
+    if facts.get("seen"):
+        statement += f" The calibration images are not new to the model ({facts['seen']}): for other images this promises nothing."
+    elif is_training_split(split):
         statement += (
             f" The calibration images are training images (split {split!r}): for other images this promises "
             "nothing, unless the model was not trained on these."
