@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..evaluation.macs import stage_macs
 from ..models.config_checks import check_integer, check_number
 from ..models.exit_criteria import resolve_thresholds
-from ..public_names import public_name
+from ..public_names import public_name, public_text
 
 
 PLOT_SUFFIXES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
@@ -74,8 +74,8 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrai
         config (`PreTrainedConfig`): of the model that they must be of.
 
     Returns:
-        `dict`, with `plot`, if there is one, as a path from the working directory; and of datasets that were named by
-        paths, as files of former versions do, only the names.
+        `dict`, with `plot`, if there is one, as a path from the working directory; and of all paths in other texts,
+        such as those of `split` and `training`, only the names.
 
     Raises:
         ValueError: if the file cannot be read, a value is not what it should be, or the results are of another model;
@@ -96,13 +96,20 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrai
 
 
 def without_paths(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Results or a calibration as they may be shared: of their datasets only the names."""
-    facts = dict(facts)
-    if facts.get("dataset") is not None:
-        facts["dataset"] = public_name(facts["dataset"])
-    if isinstance(facts.get("calibration"), Mapping):
-        facts["calibration"] = without_paths(facts["calibration"])
-    return facts
+    """Results or a calibration as they may be shared: names instead of paths, in every text but that of `plot`."""
+    return {name: value if name == "plot" else _without_paths(value, name) for name, value in facts.items()}
+
+
+def _without_paths(value: Any, name: str | None = None) -> Any:
+    if isinstance(value, (str, os.PathLike)) and (name == "dataset" or not isinstance(value, str)):
+        return public_name(value)
+    if isinstance(value, str):
+        return public_text(value)
+    if isinstance(value, Mapping):
+        return {key: _without_paths(entry, key) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(entry) for entry in value]
+    return value
 
 
 def published_calibration(calibration: Mapping[str, Any]) -> dict[str, Any]:
