@@ -88,7 +88,7 @@ def test_no_promise_from_images_that_chose_the_epoch():
     with pytest.raises(ValueError, match="not new to the model: the best epoch of the model was chosen .* pass `allow"):
         calibrate_risk(answers, 0.02)
     found = calibrate_risk(answers, 0.02, allow_training_images=True)
-    assert f"not new to the model ({seen}): for other images this promises nothing." in found.statement
+    assert f"not new to the model ({seen}); for others this promises nothing." in found.statement
     assert found.to_dict()["seen"] == seen
 
 
