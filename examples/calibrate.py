@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--per-exit", action="store_true", help="one τ per exit")
     parser.add_argument("--check", type=float, default=0.5, help="share of the images to check on")
     parser.add_argument("--seed", type=int, default=0, help="of which images those are")
-    parser.add_argument("--max-samples", type=int)
+    parser.add_argument("--max-samples", type=int, help="so many random images")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/calibrated"))

@@ -48,7 +48,7 @@ def main() -> None:
         type=label_map_argument,
         help="JSON file from the dataset's label names to the model's, or \"index\"",
     )
-    parser.add_argument("--max-samples", type=int)
+    parser.add_argument("--max-samples", type=int, help="so many random images; of a stream, the first")
     parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0)

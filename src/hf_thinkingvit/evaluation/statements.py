@@ -44,9 +44,7 @@ def _promise(facts: Mapping[str, Any]) -> str:
     if not facts.get("exits_early", True):
         statement += " No τ at which an image exits early keeps this promise."
     if seen := facts.get("seen"):
-        statement += (
-            f" The calibration images are not new to the model ({seen}), so this promises nothing for other images."
-        )
+        statement += f" The calibration images are not new to the model ({seen}); for others this promises nothing."
     elif is_training_split(split):
         statement += (
             f" The calibration images are training images (split {split!r}): for other images this promises "

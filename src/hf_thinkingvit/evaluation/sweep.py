@@ -229,7 +229,9 @@ def evaluate_thresholds(
             by default its own `split`.
         image_column, label_column (`str`, *optional*): found by their types where not given.
         label_map, restrict: see [`LabelMap`].
-        streaming, max_samples, batch_size, num_workers: how to read the images.
+        streaming, batch_size, num_workers: how to read the images.
+        max_samples (`int`, *optional*): read so many images only: a random sample, always the same; of a stream, the
+            first ones, which may be of a few labels only.
         accelerator (`Accelerator`, *optional*): a default one, so that `accelerate launch` on several processes works.
 
     Returns:
@@ -247,7 +249,7 @@ def evaluate_thresholds(
     trained_on = getattr(model.config, "training_data", None)
     rows, split = evaluation_rows(dataset, split, streaming, trained_on)
     seen = why_not_new(trained_on, dataset, split)
-    images = as_image_split(rows, name, image_column, label_column).take(max_samples)
+    images = as_image_split(rows, name, image_column, label_column).sample(max_samples)
     labels = LabelMap(model.config, images.label_names, label_map, restrict, name)
     model.to(accelerator.device)
     batches = accelerator.prepare(evaluation_batches(images, processor, batch_size, num_workers))
