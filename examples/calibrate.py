@@ -31,14 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
-    parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument("--split", help="by default validation, else test; first what is new to the model")
     parser.add_argument(
         "--label-map",
         type=label_map_argument,
         help="JSON file from the dataset's label names to the model's, or \"index\"",
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
-    parser.add_argument("--allow-training-images", action="store_true", help="promise from a split called train")
+    parser.add_argument("--allow-training-images", action="store_true", help="also on those that chose the epoch")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--max-drop", type=float, help="greatest fall of accuracy below the last stage's, a fraction")
     goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")

@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
-    parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument("--split", help="by default validation, else test; first what is new to the model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
     parser.add_argument("--thresholds", type=float, nargs="+", help="by default 24 over the range of the criterion")
     parser.add_argument(
