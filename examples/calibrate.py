@@ -31,14 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
-    parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument("--split", help="by default validation, else test; first what is new to the model")
     parser.add_argument(
         "--label-map",
         type=label_map_argument,
         help="JSON file from the dataset's label names to the model's, or \"index\"",
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
-    parser.add_argument("--allow-training-images", action="store_true", help="promise from a split called train")
+    parser.add_argument("--allow-training-images", action="store_true", help="also on those that chose the epoch")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--max-drop", type=float, help="greatest fall of accuracy below the last stage's, a fraction")
     goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--per-exit", action="store_true", help="one τ per exit")
     parser.add_argument("--check", type=float, default=0.5, help="share of the images to check on")
     parser.add_argument("--seed", type=int, default=0, help="of which images those are")
-    parser.add_argument("--max-samples", type=int)
+    parser.add_argument("--max-samples", type=int, help="so many random images")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/calibrated"))

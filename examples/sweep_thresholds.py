@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dataset", required=True, help="Hub id, folder of images or Parquet files, Parquet file")
-    parser.add_argument("--split", help="by default validation, else test")
+    parser.add_argument("--split", help="by default validation, else test; first what is new to the model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
     parser.add_argument("--thresholds", type=float, nargs="+", help="by default 24 over the range of the criterion")
     parser.add_argument(
@@ -48,7 +48,7 @@ def main() -> None:
         type=label_map_argument,
         help="JSON file from the dataset's label names to the model's, or \"index\"",
     )
-    parser.add_argument("--max-samples", type=int)
+    parser.add_argument("--max-samples", type=int, help="so many random images; of a stream, the first")
     parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0)

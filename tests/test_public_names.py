@@ -16,7 +16,7 @@ from hf_thinkingvit.evaluation import calibrate_budget, evaluate_thresholds
 from hf_thinkingvit.evaluation.plots import plot_accuracy_against_macs, save_figure
 from hf_thinkingvit.hub import push
 from hf_thinkingvit.image_processing import evaluation_image_processor
-from hf_thinkingvit.public_names import public_name
+from hf_thinkingvit.public_names import public_name, public_text
 from tests.training.tiny_runs import LABELS, flags, write_images
 from tests.utils import FIXTURES, lively_model
 
@@ -51,6 +51,15 @@ FOLDER = "secret-place"  # in the path of everything that is read and written he
         ("s3://bucket/key/mine.parquet", "mine.parquet"),
         *((home, "the dataset") for home in ("~", "~/", "/home/ada", "/Users/ada/", r"C:\Users\ada", "/", "C:\\")),
         ("https://ada:pw@example.org", "the dataset"),
+        *(
+            (home, "the dataset")
+            for home in ("/mnt/c/Users/ada", "/export/home/ada/", "/homes/ada", "//server/Users/ada")
+        ),
+        *(
+            (home, "the dataset")
+            for home in (r"\\server\Users\ada", r"\\server\share\home\ada", "s3://bucket/home/ada")
+        ),
+        ("/mnt/c/Users/ada/cifar10", "cifar10"),
     ],
 )
 def test_a_name_that_may_be_shared(dataset, name):
@@ -134,6 +143,49 @@ def test_what_former_versions_wrote_is_mended(place, tmp_path):
     results = {"dataset": str(place / "images"), "calibration": old, "stages": [{"top1": 1.0}, {"top1": 2.0}]}
     push(model, evaluation_image_processor(32), "org/name", results=results, dry_run=tmp_path / "push")
     assert "results.json" in assert_nothing_leaks(tmp_path / "push")
+
+
+@pytest.mark.parametrize(
+    "text, public",
+    [
+        ("/home/ada/val", "val"),
+        ("/home/ada/my data/val", "val"),
+        ("~/val", "val"),
+        (r"C:\Users\ada\val", "val"),
+        ("`/home/ada/imagenet`, split `train`, 12 images", "`imagenet`, split `train`, 12 images"),
+        ("distilled from /home/ada/teacher, 3 epochs", "distilled from teacher, 3 epochs"),
+        ("see file:///home/ada/log and https://ada:pw@example.org/x", "see log and x"),
+        ("https://example.org/x?token=hf_x", "x"),
+        *(
+            (text, text)
+            for text in (
+                *("test", "train[:10%]", "images/s", "3 of 3, 12 optimizer steps", "0.1 / 2", "org/teacher", "and/or"),
+                *("https://arxiv.org/abs/2012.12877", "see https://example.org/a/b for more", "τ = 0.5: on 3 images."),
+            )
+        ),
+    ],
+)
+def test_a_text_that_may_be_shared(text, public):
+    assert public_text(text) == public == public_text(public)
+
+
+def test_paths_in_results_are_not_published(place, tmp_path):
+    """Wherever they stand: the split, what is told of the training, and fields of the user's own."""
+    model = lively_model(thinking_stages=[2, 4])
+    here = str(place / "images")
+    results = {
+        "dataset": here,
+        "split": f"{here}/val",
+        "selected_on": here,
+        "stages": [{"top1": 1.0}, {"top1": 2.0}],
+        "training": {"data": here, "teacher": place / "model", "notes": [f"from {here}, twice"], "epochs": 3},
+        "environment": {"log": f"{place}/log.txt"},
+    }
+    push(model, evaluation_image_processor(32), "org/name", results=results, dry_run=tmp_path / "push")
+    assert "results.json" in assert_nothing_leaks(tmp_path / "push")
+    published = json.loads((tmp_path / "push" / "results.json").read_text(encoding="utf-8"))
+    told = {"data": "images", "teacher": "model", "notes": ["from images, twice"], "epochs": 3}
+    assert (published["split"], published["training"]) == ("val", told)
 
 
 def test_names_given_by_hand(place, tmp_path):

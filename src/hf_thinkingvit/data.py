@@ -19,6 +19,7 @@ from .models.image_files import as_rgb
 
 
 DIGITS = "sklearn-digits"
+SAMPLE_SEED = 0  # so that measurements of several models compare
 Rows = datasets.Dataset | datasets.IterableDataset
 
 
@@ -41,7 +42,19 @@ class ImageSplit:
     name: str
 
     def take(self, count: int | None) -> "ImageSplit":
+        """The first `count` images, all for `None`."""
         return self if count is None else replace(self, rows=self.rows.take(count))
+
+    def sample(self, count: int | None) -> "ImageSplit":
+        """
+        `count` random images in their order, always the same ones, and among them those of a smaller `count`; all for
+        `None`. Image folders are sorted by label, so that their first images are of a few labels. Of a stream, which
+        cannot be drawn from, the first ones.
+        """
+        if count is None or isinstance(self.rows, datasets.IterableDataset):
+            return self.take(count)
+        drawn = np.random.default_rng(SAMPLE_SEED).permutation(len(self.rows))[:count]
+        return replace(self, rows=self.rows.select(np.sort(drawn)))
 
 
 def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:

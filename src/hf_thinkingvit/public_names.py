@@ -9,6 +9,12 @@ from urllib.parse import unquote, urlsplit
 UNNAMED = "the dataset"  # for a path whose last component says nothing, or is the home folder's and so a user's name
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w", re.ASCII)
 _WINDOWS = re.compile(r"[A-Za-z]:(?![^\\/])|.*\\")  # a drive, or any backslash
+_ROOTED = re.compile(r"/|~[\w.-]*(/|$)|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\")
+# In a text: not a slash between words, nor one that stands alone.
+_PATHS = re.compile(
+    r"""[A-Za-z][A-Za-z0-9+.-]+://[^\s'"`<>]+|(?<![\w/\\.:~])(//?(?=[^\s/]+/)|~[\w.-]*/|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\)[^\s'"`<>,;]+"""
+)
+_PUBLIC_URL = re.compile(r"https?://[^\s@?]+")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # longer than a drive letter
 
 
@@ -36,6 +42,21 @@ def public_name(dataset: str | os.PathLike) -> str:
     return _of_path(name)
 
 
+def public_text(text: str) -> str:
+    """
+    A text in which every path, and every URL with more than an address in it, is replaced by its `public_name`.
+
+    A path is what begins like one (with a root, a drive, `~`, `./` or `../`), or what exists here. Web addresses
+    without a user, password or query stay, and so do texts in which a slash means something else (`"images/s"`).
+    """
+    stripped = text.strip()
+    if not _PUBLIC_URL.fullmatch(stripped):
+        is_local = _ROOTED.match(stripped) or ("/" in stripped and _exists(stripped))
+        if is_local and not _URL.match(stripped):
+            return public_name(stripped)
+    return _PATHS.sub(lambda found: found[0] if _PUBLIC_URL.fullmatch(found[0]) else public_name(found[0]), text)
+
+
 def _of_url(url: str) -> str:
     url = url.rsplit("::", 1)[-1]  # fsspec's chains: an archive's member, then the archive
     if not _URL.match(url):
@@ -52,7 +73,7 @@ def _of_url(url: str) -> str:
             return f"{path[1]}/{path[2].partition('@')[0]}"
     elif parts.scheme == "file":
         return public_name("/" + "/".join(path))
-    return path[-1] if path else UNNAMED
+    return _last(PurePosixPath("/", *path))
 
 
 def _of_path(path: str) -> str:
@@ -63,9 +84,9 @@ def _of_path(path: str) -> str:
 
 
 def _last(path: PurePath) -> str:
-    """The last component, unless it is the name of a user."""
-    is_home = len(path.parts) == 3 and path.parts[1] in ("home", "Users")
-    return UNNAMED if is_home else path.name or UNNAMED
+    """The last component, unless it is the name of a user: what lies in a folder of homes, wherever that is."""
+    folder = re.split(r"[\\/]", str(path.parent).rstrip("\\/"))[-1]
+    return UNNAMED if folder.lower() in ("home", "homes", "users") else path.name or UNNAMED
 
 
 def _exists(name: str) -> bool:

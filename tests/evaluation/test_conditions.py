@@ -21,6 +21,7 @@ from hf_thinkingvit.evaluation import (
     weights_fingerprint,
 )
 from hf_thinkingvit.evaluation.labels import LabelMap
+from hf_thinkingvit.evaluation.statements import calibration_statement
 from hf_thinkingvit.hub import model_card, push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.evaluation.test_calibration import draw
@@ -138,14 +139,39 @@ def test_fine_tuning_with_trainer_ends_it(folder, tmp_path):
 
 
 def test_published_files_promise_nothing_either(folder, tmp_path):
-    """Neither the configuration nor the results file repeats a statement that the card withholds."""
+    """Configuration and results hold facts only: a sentence in them would outlive what it is true of."""
     results = {"dataset": "org/animals", "calibration": calibrated().config.calibration}
     for name, overrides, promised in (("same", {}, True), ("other", {"threshold": 1.6}, False)):
         model = AutoModelForImageClassification.from_pretrained(folder, **overrides)
         written = push(model, evaluation_image_processor(32), "org/name", results=results, dry_run=tmp_path / name)
-        for file in ("README.md", "config.json", "results.json"):
-            assert (PROMISE in (written / file).read_text(encoding="utf-8")) == promised, file
-        assert PROMISE in model.config.calibration["statement"]  # the model itself is left as it is
+        assert (PROMISE in (written / "README.md").read_text(encoding="utf-8")) == promised
+        for file in ("config.json", "results.json"):
+            assert "robability" not in (written / file).read_text(encoding="utf-8"), file
+
+
+def test_no_sentence_is_saved_with_a_model(folder, tmp_path):
+    """It would stand unchanged in the configuration of whatever is made of the model."""
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    edit(model)
+    model.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["calibration"]
+    assert "statement" not in facts and "robability" not in json.dumps(facts)
+    assert (facts["epsilon"], facts["delta"], facts["images"]) == (0.02, 0.05, 2000)
+
+
+def test_sentences_that_former_versions_saved(tmp_path):
+    model = calibrated()
+    said = calibration_statement(model.config.calibration)
+    assert PROMISE in said
+    model.config.calibration["statement"] = "With probability at least 99.99% over the choice of nothing."
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert said in card(loaded) and "99.99%" not in card(loaded)  # what the facts say
+    written = push(loaded, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
+    assert "99.99%" not in (written / "config.json").read_text(encoding="utf-8")
+    assert "99.99%" in loaded.config.calibration["statement"]  # the model itself is left as it is
+    del loaded.config.calibration["target"]  # nothing to build a sentence from
+    assert "99.99%" in card(loaded)
 
 
 def test_results_of_another_calibration():
@@ -164,6 +190,13 @@ def test_what_former_versions_saved_cannot_be_verified():
     assert PROMISE not in text and "whether that still holds cannot be verified: which weights" in text
     model.config.threshold = 0.1
     assert "since changed: τ" in card(model)
+
+
+def test_a_field_that_is_no_more_is_a_change():
+    model = calibrated()
+    model.config.calibration["conditions"]["token_mixer"] = "attention"
+    status = calibration_status(model, model.config.calibration)
+    assert status.changed == ("`token_mixer` (attention then, no such field now)",)
 
 
 def test_budgets_end_too():

@@ -3,10 +3,12 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
 from hf_thinkingvit.conversion.labels import imagenet_1k_classes
-from hf_thinkingvit.evaluation import LabelMap, label_map_argument
+from hf_thinkingvit.evaluation import LabelMap, evaluate_accuracy, label_map_argument
+from tests.utils import lively_model, random_images
 
 
 CRANES = ["crane", "owl", "crane", "maillot"]
@@ -20,6 +22,28 @@ def config(names: list[str], **fields) -> PreTrainedConfig:
 
 def table(names: list[str], label_names: list[str], label_map=None, **fields) -> list[int]:
     return LabelMap(config(names, **fields), label_names, label_map, name="birds").table.tolist()
+
+
+def test_answers_that_are_no_numbers_are_wrong():
+    """For every class: `topk` takes NaN for the greatest value."""
+    labels = LabelMap(config(["a", "b", "c"]), ["a", "b", "c"])
+    truth = torch.arange(3)
+    assert not labels.hits(torch.full((3, 3), torch.nan), truth, 1).any()
+    spoilt = torch.eye(3)
+    spoilt[1, 1], spoilt[2, 0] = torch.inf, torch.nan
+    for top_k in (1, 3):
+        assert labels.hits(spoilt, truth, top_k).tolist() == [True, False, False]
+    some = LabelMap(config(["a", "b", "c"]), ["a", "b"], restrict=True)  # classes are left out by -inf
+    assert some.hits(torch.eye(3), torch.tensor([0, 1, 0]), 1).tolist() == [True, True, True]
+
+
+def test_a_model_that_answers_nan_is_never_right():
+    network = lively_model(thinking_stages=[2, 4])
+    torch.nn.init.constant_(network.classifier.weight, torch.nan)
+    labels = torch.arange(network.config.num_labels)
+    batches = [{"pixel_values": random_images(len(labels)), "labels": labels}]
+    measured = evaluate_accuracy(Accelerator(cpu=True), {"it": network}, batches)["it"]
+    assert measured["top1"] == measured["top5"] == [0.0, 0.0]
 
 
 class TestRepeatedNames:

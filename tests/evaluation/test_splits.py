@@ -1,11 +1,12 @@
 """Which images a figure is of, and that no promise is made from training images."""
 
+import os
 from dataclasses import replace
 
 import datasets
 import pytest
 
-from hf_thinkingvit.evaluation import calibrate_budget, calibrate_risk, evaluate_thresholds
+from hf_thinkingvit.evaluation import calibrate_budget, calibrate_risk, evaluate_thresholds, splits
 from hf_thinkingvit.evaluation.splits import evaluation_rows, is_training_split
 from hf_thinkingvit.hub import model_card
 from tests.evaluation.test_calibration import draw
@@ -22,7 +23,7 @@ def parquet(path):
 def test_training_images_must_be_asked_for(tmp_path):
     parquet(tmp_path / "train.parquet")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="none of the splits validation, test, val, only train: name the one"):
+        with pytest.raises(ValueError, match="none of the splits validation, test, val, only train.*: name the one"):
             evaluation_rows(str(tmp_path), None, streaming)
     with pytest.raises(ValueError, match="none of the splits"):
         evaluate_thresholds(model(), str(tmp_path), PROCESSOR, progress=False)
@@ -39,7 +40,7 @@ def test_the_split_is_recorded(tmp_path):
     assert evaluation_rows(str(tmp_path))[1] == "validation"
 
 
-def test_data_without_splits_are_not_training_data(tmp_path):
+def test_data_without_splits_are_all_of_them(tmp_path):
     """`datasets` calls them "train", by convention only."""
     file = parquet(tmp_path / "photographs.parquet")
     folder = tmp_path / "animals"
@@ -54,15 +55,70 @@ def test_data_without_splits_are_not_training_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place", ["train/a.parquet", "set/train.parquet", "set/data-train-0.parquet", "set/training/a.parquet"]
+    "place",
+    [
+        *("train/a.parquet", "set/train.parquet", "set/data-train-0.parquet", "set/training/a.parquet"),
+        *(
+            "Train/a.parquet",
+            "TRAIN/a.parquet",
+            "trainset/a.parquet",
+            "traindata/a.parquet",
+            "set/train_images/a.parquet",
+        ),
+        *("set/data/Train-0.parquet", "PetsTrain/a.parquet", "set/images/Training/a.parquet"),
+    ],
 )
-def test_names_of_files_and_folders_tell_training_data(place, tmp_path):
+def test_names_of_files_and_folders_tell(place, tmp_path):
     path = parquet(tmp_path / place)
-    with pytest.raises(ValueError, match="name the one to evaluate on"):
+    with pytest.raises(ValueError, match="only train .* says training images.*: name the one to evaluate on"):
         evaluation_rows(str(tmp_path / place.split("/")[0]))
-    if "train" in path.name:
-        with pytest.raises(ValueError, match="name the one to evaluate on"):
-            evaluation_rows(str(path))
+    with pytest.raises(ValueError, match="name the one to evaluate on"):
+        evaluation_rows(str(path))  # by its own name, or by that of a folder that holds it
+    link = tmp_path / "link"
+    link.symlink_to(path.parent)
+    with pytest.raises(ValueError, match="name the one to evaluate on"):
+        evaluation_rows(str(link))
+
+
+@pytest.mark.parametrize("place", ["strain", "restrained", "constraints", "trains", "trainers", "Testing", "val_set"])
+def test_other_words_tell_nothing(place, tmp_path):
+    path = tmp_path / place / "photographs"
+    parquet(path / "a.parquet")
+    assert evaluation_rows(str(path))[1] == "all"
+
+
+def test_folders_above_say_nothing_to_who_asks_for_all(tmp_path):
+    path = tmp_path / "training course" / "photographs"
+    parquet(path / "a.parquet")
+    with pytest.raises(ValueError, match="'training course' says training images"):
+        evaluation_rows(str(path))
+    assert evaluation_rows(str(path), "all")[1] == "all"
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("Train", "Test", "Valid"), ("trainset", "testset")])
+def test_splits_that_were_merged_are_refused(names, tmp_path):
+    """`datasets` reads these as one split, which would be evaluated, and calibrated on, as a whole."""
+    for name in names:
+        for label in ("cat", "dog"):
+            (tmp_path / name / label).mkdir(parents=True)
+            (tmp_path / name / label / "0.png").write_bytes(encoded_image(0))
+    for split in (None, "all", "train"):
+        with pytest.raises(ValueError, match=rf"several splits \(.*{names[1]}.*\).* Give the one folder"):
+            evaluation_rows(str(tmp_path), split)
+    rows, split = evaluation_rows(str(tmp_path / names[1]))
+    assert (len(rows), split) == (2, "all")
+
+
+def test_folders_of_many_images_are_not_listed(tmp_path, monkeypatch):
+    for index in range(200):
+        path = tmp_path / "animals" / "cat" / "indoors" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded_image(0))
+    seen = []
+    scandir = os.scandir
+    monkeypatch.setattr(splits.os, "scandir", lambda path: seen.append(str(path)) or scandir(path))
+    assert splits._says_train(str(tmp_path / "animals"), asked_for_all=False) is None
+    assert seen == [str(tmp_path / "animals"), str(tmp_path / "animals" / "cat")]
 
 
 def test_objects_say_what_they_are_of():
@@ -90,7 +146,10 @@ def test_what_training_images_are(split, training):
     answers = replace(draw(2000, 0), split=split)
     assert calibrate_budget(answers, gmacs=1.5).split == split  # no promise, and so no question
     if not training:
-        assert calibrate_risk(answers, 0.02).split == split
+        found = calibrate_risk(answers, 0.02)
+        assert found.split == split
+        assumed = "provided that the model was not trained on them, nor its epoch chosen by them"
+        assert (assumed in found.statement) == (split in ("all", "unknown"))
         return
     with pytest.raises(ValueError, match="are training images .* no promise follows"):
         calibrate_risk(answers, 0.02)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +191,20 @@ def test_refuses_models_that_do_not_choose_one_class(fields):
     ):
         with pytest.raises(ValueError, match="single-label classification, but this model's `problem_type` is"):
             measure()
+
+
+def test_some_of_the_images_are_of_all_labels():
+    """Of data that are sorted by label, as image folders are."""
+    rows = images([label for label in (0, 1, 2) for _ in range(200)])
+    split = as_image_split(rows, "animals")
+    labels = split.sample(60).rows["label"][:]
+    assert len(labels) == 60 and all(10 < labels.count(label) < 30 for label in (0, 1, 2))
+    assert labels == split.sample(60).rows["label"][:] == sorted(labels)  # the same, in their order
+    numbered = replace(split, rows=Dataset.from_dict({"number": range(600)}))
+    assert set(numbered.sample(20).rows["number"]) < set(numbered.sample(60).rows["number"])
+    assert len(split.sample(601).rows) == len(split.sample(None).rows) == 600
+    stream = replace(split, rows=split.rows.to_iterable_dataset())
+    assert [row["label"] for row in stream.sample(5).rows] == [0] * 5
+    answers, _ = evaluate_thresholds(model(), rows, PROCESSOR, max_samples=8, progress=False)
+    again, _ = evaluate_thresholds(model(), split.sample(8).rows, PROCESSOR, progress=False)
+    assert len(answers) == 8 and torch.equal(answers.scores, again.scores)

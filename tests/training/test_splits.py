@@ -9,6 +9,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit.data import evaluation_batches
 from hf_thinkingvit.evaluation.accuracy import evaluate_accuracy
+from hf_thinkingvit.public_names import public_name
 from hf_thinkingvit.training import TrainingConfig, TrainingRun, parse_config, train
 from hf_thinkingvit.training.continuation import as_begun
 from hf_thinkingvit.training.data import load_data
@@ -156,6 +157,18 @@ class TestOutcome:
             assert "best epoch was chosen by its accuracy on `held out from train`" in card
             assert f"| stage 1 | {measured['top1'][-1]:.2f} |" in card
             assert "split: test\n" in card  # of the model index
+
+    def test_saved_models_record_the_images_that_made_them(self, run, train_and_test, tmp_path):
+        folder, _, _ = run
+        name = public_name(str(train_and_test))
+        for saved in ("best", "last"):
+            config = AutoModelForImageClassification.from_pretrained(folder / saved).config
+            recorded = {"dataset": name, "split": "train", "selected_on": "held out from train"}
+            assert config.training_data == recorded
+        # A run that starts from such a model records its own.
+        train(parse_config(flags(train_and_test, tmp_path, max_steps=1, from_pretrained=folder / "best")))
+        config = AutoModelForImageClassification.from_pretrained(tmp_path / "best").config
+        assert config.training_data == {"dataset": name, "split": "train", "selected_on": "test"}
 
     def test_a_finished_run_reports_the_same_again(self, run):
         _, words, results = run

@@ -20,6 +20,12 @@ def answers(model: nn.Module, pixel_values: torch.Tensor) -> tuple[tuple[torch.T
     return outputs.get("stage_logits") or (outputs.logits,), measured
 
 
+def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Which of the best five classes is right, bool `(batch, up to 5)`; none where a logit is no finite number."""
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    return (best == labels[:, None]) & logits.isfinite().all(dim=-1, keepdim=True)
+
+
 @torch.no_grad()
 def evaluate_accuracy(
     accelerator: Accelerator, models: dict[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]]
@@ -53,7 +59,7 @@ def evaluate_accuracy(
             for name, model in models.items():
                 with accelerator.autocast():
                     logits, measured = answers(model, batch["pixel_values"])
-                hits = [stage.topk(min(5, stage.shape[-1]), dim=-1).indices == labels[:, None] for stage in logits]
+                hits = [_hits(stage, labels) for stage in logits]
                 columns = [hit[:, 0] for hit in hits] + [hit.any(dim=1) for hit in hits] + list(measured.values())
                 names[name] = list(measured)
                 rows = accelerator.gather_for_metrics(torch.stack([column.float() for column in columns], dim=1))

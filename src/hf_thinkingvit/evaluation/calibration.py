@@ -23,6 +23,7 @@ from ..models.exit_criteria import EXIT_CRITERIA
 from ..public_names import public_name
 from .conditions import check_same_model
 from .splits import UNKNOWN, is_training_split
+from .statements import calibration_statement
 from .sweep import StageAnswers, Threshold
 from .wording import at_least, at_most
 
@@ -38,18 +39,18 @@ class Calibration:
     Attributes:
         threshold: τ, one or one per exit.
         target: "accuracy_drop", "error", "macs" or "milliseconds".
-        statement: what was found, in a sentence.
         dataset, split, images: what it was found on; `images` are those that were tested or counted.
         epsilon, delta: of a promise; `None` for a budget.
         budget: GMACs or milliseconds per image; `None` for a promise.
         achieved: the risk (a fraction), GMACs or milliseconds per image on these images.
         top1, gmacs: accuracy (%) and cost at this τ on these images.
         conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
+        exits_early: whether any image leaves before the last stage at this τ.
+        seen: why the images were not new to the model, in words, where that is known.
     """
 
     threshold: float | list[float]
     target: str
-    statement: str
     dataset: str
     images: int
     achieved: float
@@ -60,9 +61,19 @@ class Calibration:
     budget: float | None = None
     split: str = UNKNOWN
     conditions: Mapping[str, Any] | None = None
+    exits_early: bool = True
+    seen: str | None = None
+
+    @property
+    def statement(self) -> str:
+        """What was found, in a sentence; of the model that was measured only."""
+        return calibration_statement(asdict(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data to be saved and shared: of a local dataset only the name."""
+        """
+        As plain data to be saved and shared: of a local dataset only the name, and no sentence, which could be read
+        beside a model that has changed since.
+        """
         facts = {name: value for name, value in asdict(self).items() if value is not None}
         return facts | {"dataset": public_name(self.dataset)}
 
@@ -158,23 +169,29 @@ def calibrate_risk(
             (Pareto testing, arXiv 2210.07913), and the promise is tested on the other half.
         candidates (`list`, *optional*): thresholds in the order in which to test them, fixed without looking at these
             images, from the safest on. By default the criterion's range in 1000 steps.
-        allow_training_images (`bool`): calibrate on a split of training images all the same, for instance one that this
-            model never saw; the statement then says so.
+        allow_training_images (`bool`): calibrate on training images all the same, for instance a split of that name
+            which this model never saw, or on those that chose its best epoch (`answers.seen`); the statement says so.
 
     Returns:
         [`Calibration`]. If no τ keeps the promise but the one at which nothing exits early, its statement says so.
 
     Raises:
         ValueError: if there are too few images for any promise (the message says how many it takes), or if not even
-            the last stage keeps it; for ε and δ that are not between 0 and 1; for training images.
+            the last stage keeps it; for ε and δ that are not between 0 and 1; for training images, and
+            images by which the model's best epoch was chosen.
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         if not 0 < value < 1:
             raise ValueError(f"`{name}` must be above 0 and below 1, got {value!r}.")
     if risk not in ("accuracy_drop", "error"):
         raise ValueError(f'`risk` must be "accuracy_drop" or "error", got {risk!r}.')
-    training = is_training_split(answers.split)
-    if training and not allow_training_images:
+    if answers.seen and not allow_training_images:
+        raise ValueError(
+            f"The calibration images are not new to the model: {answers.seen}. On them a model does better than on "
+            "others, so no promise follows. Calibrate on images that had no part in making it, or pass "
+            "`allow_training_images=True`."
+        )
+    if is_training_split(answers.split) and not allow_training_images:
         raise ValueError(
             f"The calibration images are training images (split {answers.split!r}): on them a model does better than "
             "on others, so no promise follows. Calibrate on images that it was not trained on; if these are such, name "
@@ -205,25 +222,10 @@ def calibrate_risk(
             f"probability {at_least(delta)} on these {len(tested)} images, not even the last stage for every image."
         )
     early = bool((tested.exit_stages(kept) < tested.num_stages - 1).any())
-    what = {
-        "accuracy_drop": f"at most {at_most(epsilon)} of images are right at the last stage and wrong where they exit",
-        "error": f"at most {at_most(epsilon)} of images are classified wrongly",
-    }[risk]
-    statement = (
-        f"With probability at least {at_least(delta)} over the choice of {len(tested)} calibration images, {what}."
-    )
-    if not early:
-        statement += " No τ at which an image exits early keeps this promise."
-    if training:
-        statement += (
-            f" The calibration images are training images (split {answers.split!r}): for other images this promises "
-            "nothing, unless the model was not trained on these."
-        )
     row = tested.row(kept)
     return Calibration(
         threshold=kept,
         target=risk,
-        statement=statement,
         dataset=answers.dataset,
         images=len(tested),
         achieved=_means(tested, [kept], _failures(tested, risk)).item(),
@@ -233,6 +235,8 @@ def calibrate_risk(
         delta=delta,
         split=answers.split,
         conditions=answers.conditions,
+        exits_early=early,
+        seen=answers.seen,
     )
 
 
@@ -292,7 +296,6 @@ def calibrate_budget(
     return Calibration(
         threshold=threshold,
         target="macs" if milliseconds is None else "milliseconds",
-        statement=f"On {len(answers)} images, {cost:.4g} {unit} per image on average, within {budget!r}.",
         dataset=answers.dataset,
         images=len(answers),
         achieved=cost,
@@ -301,6 +304,7 @@ def calibrate_budget(
         budget=budget,
         split=answers.split,
         conditions=answers.conditions,
+        seen=answers.seen,
     )
 
 

@@ -139,7 +139,8 @@ class LabelMap:
             top_k (`int`): how many of the answer's best classes count.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch,)`: whether one of them is right.
+            `torch.BoolTensor` of shape `(batch,)`: whether one of them is right. An answer with a logit that is no
+            finite number is wrong: its order means nothing.
 
         Raises:
             ValueError: for a label that is no class.
@@ -151,10 +152,11 @@ class LabelMap:
         targets = labels
         if self.table is not None:
             targets = torch.where(labels < 0, -1, self.table.to(labels.device)[labels.clamp(min=0)])
+        finite = logits.isfinite().all(dim=-1)
         if self.excluded is not None:
             logits = logits.masked_fill(self.excluded.to(logits.device), float("-inf"))
         best = logits.topk(min(top_k, self.num_classes), dim=-1).indices
-        return (best[:, :, None] == targets[:, None, :]).any(dim=(1, 2))
+        return (best[:, :, None] == targets[:, None, :]).any(dim=(1, 2)) & finite
 
     @staticmethod
     def counted(labels: torch.Tensor) -> torch.Tensor:

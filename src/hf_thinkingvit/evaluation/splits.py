@@ -2,21 +2,33 @@
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..data import Rows, find_split, load_splits
+from ..public_names import UNNAMED, public_name
 
 
 ALL = "all"  # of data that have no splits
 UNKNOWN = "unknown"  # of a `datasets.Dataset` that does not say
 CANDIDATES = ("validation", "test", "val")
 
-# As `datasets` finds splits in the names of files and folders.
-_NAMED_TRAINING = re.compile(r"(^|[-._ 0-9])train(ing)?([-._ 0-9]|$)")
+# At the beginning of a word, so "strain" is none; trains, trainers and trainees are things that images show.
+_TRAINING = r"((?<![A-Za-z])(?i:train)|(?<=[a-z])Train)(?!(?i:s|ers?|ees?)(?![A-Za-z]))"
+_NAMED = {
+    "training": re.compile(_TRAINING),
+    "validation": re.compile(r"(?<![a-z])(val|valid|validation|dev)(set|data|images)?(?![a-z])", re.IGNORECASE),
+    "test": re.compile(r"(?<![a-z])(test|testing|eval|evaluation)(set|data|images)?(?![a-z])", re.IGNORECASE),
+}
+_FILES_OF_IMAGES = (".parquet", ".arrow", ".zip", ".tar", ".tar.gz", ".tgz")
+_LISTED = 64  # entries of a sub-folder that are looked at: a folder of one class may hold thousands of images
 
 
-def evaluation_rows(dataset: Any, split: str | None = None, streaming: bool = False) -> tuple[Rows, str]:
+def evaluation_rows(
+    dataset: Any, split: str | None = None, streaming: bool = False, trained_on: Mapping[str, str] | None = None
+) -> tuple[Rows, str]:
     """
     The images to evaluate on, and the name of their split.
 
@@ -24,28 +36,81 @@ def evaluation_rows(dataset: Any, split: str | None = None, streaming: bool = Fa
         dataset (`str`, `datasets.Dataset` or `datasets.IterableDataset`): as in
             [`~hf_thinkingvit.evaluation.evaluate_thresholds`].
         split (`str`, *optional*): the split to read; of a dataset that is no name, what its images are called.
+        streaming (`bool`): read a stream.
+        trained_on (`dict`, *optional*): the `training_data` of a model's configuration. By default a split is read
+            that made no part of the model, where there is one.
 
     Returns:
         The rows, and their split: as named; `"all"` for a folder or Parquet file that has no splits; for a
-        `datasets.Dataset` its own `split`, or `"unknown"`. `datasets` calls data without splits "train"; only where
-        the name of a file or folder says so does it count as training data here.
+        `datasets.Dataset` its own `split`, or `"unknown"`. `datasets` calls data without splits "train". Here they are
+        training images only where a name says so: of a folder on the way to them (as it is written, and with links
+        resolved), of a folder in the first two levels below, of a Parquet file or an archive.
 
     Raises:
-        ValueError: if there is no such split, or none was named and there are only others, such as training images.
+        ValueError: if there is no such split; if none was named and there are only others, such as training images; if
+            `datasets` reads folders that are called like several splits (`Training`, `Testing`) as one.
     """
     if not isinstance(dataset, str):
         named = split or getattr(dataset, "split", None)
         return dataset, str(named) if named else UNKNOWN
     splits = load_splits(dataset, streaming)
-    if split in (None, ALL) and list(splits) == ["train"] and not _says_train(dataset):
-        return splits["train"], ALL
+    said = None
+    if list(splits) == ["train"]:
+        _check_not_merged(dataset)
+        if split in (None, ALL):
+            said = _says_train(dataset, asked_for_all=split == ALL)
+            if said is None:
+                return splits["train"], ALL
     if split is None and not any(candidate in splits for candidate in CANDIDATES):
         raise ValueError(
-            f"`{dataset}` has none of the splits {', '.join(CANDIDATES)}, only {', '.join(splits)}: name the one to "
-            "evaluate on (`split`). Training images tell nothing of how a model does on others."
+            f"`{dataset}` has none of the splits {', '.join(CANDIDATES)}, only {', '.join(splits)}"
+            + (f" ({said})" if said else "")
+            + ": name the one to evaluate on (`split`). Training images tell nothing of how a model does on others."
         )
-    wanted = split or next(candidate for candidate in CANDIDATES if candidate in splits)
+    candidates = [candidate for candidate in CANDIDATES if candidate in splits]
+    new = [candidate for candidate in candidates if why_not_new(trained_on, dataset, candidate) is None]
+    wanted = split or (new or candidates)[0]
     return find_split(splits, wanted, dataset), wanted
+
+
+def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) -> str | None:
+    """
+    What part images had in making a model, in words; `None` if none is recorded.
+
+    Args:
+        trained_on (`dict`, *optional*): the `training_data` of the model's configuration: `dataset` (a public name),
+            `split` (to learn from) and `selected_on` (the images by which the best epoch was chosen).
+        dataset (`str` or object of `datasets`): what the images are of; known by its name, see [`same_data`].
+        split (`str`): which of them, such as `"test[:50%]"` or `"train+test"`; `"all"` and `"unknown"` may be any.
+    """
+    if not trained_on or not same_data(trained_on.get("dataset"), dataset):
+        return None
+    learned, selected = str(trained_on.get("split") or ""), str(trained_on.get("selected_on") or "")
+    parts = {part.partition("[")[0].strip().lower() for part in split.split("+")}
+    whole = bool(parts & {ALL, UNKNOWN})
+    if whole or learned.lower() in parts:
+        return f"the model was trained on split {learned!r} of `{trained_on['dataset']}`"
+    if selected.lower() in parts:
+        return f"the best epoch of the model was chosen by split {selected!r} of `{trained_on['dataset']}`"
+    return None
+
+
+def same_data(recorded: str | None, dataset: Any) -> bool:
+    """
+    Whether two data sets are called the same: a public name, and a name, path or object of `datasets`. Who publishes it
+    and whether it lies here make no difference.
+    """
+    if not isinstance(dataset, str):
+        dataset = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    if not recorded or not dataset:
+        return False
+    name = public_name(dataset)
+    return name != UNNAMED and _letters(name.rpartition("/")[2]) == _letters(recorded.rpartition("/")[2])
+
+
+def _letters(name: str) -> str:
+    """Without what `datasets` changes in names."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def is_training_split(split: str) -> bool:
@@ -53,13 +118,54 @@ def is_training_split(split: str) -> bool:
     return any(part.strip().lower().startswith("train") for part in split.split("+"))
 
 
-def _says_train(dataset: str) -> bool:
-    """Whether the single split of `dataset` is one of training images by its name, and not only by convention."""
+def _says_train(dataset: str, asked_for_all: bool) -> str | None:
+    """
+    What says that the single split of `dataset` is one of training images, and not only by convention; `None` if
+    nothing does. Folders above the data say nothing to who asks for all of them by name.
+    """
     path = Path(dataset)
     if not path.exists():  # on the Hub, who publishes a single split "train" means it
-        return True
-    if _NAMED_TRAINING.search(os.path.basename(os.path.abspath(path))):
-        return True
-    if (path / "README.md").is_file():  # which can name the splits
-        return True
-    return any(_NAMED_TRAINING.search(name) for _, folders, files in os.walk(path) for name in (*folders, *files))
+        return "so its publisher calls them"
+    written, resolved = Path(os.path.abspath(path)), Path(os.path.realpath(path))
+    above = [] if asked_for_all else [*written.parts[:-1], *resolved.parts[:-1]]
+    for name in (written.name, resolved.name, *above, *_names_below(path)):
+        if _NAMED["training"].search(name):
+            return f"the name {name!r} says training images"
+    if (path / "README.md").is_file():
+        return "its README.md can name splits"
+    return None
+
+
+def _check_not_merged(dataset: str) -> None:
+    """Refuse folders and files that are called like several splits, where `datasets` found one."""
+    path = Path(dataset)
+    if not path.is_dir() or (path / "README.md").is_file():  # which can name the splits
+        return
+    found: dict[str, str] = {}
+    for name in _names_below(path):
+        for kind, named in _NAMED.items():
+            if named.search(name):
+                found.setdefault(kind, name)
+    if len(found) > 1:
+        raise ValueError(
+            f"`{dataset}` holds what is called like several splits ({', '.join(sorted(set(found.values())))}), but "
+            "`datasets`, which knows train, validation and test in lower case, reads all of it as one. Give the one "
+            "folder or file to evaluate on as the dataset, or rename them."
+        )
+
+
+def _names_below(path: Path) -> Iterator[str]:
+    """Folders of the first two levels, and Parquet files and archives in them; without a walk over all images."""
+    if not path.is_dir():
+        return
+    with os.scandir(path) as entries:
+        first = [(entry.name, entry.path, entry.is_dir()) for entry in entries]
+    for name, place, is_folder in sorted(first):
+        if is_folder:
+            yield name
+            with os.scandir(place) as entries:
+                for entry in islice(entries, _LISTED):
+                    if entry.is_dir() or entry.name.lower().endswith(_FILES_OF_IMAGES):
+                        yield entry.name
+        elif name.lower().endswith(_FILES_OF_IMAGES):
+            yield name

@@ -19,7 +19,7 @@ from ..public_names import public_name
 from .conditions import model_conditions
 from .labels import LabelMap
 from .macs import stage_macs
-from .splits import UNKNOWN, evaluation_rows
+from .splits import UNKNOWN, evaluation_rows, why_not_new
 
 
 Threshold = float | Sequence[float]
@@ -38,6 +38,7 @@ class StageAnswers:
         dataset (`str`): what the images are of; a name that may be shared.
         split (`str`): which of them: a split's name, `"all"` of data without splits, or `"unknown"`.
         conditions (`dict`, *optional*): the model that was measured, as [`model_conditions`] describes it.
+        seen (`str`, *optional*): why the images are not new to the model, in words, where its configuration records it.
     """
 
     scores: torch.Tensor
@@ -50,6 +51,7 @@ class StageAnswers:
     dataset: str
     split: str = UNKNOWN
     conditions: Mapping[str, Any] | None = None
+    seen: str | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -132,6 +134,7 @@ def collect_stage_answers(
     accelerator: Accelerator | None = None,
     progress: bool = True,
     split: str = UNKNOWN,
+    seen: str | None = None,
 ) -> StageAnswers:
     """
     Run every stage once on every image. Every process calls it; each gets all answers.
@@ -143,6 +146,7 @@ def collect_stage_answers(
         accelerator (`Accelerator`, *optional*): gathers what several processes compute.
         progress (`bool`): show a progress bar, on the main process.
         split (`str`): what to call the split that the images are of.
+        seen (`str`, *optional*): why the images are not new to the model.
 
     Raises:
         ValueError: if the model does not think in stages, or there are no images with labels.
@@ -188,6 +192,7 @@ def collect_stage_answers(
         dataset=public_name(labels.name),
         split=split,
         conditions=model_conditions(model),
+        seen=seen,
     )
 
 
@@ -218,11 +223,15 @@ def evaluate_thresholds(
         processor (`BaseImageProcessor`): the model's.
         thresholds (`list`): each one τ, or a list with one per exit; in any order.
         split (`str`, *optional*): of a dataset given by name; "validation", else "test", else "val" by default, and
-            "all" for a folder or Parquet file without splits. Training images must be asked for by name. Of a dataset
-            given as an object, what to call its images; by default its own `split`.
+            "all" for a folder or Parquet file without splits. Of these three, one by which the best epoch of the model
+            was chosen comes last: `training_data` of its configuration records that of the data set of the same public
+            name. Training images must be asked for by name. Of a dataset given as an object, what to call its images;
+            by default its own `split`.
         image_column, label_column (`str`, *optional*): found by their types where not given.
         label_map, restrict: see [`LabelMap`].
-        streaming, max_samples, batch_size, num_workers: how to read the images.
+        streaming, batch_size, num_workers: how to read the images.
+        max_samples (`int`, *optional*): read so many images only: a random sample, always the same; of a stream, the
+            first ones, which may be of a few labels only.
         accelerator (`Accelerator`, *optional*): a default one, so that `accelerate launch` on several processes works.
 
     Returns:
@@ -237,10 +246,12 @@ def evaluate_thresholds(
         ExitRule.from_config(model.config, threshold)
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
     name = dataset if isinstance(dataset, str) else "the dataset"
-    rows, split = evaluation_rows(dataset, split, streaming)
-    images = as_image_split(rows, name, image_column, label_column).take(max_samples)
+    trained_on = getattr(model.config, "training_data", None)
+    rows, split = evaluation_rows(dataset, split, streaming, trained_on)
+    seen = why_not_new(trained_on, dataset, split)
+    images = as_image_split(rows, name, image_column, label_column).sample(max_samples)
     labels = LabelMap(model.config, images.label_names, label_map, restrict, name)
     model.to(accelerator.device)
     batches = accelerator.prepare(evaluation_batches(images, processor, batch_size, num_workers))
-    answers = collect_stage_answers(model, batches, labels, accelerator, progress, split)
+    answers = collect_stage_answers(model, batches, labels, accelerator, progress, split, seen)
     return answers, [answers.row(threshold) for threshold in thresholds]

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
-from ..evaluation.splits import ALL, UNKNOWN
+from ..evaluation.splits import ALL, UNKNOWN, same_data, why_not_new
+from ..evaluation.statements import calibration_statement
 from ..models.config_checks import as_pair
 from ..models.exit_criteria import EXIT_CRITERIA, resolve_thresholds
 from ..public_names import public_name
@@ -75,7 +76,7 @@ def model_card(
         ValueError: if the results are of another model, or not in that form.
     """
     config = model.config
-    results = {} if results is None else read_results(results, config)
+    results = _with_selection(config, {} if results is None else read_results(results, config))
     figures = _eval_results(config, results)
     data = ModelCardData(
         library_name="transformers",
@@ -97,6 +98,24 @@ def model_card(
         name=name,
         source=source,
     )
+
+
+def _with_selection(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results that say on which images the best epoch was chosen, where the configuration records it of their data."""
+    recorded = getattr(config, "training_data", None) or {}
+    results = dict(results)
+    if results.get("selected_on") is None and recorded and same_data(recorded.get("dataset"), results.get("dataset")):
+        results["selected_on"] = recorded.get("selected_on")
+    return results
+
+
+def _seen(config: PreTrainedConfig, results: Mapping[str, Any], calibration: Mapping[str, Any]) -> str | None:
+    """Why the calibration images were not new to the model, by the calibration, the configuration or the results."""
+    dataset, split = calibration.get("dataset"), calibration.get("split") or UNKNOWN
+    seen = calibration.get("seen") or why_not_new(getattr(config, "training_data", None), dataset, split)
+    if seen is None and split == results.get("selected_on") and same_data(results.get("dataset"), dataset):
+        return f"the best epoch of the model was chosen by split {split!r} of `{public_name(dataset)}`"
+    return seen
 
 
 def _description(model: PreTrainedModel) -> dict[str, Any]:
@@ -156,6 +175,8 @@ def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str
     return {
         "calibration": calibration,
         "calibration_status": status,
+        "calibration_statement": calibration_statement(calibration),
+        "calibration_seen": _seen(model.config, results, calibration),
         "calibration_threshold": _exactly(calibration.get("threshold")),
         "calibration_facts": [
             # τ, ε and δ to the last digit: a promise is of these and no others.

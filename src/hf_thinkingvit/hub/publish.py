@@ -92,7 +92,7 @@ def push(
             return
         published = dict(found)
         if found.get("calibration"):
-            published["calibration"] = published_calibration(model, found["calibration"])
+            published["calibration"] = published_calibration(found["calibration"])
         if found.get("plot") is not None:
             published["plot"] = Path(shutil.copy(found["plot"], folder)).name
         (folder / RESULTS).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
@@ -121,7 +121,7 @@ def _published_configuration(model: PreTrainedModel) -> Iterator[None]:
     """Meanwhile the configuration's calibration is what may be published of it."""
     calibration = getattr(model.config, "calibration", None)
     if calibration:
-        model.config.calibration = published_calibration(model, calibration)
+        model.config.calibration = published_calibration(calibration)
     try:
         yield
     finally:

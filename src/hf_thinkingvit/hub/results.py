@@ -6,13 +6,13 @@ What a model card may say: measured results, as a mapping or as a JSON file of t
      "stages": [{"top1": 60.1, "top5": 95.0, "gmacs": 0.013}, ...],
      "sweep": [{"threshold": 0.5, "top1": 70.2, "top5": 97.1, "gmacs": 0.02, "exit_shares": [0.4, 0.6]}, ...],
      "plot": "sweep.png",
-     "calibration": {"statement": "...", "target": "error", "threshold": 0.5, "epsilon": 0.01, "delta": 0.05,
-                     "conditions": {"weights": "...", "dtype": "float32", ...}, ...},
+     "calibration": {"target": "error", "threshold": 0.5, "epsilon": 0.01, "delta": 0.05, "images": 5000,
+                     "split": "validation", "conditions": {"weights": "...", "dtype": "float32", ...}, ...},
      "training": {"epochs": 100, ...}}
 
 `split` is that of `dataset` on which it was measured, `"all"` of data that have none; `selected_on` the one on which
 the best epoch of the training was chosen; `dtype` what the model computed in. `calibration` is what
-[`~hf_thinkingvit.evaluation.Calibration`] says of itself; without `conditions` nobody can tell whether it is of this
+[`~hf_thinkingvit.evaluation.Calibration.to_dict`] gives; without `conditions` nobody can tell whether it is of this
 model. `stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per
 exit; `plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A
 model without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages`
@@ -28,11 +28,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
 from ..models.config_checks import check_integer, check_number
 from ..models.exit_criteria import resolve_thresholds
-from ..public_names import public_name
+from ..public_names import public_name, public_text
 
 
 PLOT_SUFFIXES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
@@ -75,8 +74,8 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrai
         config (`PreTrainedConfig`): of the model that they must be of.
 
     Returns:
-        `dict`, with `plot`, if there is one, as a path from the working directory; and of datasets that were named by
-        paths, as files of former versions do, only the names.
+        `dict`, with `plot`, if there is one, as a path from the working directory; and of all paths in other texts,
+        such as those of `split` and `training`, only the names.
 
     Raises:
         ValueError: if the file cannot be read, a value is not what it should be, or the results are of another model;
@@ -97,22 +96,28 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrai
 
 
 def without_paths(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Results or a calibration as they may be shared: of their datasets only the names."""
-    facts = dict(facts)
-    if facts.get("dataset") is not None:
-        facts["dataset"] = public_name(facts["dataset"])
-    if isinstance(facts.get("calibration"), Mapping):
-        facts["calibration"] = without_paths(facts["calibration"])
-    return facts
+    """Results or a calibration as they may be shared: names instead of paths, in every text but that of `plot`."""
+    return {name: value if name == "plot" else _without_paths(value, name) for name, value in facts.items()}
 
 
-def published_calibration(model: PreTrainedModel, calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """A calibration as it may be published beside `model`: its statement only where it is of this model as it is."""
-    status = calibration_status(model, calibration)
-    published = without_paths(calibration)
-    if not status.holds:
-        published["statement"] = f"Nothing is promised: calibrated at τ = {published.get('threshold')}, {status}."
-    return published
+def _without_paths(value: Any, name: str | None = None) -> Any:
+    if isinstance(value, (str, os.PathLike)) and (name == "dataset" or not isinstance(value, str)):
+        return public_name(value)
+    if isinstance(value, str):
+        return public_text(value)
+    if isinstance(value, Mapping):
+        return {key: _without_paths(entry, key) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(entry) for entry in value]
+    return value
+
+
+def published_calibration(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A calibration as it may be published: facts alone, without the sentence that former versions saved with them. It
+    could be read beside a model of which it is not true; the card says it where it is.
+    """
+    return {name: value for name, value in without_paths(calibration).items() if name != "statement"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

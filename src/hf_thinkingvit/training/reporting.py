@@ -21,7 +21,8 @@ def save_model(
     folder: Path, model: PreTrainedModel, measured: Mapping[str, Any], setup: TrainingSetup, progress: Progress
 ) -> None:
     """
-    Replace `folder` by the model as it is, with its image processor and card.
+    Replace `folder` by the model as it is, with its image processor and card. Its configuration records the images that
+    made it as `training_data`.
 
     Args:
         folder (`Path`): where the model of an earlier step may be.
@@ -29,6 +30,12 @@ def save_model(
         measured (`dict`): its entry of `evaluate_accuracy` on the images that choose the best epoch.
         setup (`TrainingSetup`), progress (`Progress`): of the run.
     """
+    # For whoever measures this model: which images are not new to it. Also over what a starting point had recorded.
+    model.config.training_data = {
+        "dataset": public_name(setup.config.dataset),
+        "split": setup.config.train_split,
+        "selected_on": setup.data.selected_on,
+    }
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         setup.processor.save_pretrained(temporary)

@@ -1,0 +1,58 @@
+"""What a calibration says in a sentence, built from its facts: they can be compared with a model, a sentence cannot."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .splits import ALL, UNKNOWN, is_training_split
+from .wording import at_least, at_most
+
+
+PROMISES = {
+    "accuracy_drop": "at most {} of images are right at the last stage and wrong where they exit",
+    "error": "at most {} of images are classified wrongly",
+}
+UNITS = {"macs": "GMACs", "milliseconds": "ms"}
+
+
+def calibration_statement(facts: Mapping[str, Any]) -> str | None:
+    """
+    The promise, or what was found of a budget, with what it takes for granted of the images.
+
+    Args:
+        facts (`dict`): of [`Calibration.to_dict`], also as former versions saved them.
+
+    Returns:
+        `str`: to be shown only while the facts are of the model that it is shown with
+        ([`~hf_thinkingvit.evaluation.calibration_status`]). Where facts are missing, the `statement` that former
+        versions saved, if there is one, or `None`.
+    """
+    target, images = facts.get("target"), facts.get("images")
+    if target in PROMISES and None not in (images, facts.get("epsilon"), facts.get("delta")):
+        return _promise(facts)
+    if target in UNITS and None not in (images, facts.get("achieved"), facts.get("budget")):
+        unit = UNITS[target]
+        return f"On {images} images, {facts['achieved']:.4g} {unit} per image on average, within {facts['budget']!r}."
+    return facts.get("statement")
+
+
+def _promise(facts: Mapping[str, Any]) -> str:
+    split = facts.get("split", UNKNOWN)
+    statement = (
+        f"With probability at least {at_least(facts['delta'])} over the choice of {facts['images']} calibration "
+        f"images, {PROMISES[facts['target']].format(at_most(facts['epsilon']))}."
+    )
+    if not facts.get("exits_early", True):
+        statement += " No τ at which an image exits early keeps this promise."
+    if seen := facts.get("seen"):
+        statement += f" The calibration images are not new to the model ({seen}); for others this promises nothing."
+    elif is_training_split(split):
+        statement += (
+            f" The calibration images are training images (split {split!r}): for other images this promises "
+            "nothing, unless the model was not trained on these."
+        )
+    elif split in (ALL, UNKNOWN):
+        statement += (
+            f" Which split the images are of is not known ({split!r}): this holds provided that the model was "
+            "not trained on them, nor its epoch chosen by them."
+        )
+    return statement
