@@ -73,7 +73,9 @@ class TrainingConfig:
     shuffle: bool = _help("reshuffle the training images every epoch", True)
     max_train_samples: int | None = _help("train on the first so many images only")
     images_per_epoch: int | None = _help("length of an epoch, where a stream does not say how long it is")
-    max_eval_samples: int | None = _help("evaluate on the first so many images only")
+    max_eval_samples: int | None = _help(
+        "evaluate on so many images only: the first of a split, some of each label of held-out images"
+    )
     num_workers: int = _help("processes that read images, per training process", 8)
 
     epochs: int = _help("passes over the training images, without cooldown", 300)
