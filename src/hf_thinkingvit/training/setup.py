@@ -117,7 +117,7 @@ class TrainingSetup:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)
-        self.transform = train_transform(config, model.config.image_size, self.processor.resample)
+        self.transform = train_transform(config, model.config.image_size)
         evaluation = evaluation_batches(
             self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers
         )
