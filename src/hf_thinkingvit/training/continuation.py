@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .checkpoints import PROGRESS, list_checkpoints
+from .checkpoints import PROGRESS, checkpoints_of
 from .config import TrainingConfig
 
 
@@ -20,7 +20,8 @@ def as_begun(config: TrainingConfig) -> TrainingConfig:
     no images out, or that always interpolated alike, goes on so. Checkpoints that cannot be read are left to
     `Checkpoints.find` to report.
     """
-    for folder in _checkpoints(config):
+    own = Path(config.output_dir) / "checkpoints"
+    for folder in [] if config.resume is None else checkpoints_of(config.resume, own):
         try:
             saved = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, KeyError):
@@ -31,10 +32,3 @@ def as_begun(config: TrainingConfig) -> TrainingConfig:
         taken |= {name: value for name, value in older.items() if name not in FILLED_IN or name in taken}
         return dataclasses.replace(config, **taken)
     return config
-
-
-def _checkpoints(config: TrainingConfig) -> list[Path]:
-    if config.resume is None:
-        return []
-    folder = Path(config.output_dir if config.resume == "auto" else config.resume)
-    return [*list_checkpoints(folder / "checkpoints"), folder]
