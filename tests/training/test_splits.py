@@ -153,6 +153,12 @@ class TestNamedSplits:
         with pytest.raises(ValueError, match="no split 'nosuch'"):
             read(folder, test_split="nosuch")
 
+    def test_images_that_are_learned_are_not_reported(self, train_and_test):
+        with pytest.raises(ValueError, match="`test_split` is 'train', which the run learns from"):
+            read(train_and_test, test_split="train")
+        # Beside another split that chooses, it says how well a run has learned.
+        assert read(train_and_test, eval_split="test", test_split="train").split == "train"
+
 
 class TestOutcome:
     @pytest.fixture(scope="class")

@@ -51,6 +51,12 @@ def load_data(config: TrainingConfig) -> TrainingData:
         read = _with_named_labels(read)
     if any(split.label_names != read["train"].label_names for split in read.values()):
         raise ValueError(f"The splits of `{config.dataset}` have different labels.")
+    if len(read["train"].label_names) < 2:
+        raise ValueError(
+            f"The images of `{config.dataset}` (split {config.train_split!r}) have one label, "
+            f"{read['train'].label_names}: there is nothing to learn from fewer than two. Check the folders (one a "
+            f"label), or name another `label_column` than {read['train'].label_column!r}."
+        )
     if selected_on is None:
         read["train"], read["evaluation"] = hold_out(read["train"], config.validation_fraction, config.max_eval_samples)
         selected_on = held_out_from(config.train_split)

@@ -75,9 +75,19 @@ def selection_split(config: TrainingConfig, splits: Mapping[str, Rows]) -> str |
 
 
 def reported_split(config: TrainingConfig, splits: Mapping[str, Rows], selected_on: str | None) -> str | None:
-    """Name of the split to measure once, at the end, if it has labels; `None` if what chooses is what is reported."""
+    """
+    Name of the split to measure once, at the end, if it has labels; `None` if what chooses is what is reported.
+
+    Raises:
+        ValueError: if there is no such split, or it is the one that images are held out of.
+    """
     if config.test_split is not None:
         find_split(splits, config.test_split, config.dataset)
+        if selected_on is None and config.test_split == config.train_split:
+            raise ValueError(
+                f"`test_split` is {config.test_split!r}, which the run learns from except for the images held out of "
+                "it. Name another split, or leave `test_split` out."
+            )
         return None if config.test_split == selected_on else config.test_split
     return "test" if "test" in splits and "test" not in (selected_on, config.train_split) else None
 
