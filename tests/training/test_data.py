@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from hf_thinkingvit.data import evaluation_batches
 from hf_thinkingvit.image_processing import evaluation_image_processor
@@ -204,3 +204,12 @@ class TestSources:
     def test_says_what_there_is(self, images, overrides, message):
         with pytest.raises(ValueError, match=message):
             load_data(config(**{"dataset": images, **overrides}))
+
+
+@pytest.mark.parametrize("label", [ClassLabel(names=["cat"]), Value("string")])
+def test_one_label_is_refused(tmp_path, label):
+    rows = {"image": [{"bytes": encoded_image(i), "path": None} for i in range(4)], "label": ["cat"] * 4}
+    features = Features({"image": Image(), "label": label})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"have one label, \['cat'\].*Check the folders.*`label_column` than 'label'"):
+        load_data(TrainingConfig(dataset=str(tmp_path), validation_fraction=0.5))

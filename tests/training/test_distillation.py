@@ -137,6 +137,13 @@ class TestLabelsOfTheTeacher:
         with pytest.raises(ValueError, match="teacher has 3 labels, the student 2"):
             Teacher(trained_vit(), id2label={0: "cat", 1: "dog"})
 
+    def test_numbers_are_not_its_named_classes(self):
+        """A teacher of other classes, where the data's labels are called "0", "1", ..."""
+        digits = {index: str(index) for index in range(3)}
+        with pytest.raises(ValueError, match="0 is 'cat' there and '0' here"):
+            Teacher(trained_vit(), id2label=digits)
+        assert Teacher(trained_vit(), id2label=digits, label_map="index").by_number
+
     def test_a_run_says_what_it_makes_of_them(self, tmp_path):
         pytest.importorskip("timm")
         from hf_thinkingvit.training import TrainingConfig

@@ -14,10 +14,18 @@ SAME = ["cat", "dog", "owl"]
         (["snow_owl", "cat"], ["snow owl", "cat"], (0, 1), False),
         (SAME, ["dog", "owl", "cat"], (2, 0, 1), False),
         (["crane", "crane", "cat"], ["crane", "crane", "cat"], (0, 1, 2), False),
+        # Whole names before synonyms, which several classes may have.
+        (["crane, bird", "crane, machine"], ["crane, machine", "crane, bird"], (1, 0), False),
+        (["crane", "crane, machine"], ["crane, machine", "crane"], (1, 0), False),
+        (["maillot", "maillot, tank suit"], ["maillot", "tank suit"], (0, 1), False),
+        (["crane", "tench, Tinca tinca", "crane"], ["crane", "tench", "crane"], (0, 1, 2), False),
+        (SAME, ["hound, dog", "true owl, owl", "cat, pet"], (2, 0, 1), False),
         # Names that say nothing.
         (SAME, ["LABEL_0", "LABEL_1", "LABEL_2"], (0, 1, 2), True),
         # A folder's numbers in the order of words: each is the class of that number.
-        (["0", "10", "2", *"3456789", "1"], [f"class {i}" for i in range(11)], (0, 10, 2, *range(3, 10), 1), True),
+        (["0", "10", "2", *"3456789", "1"], [f"LABEL_{i}" for i in range(11)], (0, 10, 2, *range(3, 10), 1), True),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["2", "0", "1"], (1, 2, 0), True),
+        (["0", "10", "2", *"3456789", "1"], list(map(str, range(11))), (0, 10, 2, *range(3, 10), 1), False),
         (["0", "2", "1"], ["LABEL_0", "LABEL_1", "LABEL_2"], (0, 2, 1), True),
     ],
 )
@@ -32,10 +40,20 @@ def test_finds_the_class_of_each_label(names, other, order, by_number):
         (SAME, ["cat", "dog", "fish"]),
         (["crane", "crane", "cat"], ["cat", "crane", "crane"]),  # which crane is which, no name says
         (["LABEL_1", "LABEL_0"], ["cat", "dog"]),
+        (["crane, bird", "crane, machine"], ["crane", "crane, device"]),
+        (["crane", "crane"], ["crane, bird", "crane, machine"]),
+        (["crane", "cat, dog", "crane"], ["crane", "crane", "dog"]),
+        # Numbers say nothing of classes with names.
+        (["0", "1", "2"], SAME),
+        (SAME, ["0", "1", "2"]),
     ],
 )
 def test_says_where_they_are_not_the_same(names, other):
     assert match_labels(names, other) is None
+    if len(names) == len(other):
+        index, name, found = first_difference(names, other)
+        assert (name, found) == (names[index], other[index])
+        assert name != found
 
 
 def test_by_index_whatever_the_names():

@@ -1,5 +1,8 @@
 """Image processors of starting points and teachers: what they expect is what they get."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +113,22 @@ class TestOfARun:
         assert config.crop_pct == 0.5
         assert "`crop_pct` as configured" in said
 
+    def test_so_does_the_interpolation(self, vit_folder):
+        processor, config, said = prepared(TrainingConfig(from_vit=str(vit_folder)))
+        assert (config.interpolation, "as configured" in said) == ("bilinear", False)
+        processor, config, said = prepared(TrainingConfig(from_vit=str(vit_folder), interpolation="bicubic"))
+        expected = ViTImageProcessorPil(**{**GOOGLE, "resample": Image.Resampling.BICUBIC})
+        torch.testing.assert_close(pixels(processor), pixels(expected), atol=2e-2, rtol=0)
+        assert (pixels(processor) - pixels(AutoImageProcessor.from_pretrained(vit_folder))).abs().max() > 0.1
+        assert config.interpolation == "bicubic"
+        assert "`interpolation` as configured" in said
+        processor, config, _ = prepared(TrainingConfig(interpolation="bilinear"))
+        assert torch.equal(
+            pixels(processor), pixels(evaluation_image_processor(32, resample=Image.Resampling.BILINEAR))
+        )
+        with pytest.raises(ValueError, match=r"`interpolation` must be one of .*'bicubic'.*, got 'cubic'"):
+            TrainingConfig(interpolation="cubic").check()
+
     def test_without_a_starting_point_is_imagenets(self, tmp_path):
         expected = evaluation_image_processor(32)
         processor, config, said = prepared(TrainingConfig())
@@ -134,6 +153,18 @@ def continued(folder, images, output, **overrides) -> list[str]:
         position = words.index(name)
         del words[position : position + 2]
     return words
+
+
+def without_field(checkpoint, name: str) -> None:
+    """As a version that had no such field saved the checkpoint."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for file in ("progress.json", "evaluated.json"):
+        saved = json.loads((checkpoint / file).read_text())
+        del saved["config"][name]
+        (checkpoint / file).write_text(json.dumps(saved))
+    written = (checkpoint / "progress.json").read_bytes()
+    manifest["progress.json"] = {"size": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -168,3 +199,22 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"another run \(image_mean"):
             other = ["--image_mean", "0.3", "0.2", "0.1"]
             TrainingRun(parse_config([*continued(start, images, tmp_path / "b", resume="auto"), *other]))
+
+    def test_a_run_of_a_version_that_always_interpolated_alike_goes_on_so(self, start, images, tmp_path):
+        told = ["--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.5", "0.5", "0.5", "--crop_pct", "0.9"]
+        words = [*continued(start, images, tmp_path / "run", max_steps=1, save_steps=1), *told]
+        train(parse_config([*words, "--interpolation", "bicubic"]))
+        without_field(tmp_path / "run" / "checkpoints" / "step-00000001", "interpolation")
+        run = TrainingRun(parse_config([*words, "--resume", "auto"]))
+        assert (run.progress.step, run.config.interpolation) == (1, "bicubic")
+        assert "bicubic" in str(run.transform)
+        assert run.processor.resample == Image.Resampling.BICUBIC
+        with pytest.raises(ValueError, match="interpolation: 'bicubic' then, 'bilinear' now"):
+            TrainingRun(parse_config([*words, "--resume", "auto", "--interpolation", "bilinear"]))
+
+    def test_a_run_keeps_its_interpolation(self, start, images, tmp_path):
+        train(parse_config(continued(start, images, tmp_path / "run", max_steps=1)))
+        ViTImageProcessorPil(**{**GOOGLE, "resample": Image.Resampling.BICUBIC}).save_pretrained(start)
+        run = TrainingRun(parse_config(continued(start, images, tmp_path / "run", resume="auto")))
+        assert "bilinear" in str(run.transform)
+        assert run.processor.resample == Image.Resampling.BILINEAR

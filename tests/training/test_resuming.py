@@ -134,6 +134,19 @@ class TestFolders:
         shutil.copytree(whole[0] / "best", tmp_path / ".best.old")
         TrainingRun(parse_config(flags(images, tmp_path / "run", from_pretrained=tmp_path / "best")))
 
+    def test_a_run_starts_from_the_folder_it_is_started_in(self, images, tmp_path, whole, monkeypatch):
+        monkeypatch.chdir(whole[0] / "best")
+        TrainingRun(parse_config(flags(images, tmp_path / "run", from_pretrained=".")))
+
+    @pytest.mark.parametrize("folder", ["", "checkpoints", "checkpoints/step-00000009"])
+    def test_what_a_run_has_filled_in_is_found_from_each_of_its_folders(self, images, tmp_path, whole, folder):
+        first = tmp_path / "first"
+        told = ["--image_mean", "0.1", "0.2", "0.3", "--crop_pct", "0.8"]
+        train(parse_config([*flags(images, first, max_steps=9), *told]))
+        run = TrainingRun(parse_config(flags(images, tmp_path / "second", resume=first / folder)))
+        assert run.progress.step == 9
+        assert (run.config.image_mean, run.config.crop_pct) == ([0.1, 0.2, 0.3], 0.8)
+
     def test_a_run_may_go_on_from_another_folder(self, images, tmp_path, whole):
         first = train(parse_config(flags(images, tmp_path / "first", max_steps=5)))
         moved = flags(images, tmp_path / "second", resume=tmp_path / "first", max_steps=5)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import datasets
 import pytest
@@ -63,6 +64,37 @@ class TestHoldingOut:
         assert len(first.evaluation.rows) == 4  # a tenth
         assert paths(read(train_and_test, max_train_samples=5).train) == paths(first.train)[:5]
 
+    @pytest.mark.parametrize("labels", [[0, 1, 0, 2] * 10, sorted([0, 1, 0, 2] * 10), [0] * 36 + [1] * 3 + [2]])
+    def test_smaller_sets_lie_within_larger_ones(self, tmp_path, labels):
+        """So a run that starts from another's model, and holds out no more, chooses by images that neither learned."""
+        folder = write(tmp_path, {"train": labels})
+        larger: set[str] = set(paths(read(folder, validation_fraction=0.9).evaluation))
+        for fraction in (0.5, 0.3, 0.2, 0.1, 0.05, 0.01):
+            data = read(folder, validation_fraction=fraction)
+            held_out = set(paths(data.evaluation))
+            assert len(held_out) == math.ceil(fraction * 40)
+            assert held_out < larger
+            assert not held_out & set(paths(data.train))
+            larger = held_out
+
+    def test_fewer_samples_are_of_all_labels(self, tmp_path):
+        """Though the data are sorted by label."""
+        folder = write(tmp_path, {"train": [0] * 20 + [1] * 10 + [2] * 10})
+        data = read(folder, validation_fraction=0.4, max_eval_samples=8)
+        assert sorted(row["label"] for row in data.evaluation.rows) == [0, 0, 0, 0, 1, 1, 2, 2]
+        whole = read(folder, validation_fraction=0.4)
+        assert set(paths(data.evaluation)) < set(paths(whole.evaluation))
+        assert paths(data.train) == paths(whole.train)
+
+    def test_a_starting_point_must_not_have_learned_them(self, train_and_test, tmp_path, capsys):
+        words = flags(train_and_test, tmp_path / "a", max_steps=1)
+        train(parse_config(words))
+        for more in ([], ["--eval_split", "none"]):
+            again = flags(train_and_test, tmp_path / "b", from_pretrained=tmp_path / "a" / "last")
+            TrainingRun(parse_config([*again, *more]))
+            said = "must not have learned the images that are held out" in capsys.readouterr().out
+            assert said == bool(more)
+
     def test_a_label_with_one_image(self, tmp_path):
         data = read(write(tmp_path, {"train": [0] * 9 + [1]}), validation_fraction=0.3)
         assert (len(data.evaluation.rows), len(data.train.rows)) == (3, 7)
@@ -121,6 +153,12 @@ class TestNamedSplits:
         assert (data.split, data.test) == ("validation", None)
         with pytest.raises(ValueError, match="no split 'nosuch'"):
             read(folder, test_split="nosuch")
+
+    def test_images_that_are_learned_are_not_reported(self, train_and_test):
+        with pytest.raises(ValueError, match="`test_split` is 'train', which the run learns from"):
+            read(train_and_test, test_split="train")
+        # Beside another split that chooses, it says how well a run has learned.
+        assert read(train_and_test, eval_split="test", test_split="train").split == "train"
 
 
 class TestOutcome:

@@ -161,6 +161,12 @@ class TestLabels:
         model, _ = start(tmp_path, "avit", id2label=reordered)
         torch.testing.assert_close(logits(model), logits(distilled)[:, [2, 0, 1]])
 
+    def test_numbers_do_not_inherit_the_classifier_of_named_classes(self, saved):
+        model, said = start(saved / "thinkingvit", id2label={0: "0", 1: "1", 2: "2"})
+        source = lively_model(**named(*LABELS.values()))
+        assert not torch.equal(model.classifier.weight, source.classifier.weight)
+        assert "freshly initialised: label 0 is 'cat' there and '0' in the data; `--label_map index` would" in said
+
     def test_labels_without_names_are_taken_by_number(self, tmp_path):
         source = lively_model(num_labels=3)
         source.save_pretrained(tmp_path)

@@ -83,6 +83,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
+def checkpoints_of(resume: str, own: Path) -> list[Path]:
+    """
+    The checkpoints that a run may resume from, the newest first.
+
+    Args:
+        resume (`str`): `"auto"`, or the folder of a checkpoint, of a run, or of a run's checkpoints.
+        own (`Path`): the folder of the run's own checkpoints.
+    """
+    path = Path(resume)
+    if resume == "auto":
+        return list_checkpoints(own)
+    if path.is_dir() and (_COMPLETE.fullmatch(path.name) or (path / MANIFEST).exists()):
+        return [path]
+    return list_checkpoints(path) or list_checkpoints(path / own.name)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that at any moment it is the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.partial")
@@ -132,6 +148,9 @@ def _set_aside(final: Path) -> Path:
 
 def recover_folder(final: Path) -> None:
     """Move a folder back that `replacing_folder` had set aside when it was killed."""
+    final = Path(os.path.abspath(final))  # "." has no name
+    if not final.name:
+        return
     old = _set_aside(final)
     if old.is_dir() and not final.exists():
         logger.warning("%s was being replaced when its run was killed: the one before is back in its place", final)
@@ -201,7 +220,8 @@ class Checkpoints:
     def find(self, resume: str) -> Path | None:
         """
         The checkpoint to resume from, of one of three: `"auto"` for the newest undamaged one of this run, or `None`
-        where there is none yet; the folder of a checkpoint; the folder of a run, for its newest undamaged one.
+        where there is none yet; the folder of a checkpoint; the folder of a run or of its checkpoints, for its newest
+        undamaged one.
 
         Raises:
             ValueError: if what was asked for does not exist, or is damaged.
@@ -219,17 +239,11 @@ class Checkpoints:
         return None if found[0] is None else Path(found[0])
 
     def _find(self, resume: str) -> str | None:
-        path = Path(resume)
-        if resume == "auto":
-            candidates = list_checkpoints(self.folder)
-            if not candidates:
-                return None
-        elif path.is_dir() and (_COMPLETE.fullmatch(path.name) or (path / MANIFEST).exists()):
-            candidates = [path]
-        else:
-            candidates = list_checkpoints(path) or list_checkpoints(path / self.folder.name)
-            if not candidates:
-                raise ValueError(f"`resume`: there is no checkpoint {path}{self._what_there_is(path)}.")
+        candidates = checkpoints_of(resume, self.folder)
+        if not candidates and resume == "auto":
+            return None
+        if not candidates:
+            raise ValueError(f"`resume`: there is no checkpoint {resume}{self._what_there_is(Path(resume))}.")
         damages = {}
         for candidate in candidates:
             damages[candidate] = find_damage(candidate)

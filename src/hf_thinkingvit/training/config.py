@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 from transformers import HfArgumentParser
 
 from ..auto import FAMILIES
@@ -73,7 +74,9 @@ class TrainingConfig:
     shuffle: bool = _help("reshuffle the training images every epoch", True)
     max_train_samples: int | None = _help("train on the first so many images only")
     images_per_epoch: int | None = _help("length of an epoch, where a stream does not say how long it is")
-    max_eval_samples: int | None = _help("evaluate on the first so many images only")
+    max_eval_samples: int | None = _help(
+        "evaluate on so many images only: the first of a split, some of each label of held-out images"
+    )
     num_workers: int = _help("processes that read images, per training process", 8)
 
     epochs: int = _help("passes over the training images, without cooldown", 300)
@@ -94,6 +97,7 @@ class TrainingConfig:
 
     image_mean: list[float] | None = _help("of each channel; that of the model started from, else ImageNet's")
     image_std: list[float] | None = _help("of each channel; that of the model started from, else ImageNet's")
+    interpolation: str | None = _help("bilinear, bicubic, ...; that of the model started from, else bicubic")
     crop_scale: list[float] = _help("smallest and greatest share of the image that a random crop keeps", [0.08, 1.0])
     crop_ratio: list[float] = _help("smallest and greatest aspect ratio of a random crop", [3 / 4, 4 / 3])
     horizontal_flip: float = _help("probability of a flip", 0.5)
@@ -165,6 +169,9 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")
         if self.label_map not in LABEL_MAPS:
             raise ValueError(f"`label_map` must be one of {list(LABEL_MAPS)}, got {self.label_map!r}.")
+        known = [resampling.name.lower() for resampling in Image.Resampling]
+        if self.interpolation not in (*known, None):
+            raise ValueError(f"`interpolation` must be one of {known}, got {self.interpolation!r}.")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"`warmup_epochs` ({self.warmup_epochs}) must be fewer than `epochs` ({self.epochs}).")
         for name in ("crop_scale", "crop_ratio"):

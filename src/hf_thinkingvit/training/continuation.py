@@ -4,34 +4,31 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .checkpoints import PROGRESS, list_checkpoints
+from .checkpoints import PROGRESS, checkpoints_of
 from .config import TrainingConfig
 
 
 # Filled in from the starting point when a run begins.
-FILLED_IN = ("image_mean", "image_std", "crop_pct")
+FILLED_IN = ("image_mean", "image_std", "crop_pct", "interpolation")
 # What runs of versions before a field did, where that is not its default.
-OLDER_RUNS = {"validation_fraction": 0.0}
+OLDER_RUNS = {"validation_fraction": 0.0, "interpolation": "bicubic"}
 
 
 def as_begun(config: TrainingConfig) -> TrainingConfig:
     """
     `config` with what the run that it resumes has filled in for fields that are not given. A run of a version that held
-    no images out goes on without. Checkpoints that cannot be read are left to `Checkpoints.find` to report.
+    no images out, or that always interpolated alike, goes on so. Checkpoints that cannot be read are left to
+    `Checkpoints.find` to report.
     """
-    for folder in _checkpoints(config):
+    own = Path(config.output_dir) / "checkpoints"
+    for folder in [] if config.resume is None else checkpoints_of(config.resume, own):
         try:
             saved = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, KeyError):
             continue
         taken = {name: saved.get(name) for name in FILLED_IN if getattr(config, name) is None}
-        taken |= {name: value for name, value in OLDER_RUNS.items() if name not in saved}
+        older = {name: value for name, value in OLDER_RUNS.items() if name not in saved}
+        # A field that is filled in is known to be configured where it has a value: left to `changed_fields` to report.
+        taken |= {name: value for name, value in older.items() if name not in FILLED_IN or name in taken}
         return dataclasses.replace(config, **taken)
     return config
-
-
-def _checkpoints(config: TrainingConfig) -> list[Path]:
-    if config.resume is None:
-        return []
-    folder = Path(config.output_dir if config.resume == "auto" else config.resume)
-    return [*list_checkpoints(folder / "checkpoints"), folder]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from ..data import ImageSplit, as_image_split, decode, find_split, load_splits
 from .config import TrainingConfig
 from .seeding import seeded
-from .splits import TrainingData, hold_out, is_labelled, reported_split, selection_split
+from .splits import TrainingData, held_out_from, hold_out, is_labelled, reported_split, selection_split
 from .stop_signals import ignore_stop_signals
 
 
@@ -51,9 +51,15 @@ def load_data(config: TrainingConfig) -> TrainingData:
         read = _with_named_labels(read)
     if any(split.label_names != read["train"].label_names for split in read.values()):
         raise ValueError(f"The splits of `{config.dataset}` have different labels.")
+    if len(read["train"].label_names) < 2:
+        raise ValueError(
+            f"The images of `{config.dataset}` (split {config.train_split!r}) have one label, "
+            f"{read['train'].label_names}: there is nothing to learn from fewer than two. Check the folders (one a "
+            f"label), or name another `label_column` than {read['train'].label_column!r}."
+        )
     if selected_on is None:
-        read["train"], read["evaluation"] = hold_out(read["train"], config.validation_fraction)
-        selected_on = f"held out from {config.train_split}"
+        read["train"], read["evaluation"] = hold_out(read["train"], config.validation_fraction, config.max_eval_samples)
+        selected_on = held_out_from(config.train_split)
     return TrainingData(
         train=read["train"].take(config.max_train_samples),
         evaluation=read["evaluation"].take(config.max_eval_samples),

@@ -1,5 +1,6 @@
 """Whether two models number the same classes, and in which order: of the data, a starting point and a teacher."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,9 +32,10 @@ def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "n
     """
     Find for each label the class of another model that means the same.
 
-    Names agree whatever their case, underscores and further synonyms ("tench" and "Tench, Tinca tinca"). Names such as
-    `LABEL_3`, which Transformers gives where there are none, say nothing: such classes are taken by number. Labels that
-    are called by a number mean the class of that number, as in [`~hf_thinkingvit.evaluation.LabelMap`].
+    Names agree whatever their case, underscores and further synonyms ("tench" and "Tench, Tinca tinca"), as long as
+    each could be the name of one class only. Names such as `LABEL_3`, which Transformers gives where there are none,
+    say nothing: such classes are taken by number, and a label that is called by a number then means the class of that
+    number, as in [`~hf_thinkingvit.evaluation.LabelMap`].
 
     Args:
         names, other (`list[str]`): by index, of the labels and of the other model's classes.
@@ -47,22 +49,66 @@ def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "n
         return None
     if label_map == "index":
         return LabelMatch(tuple(range(count)), by_number=True)
-    if all(_synonyms(name) & _synonyms(found) for name, found in zip(names, other)):
-        return LabelMatch(tuple(range(count)), by_number=False)
     plain, plain_other = ([_normalised(name) for name in some] for some in (names, other))
-    if len(set(plain)) == count and set(plain) == set(plain_other):
-        return LabelMatch(tuple(plain_other.index(name) for name in plain), by_number=False)
-    if sorted(plain) == sorted(map(str, range(count))):
+    order = _order_by_name(plain, plain_other)
+    if order is not None:
+        return LabelMatch(order, by_number=False)
+    numbers = sorted(map(str, range(count)))
+    if sorted(plain) == numbers and _nameless(other):
         return LabelMatch(tuple(map(int, plain)), by_number=True)
+    if sorted(plain_other) == numbers and _nameless(names):
+        return LabelMatch(tuple(plain_other.index(str(index)) for index in range(count)), by_number=True)
     if _nameless(other) or _nameless(names):
         return LabelMatch(tuple(range(count)), by_number=True)
     return None
 
 
+def _order_by_name(names: list[str], other: list[str]) -> tuple[int, ...] | None:
+    """
+    For each name the index of the only one of `other` that it can mean: the equal one, else, of those that are left,
+    the only one with a synonym in common. `None` if there is no such pairing. Both are normalised, and equally many.
+    """
+    places, places_other = _places(names), _places(other)
+    order: dict[int, int] = {}
+    repeated = False  # equal names of several classes, which only their places tell apart
+    for name, indices in places.items():
+        if indices == places_other.get(name) or len(indices) == len(places_other.get(name, [])) == 1:
+            order.update(zip(indices, places_other[name]))
+            repeated |= len(indices) > 1
+    left = set(range(len(other))) - set(order.values())
+    with_synonym: dict[str, set[int]] = defaultdict(set)
+    for index in left:
+        for synonym in _synonyms(other[index]):
+            with_synonym[synonym].add(index)
+    for index in set(range(len(names))) - order.keys():
+        candidates = set().union(*(with_synonym.get(synonym, ()) for synonym in _synonyms(names[index])))
+        if len(candidates) != 1:
+            return None
+        order[index] = candidates.pop()
+    found = tuple(order[index] for index in range(len(names)))
+    if len(set(found)) != len(found) or (repeated and found != tuple(range(len(found)))):
+        return None
+    return found
+
+
+def _places(names: list[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        places[name].append(index)
+    return dict(places)
+
+
 def first_difference(names: Sequence[str], other: Sequence[str]) -> tuple[int, str, str]:
-    """The first label that the two do not call alike: its index, and both names."""
-    pairs = enumerate(zip(names, other))
-    return next((index, name, found) for index, (name, found) in pairs if not _synonyms(name) & _synonyms(found))
+    """
+    The first label that the two do not call alike: its index, and both names. If they have synonyms in common all
+    along, the first whose names are not the same.
+    """
+    pairs = list(enumerate(zip(names, other)))
+    differences = [
+        *((i, name, found) for i, (name, found) in pairs if not _synonyms(name) & _synonyms(found)),
+        *((i, name, found) for i, (name, found) in pairs if _normalised(name) != _normalised(found)),
+    ]
+    return differences[0]
 
 
 def _nameless(names: Sequence[str]) -> bool:

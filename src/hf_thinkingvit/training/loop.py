@@ -19,7 +19,7 @@ from .checkpoints import Checkpoints, replace_file
 from .config import TrainingConfig
 from .data import Place, train_batches
 from .progress import Progress, changed_fields
-from .reporting import report_test, save_model, say_accuracy
+from .reporting import continue_models, report_test, save_model, say_accuracy
 from .seeding import seeded
 from .setup import TrainingSetup
 from .stop_signals import StopSignals
@@ -202,13 +202,14 @@ class TrainingRun(TrainingSetup):
         )
         try:
             with self.stop_signals.listening():
+                continue_models(self, self.history, self.progress, self.checkpoints.last_good)
                 if not self.checkpoints.holds_last_good():
                     self.save()
                 self._evaluate_if_due()  # what a run was stopped in
                 while self.progress.step < self.num_steps:
                     self._run_epoch(bar)
                     self._evaluate_if_due()
-                self.test = report_test(self, self.history, self._until_stopped)
+                self.test = report_test(self, self.history, self.progress, self._until_stopped)
                 self._save_results()
         finally:
             bar.close()
@@ -313,7 +314,7 @@ class TrainingRun(TrainingSetup):
         say_accuracy(self, self.progress, results, time.perf_counter() - started)
         folders = ["last"]
         if top1 > self.progress.best_top1:
-            self.progress.best_top1 = top1
+            self.progress.best_top1, self.progress.best_step = top1, self.progress.step
             folders.append("best")
         if self.accelerator.is_main_process:
             for folder in folders:

@@ -106,44 +106,65 @@ def run_image_processor(
         report (`Callable`): told in words which it is.
 
     Returns:
-        The processor, and `config` with `image_mean` and `image_std` (and without a source, `crop_pct`) filled in.
+        The processor, and `config` with `image_mean`, `image_std` and `interpolation` (and without a source,
+        `crop_pct`) filled in.
+
+    Raises:
+        ValueError: for a processor of a kind that cannot interpolate as configured.
     """
     source = config.from_vit or config.from_pretrained
     size = as_pair(model_config.image_size)
     found = load_image_processor(source) if source else None
     crop_pct = 0.9 if config.crop_pct is None else config.crop_pct
+    resample = None if config.interpolation is None else Image.Resampling[config.interpolation.upper()]
     if found is None:
         processor = evaluation_image_processor(
             size,
             crop_pct,
             IMAGENET_DEFAULT_MEAN if config.image_mean is None else config.image_mean,
             IMAGENET_DEFAULT_STD if config.image_std is None else config.image_std,
+            Image.Resampling.BICUBIC if resample is None else resample,
         )
         if source and None in (config.image_mean, config.image_std, config.crop_pct):
             report(f"`{source}` has no image processor: ImageNet's normalisation and crop where none are configured")
-        return processor, _filled_in(config, processor.image_mean, processor.image_std, crop_pct)
+        return processor, _filled_in(config, processor.image_mean, processor.image_std, crop_pct, processor.resample)
     settings = read_preprocessing(found, size, str(source))
     mean, std = config.image_mean or settings.image_mean, config.image_std or settings.image_std
+    resample = settings.resample if resample is None else resample
     if config.crop_pct is not None or settings.image_size != size:
-        processor = evaluation_image_processor(size, crop_pct, mean, std, settings.resample)
+        processor = evaluation_image_processor(size, crop_pct, mean, std, resample)
     else:
-        crop_pct, processor = None, found
+        crop_pct, overrides = None, {}
         if config.image_mean or config.image_std:
-            normalisation = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-            processor = load_image_processor(source, image_mean=list(mean), image_std=list(std), **normalisation)
+            overrides |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+            overrides |= {"image_mean": list(mean), "image_std": list(std)}
+        if resample != settings.resample:
+            overrides["resample"] = resample
+        processor = load_image_processor(source, **overrides) if overrides else found
+        if read_preprocessing(processor, size, str(source)).resample != resample:
+            raise ValueError(
+                f"The image processor of `{source}` ({type(processor).__name__}) does not interpolate otherwise than "
+                f"{settings.resample.name.lower()}: leave `interpolation` out, or replace it by setting `crop_pct`."
+            )
     changed = [
         name
         for name, value, own in (("image_mean", mean, settings.image_mean), ("image_std", std, settings.image_std))
         if tuple(value) != own
     ]
     changed += ["crop_pct"] if config.crop_pct is not None else []
+    changed += ["interpolation"] if resample != settings.resample else []
     kept = f"; {', '.join(f'`{name}`' for name in changed)} as configured" if changed else ""
     report(
         f"image processor of `{source}`: mean {list(mean)}, standard deviation {list(std)}, "
-        f"{settings.resample.name.lower()}, {size[0]} × {size[1]} pixels{kept}"
+        f"{resample.name.lower()}, {size[0]} × {size[1]} pixels{kept}"
     )
-    return processor, _filled_in(config, mean, std, crop_pct)
+    return processor, _filled_in(config, mean, std, crop_pct, resample)
 
 
-def _filled_in(config: "TrainingConfig", mean: Any, std: Any, crop_pct: float | None) -> "TrainingConfig":
-    return dataclasses.replace(config, image_mean=list(mean), image_std=list(std), crop_pct=crop_pct)
+def _filled_in(
+    config: "TrainingConfig", mean: Any, std: Any, crop_pct: float | None, resample: int
+) -> "TrainingConfig":
+    interpolation = Image.Resampling(resample).name.lower()
+    return dataclasses.replace(
+        config, image_mean=list(mean), image_std=list(std), crop_pct=crop_pct, interpolation=interpolation
+    )

@@ -25,6 +25,7 @@ class Progress:
     skipped_images: int = 0
     seconds: float = 0.0
     best_top1: float = -1.0
+    best_step: int | None = None
 
 
 def changed_fields(saved: dict, config: TrainingConfig) -> list[str]:

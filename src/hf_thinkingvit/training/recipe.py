@@ -24,9 +24,7 @@ from .config import TrainingConfig
 NO_WEIGHT_DECAY = ("*cls_token", "*distillation_token", "*position_embeddings", "*relative_position_bias_table")
 
 
-def train_transform(
-    config: TrainingConfig, image_size: int | tuple[int, int], resample: int = Image.Resampling.BICUBIC
-) -> Any:
+def train_transform(config: TrainingConfig, image_size: int | tuple[int, int]) -> Any:
     """From a PIL image to a normalised float32 tensor `(channels, height, width)`."""
     transform = create_transform(
         as_pair(image_size),
@@ -36,7 +34,7 @@ def train_transform(
         hflip=config.horizontal_flip,
         color_jitter=config.color_jitter or None,
         auto_augment=config.auto_augment,
-        interpolation=Image.Resampling(resample).name.lower(),
+        interpolation=config.interpolation or "bicubic",
         mean=tuple(config.image_mean or IMAGENET_DEFAULT_MEAN),
         std=tuple(config.image_std or IMAGENET_DEFAULT_STD),
         re_prob=config.random_erasing,

@@ -1,10 +1,13 @@
 """What a run leaves for use: models with processor and card, and the figures of images that are measured once."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..data import evaluation_batches
@@ -15,6 +18,10 @@ from .checkpoints import replacing_folder
 from .progress import Progress
 from .setup import TrainingSetup
 from .stop_signals import ignore_stop_signals
+
+
+# Says which step a saved model is of: a folder may hold models of another run, or of steps that its run went back from.
+MODEL_STEP = "training_step.json"
 
 
 def save_model(
@@ -39,6 +46,8 @@ def save_model(
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         setup.processor.save_pretrained(temporary)
+        step = {"step": progress.step, "epoch": progress.epoch}
+        (temporary / MODEL_STEP).write_text(json.dumps(step), encoding="utf-8")
         _save_card(temporary, model, measured, setup, progress.epoch, progress.step, split=setup.data.selected_on)
 
 
@@ -57,8 +66,95 @@ def say_accuracy(setup: TrainingSetup, progress: Progress, results: Mapping[str,
     say(f" ({seconds:.0f} s)")
 
 
+def continue_models(setup: TrainingSetup, history: list[dict], progress: Progress, checkpoint: Path | None) -> None:
+    """
+    Bring the best and the last model of a resumed run into its `output_dir`, copied from the run that the checkpoint is
+    of. Where that has no such model, the run chooses its best model anew (`best_top1` is reset), and evaluates the
+    checkpoint again if it had been evaluated. Every process calls it.
+
+    Args:
+        setup (`TrainingSetup`): of the run.
+        history (`list[dict]`), progress (`Progress`): of the checkpoint; changed in place.
+        checkpoint (`Path`, *optional*): that the run resumed from.
+    """
+    if checkpoint is None or not history:
+        return
+    wanted, missing = _wanted(history, progress), [[]]
+    if setup.accelerator.is_main_process:
+        missing[0] = [name for name, entry in wanted.items() if not _bring(setup.output_dir, name, entry, checkpoint)]
+    if setup.accelerator.num_processes > 1:
+        broadcast_object_list(missing)
+    for name in missing[0]:
+        setup.accelerator.print(f"the {name} model (of step {wanted[name]['step']}) is not there any more")
+    if "best" in missing[0]:
+        setup.accelerator.print("the best model is chosen among the epochs that are evaluated from here on")
+    again = bool(missing[0]) and history[-1]["step"] == progress.step
+    if "best" in missing[0] or (again and progress.best_step == progress.step):
+        progress.best_top1, progress.best_step = Progress().best_top1, None
+    if again:
+        history.pop()
+
+
+def _wanted(history: list[dict], progress: Progress) -> dict[str, dict]:
+    """The entries of the history that the models saved as `best` and `last` must be of."""
+    wanted = {"last": history[-1]}
+    if progress.best_step is not None:
+        wanted["best"] = next(entry for entry in history if entry["step"] == progress.best_step)
+    elif progress.best_top1 >= 0:  # of a version that did not record the step
+        wanted["best"] = _most_accurate(history)
+    return wanted
+
+
+def _most_accurate(history: list[dict]) -> dict:
+    """The first entry with the greatest top-1 accuracy of the last stage."""
+    return max(history, key=lambda entry: entry["results"][entry["chosen"]]["top1"][-1])
+
+
+def _step_of(folder: Path) -> int | None:
+    """Of a saved model; `None` if it is of a version that did not record it."""
+    try:
+        return json.loads((folder / MODEL_STEP).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _bring(output_dir: Path, name: str, entry: Mapping[str, Any], checkpoint: Path) -> bool:
+    """Whether the model that `entry` was measured of is in `output_dir`, after copying it there if need be."""
+    own, run = output_dir / name, checkpoint.resolve().parent.parent
+    if run == output_dir.resolve():
+        return own.is_dir() and _step_of(own) in (entry["step"], None)
+    if _step_of(run / name) != entry["step"]:
+        return False
+    with replacing_folder(own) as temporary:
+        shutil.copytree(run / name, temporary, dirs_exist_ok=True)
+    return True
+
+
+def _saved(folder: Path, history: list[dict], progress: Progress) -> tuple[dict[str, dict], list[str]]:
+    """Of the models saved in the run's `folder` the entries of the history, and in words what is not there."""
+    entries, problems = {}, []
+    measured = {entry["step"]: entry for entry in history}
+    for name, wanted in _wanted(history, progress).items():
+        path, step = folder / name, _step_of(folder / name)
+        if not path.is_dir():
+            problems.append(f"the {name} model (of step {wanted['step']}) is not reported: there is no folder {path}")
+        elif step not in (*measured, None):
+            problems.append(
+                f"the {name} model is not reported: {path} is of step {step}, which this run never measured"
+            )
+        else:
+            entries[name] = wanted if step is None else measured[step]
+    most = _most_accurate(history)
+    if "best" in entries and entries["best"]["step"] != most["step"]:
+        problems.append(
+            f"the model of step {most['step']} was more accurate, but is not there any more: what is reported as best "
+            f"is of step {entries['best']['step']}"
+        )
+    return dict(sorted(entries.items())), problems
+
+
 def report_test(
-    setup: TrainingSetup, history: list[dict], each: Callable[[Iterable[dict]], Iterable[dict]]
+    setup: TrainingSetup, history: list[dict], progress: Progress, each: Callable[[Iterable[dict]], Iterable[dict]]
 ) -> dict[str, dict] | None:
     """
     Measure the best and the last model of a finished run on the test split, and say so in their cards. Every process
@@ -67,16 +163,24 @@ def report_test(
     Args:
         setup (`TrainingSetup`): of the run.
         history (`list[dict]`): what was measured after epochs.
+        progress (`Progress`): of the run.
         each (`Callable`): goes through the batches, and may stop.
 
     Returns:
-        For each of the two what `evaluate_accuracy` found, and the `step` it is of. `None` without a test split.
+        For each of the two that is saved what `evaluate_accuracy` found, and the `step` it is of. `None` without a test
+        split.
     """
     data, accelerator, folder = setup.data, setup.accelerator, setup.output_dir
     if data.test is None:
         return None
-    best = max(history, key=lambda entry: entry["results"][entry["chosen"]]["top1"][-1])
-    entries = {"best": best, "last": history[-1]}
+    found: list = [_saved(folder, history, progress) if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    entries, problems = found[0]
+    for problem in problems:
+        accelerator.print(problem)
+    if not entries:
+        return {}
     models = {
         name: AutoModelForImageClassification.from_pretrained(folder / name).to(accelerator.device) for name in entries
     }

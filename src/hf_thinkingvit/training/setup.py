@@ -15,6 +15,7 @@ from .distillation import load_teacher
 from .losses import TrainingLoss
 from .preprocessing import run_image_processor
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
+from .splits import held_out_from
 from .starting_point import build_model
 from .stop_signals import ignore_stop_signals
 
@@ -97,6 +98,12 @@ class TrainingSetup:
         set_seed(config.seed)
         say = self.accelerator.print
         say(self.data.summary)
+        source = config.from_pretrained or config.from_vit
+        if source and self.data.selected_on == held_out_from(config.train_split):
+            say(
+                f"`{source}` must not have learned the images that are held out here: if it was trained on this data, "
+                "then with a `validation_fraction` at least as great"
+            )
         model = build_model(config, self.data.id2label, say)
         self.model_config = model.config
         self.processor, config = run_image_processor(config, model.config, say)
@@ -110,7 +117,7 @@ class TrainingSetup:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)
-        self.transform = train_transform(config, model.config.image_size, self.processor.resample)
+        self.transform = train_transform(config, model.config.image_size)
         evaluation = evaluation_batches(
             self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers
         )

@@ -16,8 +16,8 @@ from ..data import ImageSplit, Rows, find_split
 from .config import TrainingConfig
 
 
-# Not the run's seed: runs of several seeds compare, and a run that starts from another's model never chooses by images
-# that it has learned.
+# Not the run's seed: runs of several seeds compare, and of runs that start from one another each can choose by images
+# that none has learned.
 HOLD_OUT_SEED = 0
 VALIDATION_SPLITS = ("validation", "val")
 
@@ -75,9 +75,19 @@ def selection_split(config: TrainingConfig, splits: Mapping[str, Rows]) -> str |
 
 
 def reported_split(config: TrainingConfig, splits: Mapping[str, Rows], selected_on: str | None) -> str | None:
-    """Name of the split to measure once, at the end, if it has labels; `None` if what chooses is what is reported."""
+    """
+    Name of the split to measure once, at the end, if it has labels; `None` if what chooses is what is reported.
+
+    Raises:
+        ValueError: if there is no such split, or it is the one that images are held out of.
+    """
     if config.test_split is not None:
         find_split(splits, config.test_split, config.dataset)
+        if selected_on is None and config.test_split == config.train_split:
+            raise ValueError(
+                f"`test_split` is {config.test_split!r}, which the run learns from except for the images held out of "
+                "it. Name another split, or leave `test_split` out."
+            )
         return None if config.test_split == selected_on else config.test_split
     return "test" if "test" in splits and "test" not in (selected_on, config.train_split) else None
 
@@ -92,10 +102,20 @@ def is_labelled(split: ImageSplit) -> bool:
     return bool(labels) and all(label is not None and label != -1 for label in labels)
 
 
-def hold_out(split: ImageSplit, fraction: float) -> tuple[ImageSplit, ImageSplit]:
+def held_out_from(train_split: str) -> str:
+    """What images held out of the training split are called."""
+    return f"held out from {train_split}"
+
+
+def hold_out(split: ImageSplit, fraction: float, most: int | None = None) -> tuple[ImageSplit, ImageSplit]:
     """
     Two parts of a split in its order: the rest, and a random `fraction` of each label's images (at least one image in
-    all). Where a label has too few images for that, a random part of them all. Always the same part.
+    all), always the same. A smaller fraction's images are among those of a greater one.
+
+    Args:
+        split (`ImageSplit`): downloaded.
+        fraction (`float`): above 0 and below 1.
+        most (`int`, *optional*): how many of the images held out to return: a random part of each label's again.
 
     Raises:
         ValueError: if nothing would be left to train on.
@@ -107,10 +127,23 @@ def hold_out(split: ImageSplit, fraction: float) -> tuple[ImageSplit, ImageSplit
             f"Holding {held_out} of the {count} training images of `{split.name}` out leaves none to train on: lower "
             "`validation_fraction`, or name an `eval_split`."
         )
-    present, images_of_label = np.unique(labels, return_counts=True)
-    stratified = images_of_label.min() > 1 and min(held_out, count - held_out) >= len(present)
-    kind = datasets.ClassLabel(names=split.label_names)  # `train_test_split` stratifies by such a column only
-    features = datasets.Features({"label": kind, "row": datasets.Value("int64")})
-    rows = datasets.Dataset.from_dict({"label": labels, "row": np.arange(count)}, features=features)
-    parts = rows.train_test_split(held_out, stratify_by_column="label" if stratified else None, seed=HOLD_OUT_SEED)
-    return tuple(replace(split, rows=split.rows.select(sorted(parts[name]["row"]))) for name in ("train", "test"))
+    ranking = stratified_ranking(labels)
+    parts = ranking[held_out:], ranking[:held_out][:most]
+    return tuple(replace(split, rows=split.rows.select(np.sort(part))) for part in parts)
+
+
+def stratified_ranking(labels: np.ndarray) -> np.ndarray:
+    """
+    All indices in a random order, always the same, whose every beginning has each label about as often as all of them
+    have: of a label with n images, the i-th (from 0) stands at (i + 1/2) / n of the order.
+
+    Args:
+        labels (`np.ndarray` of shape `(num_images,)`): of each image.
+    """
+    # The stream of `RandomState` is frozen; that of newer generators may change with NumPy's version.
+    shuffled = np.random.RandomState(HOLD_OUT_SEED).permutation(len(labels))
+    by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, first, counts = np.unique(labels[by_label], return_index=True, return_counts=True)
+    position = np.empty(len(labels))
+    position[by_label] = (np.arange(len(labels)) - np.repeat(first, counts) + 0.5) / np.repeat(counts, counts)
+    return shuffled[np.argsort(position[shuffled], kind="stable")]
