@@ -192,6 +192,20 @@ def test_budgets():
         calibrate_budget(answers, milliseconds=1.5)
 
 
+@pytest.mark.parametrize("cost", [0.05, 0.07, 1.1, 3.97])
+def test_a_budget_of_just_what_a_stage_takes_is_kept(cost):
+    """These numbers are greater in float32, and their float64 means over many images round either way."""
+    answers = replace(draw(997, 0), macs=(round(cost * 1e9), round(4 * cost * 1e9)))
+    for budget, stage in ((cost, 0), (4 * cost, 1)):
+        alone = 100 * answers.top1[:, stage].double().mean().item()
+        times = [cost, 4 * cost]
+        for found in (
+            calibrate_budget(answers, gmacs=budget),
+            calibrate_budget(answers, milliseconds=budget, stage_milliseconds=times),
+        ):
+            assert found.achieved <= budget * (1 + 1e-9) and found.top1 >= alone - 1e-9
+
+
 def test_per_exit_budgets_are_no_worse():
     answers = draw(2000, 1, num_stages=3)
     assert calibrate_budget(answers, gmacs=2.0, per_exit=True).top1 >= calibrate_budget(answers, gmacs=2.0).top1 - 0.3
