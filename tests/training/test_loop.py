@@ -244,8 +244,10 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path, streaming):
         words += ["--streaming", "--images_per_epoch", "24", "--no_shuffle", "--batch_size", "24"]
         words += ["--crop_scale", "1", "1", "--crop_ratio", "1", "1", "--horizontal_flip", "0", "--random_erasing", "0"]
         words += ["--auto_augment", "none", "--color_jitter", "0"]
-    else:  # images held out of train choose, and test is measured at the end
+    else:  # images held out of train choose, and test is measured at the end; one process begins, two go on
         words += ["--eval_split", "none", "--validation_fraction", "0.25"]
+        train(parse_config([*flags(images, tmp_path / "two"), *words, "--max_steps", "2"]))
+        words += ["--resume", "auto"]
     process = launch([*flags(images, tmp_path / "two"), *words], processes=2)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
