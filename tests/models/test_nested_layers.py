@@ -6,11 +6,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d, layer_norm, linear
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import GELUActivation
 
-from hf_thinkingvit.models.nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
-from tests.utils import lively_model, lively_swin, random_images
+from hf_thinkingvit.models.nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear
+from tests.utils import CountOperations, lively_model, lively_swin, random_images
 
 
 def assert_leading(layer: NestedLinear, hidden_states: torch.Tensor, out_features: int) -> None:
@@ -213,45 +212,6 @@ def test_cached_views_do_not_travel_with_the_module():
     assert "_cached_views" not in layer.__dict__
 
 
-def test_residual_dropout_is_the_identity_in_evaluation():
-    hidden_states = torch.randn(3, 4, 5)
-    assert ResidualDropout(0.5, 0.5).eval()(hidden_states) is hidden_states
-
-
-def test_residual_dropout_drops_nothing_by_default():
-    hidden_states = torch.randn(3, 4, 5)
-    assert torch.equal(ResidualDropout().train()(hidden_states), hidden_states)
-
-
-def test_residual_dropout_keeps_the_mean():
-    torch.manual_seed(0)
-    hidden_states = torch.ones(20000, 1, 4)
-    mean = ResidualDropout(0.3, 0.4).train()(hidden_states).mean().item()
-    assert mean == pytest.approx(1.0, abs=0.03)
-
-
-@pytest.mark.parametrize("shape", [(64, 3), (64, 3, 4), (64, 3, 2, 4)])
-def test_stochastic_depth_drops_the_branches_of_whole_images(shape):
-    torch.manual_seed(0)
-    kept = ResidualDropout(drop_path_rate=0.5).train()(torch.ones(shape))
-    assert kept.shape == shape
-    values = kept.flatten(1)
-    assert torch.equal(values.amin(1), values.amax(1))
-    assert values.unique().tolist() == [0.0, 2.0]
-
-
-class Count(TorchDispatchMode):
-    """Counts operations of some names; by default those that write over a layer's output."""
-
-    def __init__(self, *names: str):
-        super().__init__()
-        self.count, self.names = 0, names or ("gelu_", "add_")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ in self.names
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("make", [lively_model, lively_swin])
 @torch.no_grad()
 def test_views_are_taken_once(make):
@@ -259,7 +219,7 @@ def test_views_are_taken_once(make):
     model, pixel_values = make(), random_images(1)
     counts = []
     for _ in range(3):
-        with Count("slice") as slices:
+        with CountOperations("slice") as slices:
             model(pixel_values)
         counts.append(slices.count)
     assert counts[0] > 3 * counts[1] and counts[1] == counts[2]
@@ -309,11 +269,11 @@ class TestWritingOver:
     @torch.no_grad()
     def test_recording_once_does_not_end_it(self):
         model, images = lively_model(num_hidden_layers=2), random_images()
-        with Count() as first:
+        with CountOperations("gelu_", "add_") as first:
             model(images, max_stages=1)
         assert first.count == 2 * 3  # the activation and both residuals of each layer
         model(images, max_stages=1, output_hidden_states=True, output_attentions=True)
-        with Count() as again:
+        with CountOperations("gelu_", "add_") as again:
             model(images, max_stages=1)
         assert again.count == first.count
 
