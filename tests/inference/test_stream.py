@@ -65,3 +65,9 @@ def test_nothing_is_copied_where_every_image_goes_on():
     answers, state, going_on = engine.step(0, {"pixel_values": random_images(4)})
     assert len(going_on) == len(answers) == 4
     assert all(state[name] is tensor for name, tensor in states[0].items())
+
+
+def test_nothing_waits_for_others_if_it_may_not():
+    engine = AdaptiveEngine(lively_model(), threshold=0.0, batch_size=4, max_wait=0)
+    assert [result.index for result in engine(random_images(3))] == [0, 1, 2]
+    assert engine.stats.batches == engine.stats.rows == [3, 3, 3]
