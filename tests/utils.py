@@ -127,3 +127,15 @@ class SizedStream(IterableDataset):
 
     def __iter__(self):
         return iter(self.images)
+
+
+class CountOperations(TorchDispatchMode):
+    """How many operations of some names run within."""
+
+    def __init__(self, *names: str):
+        super().__init__()
+        self.count, self.names = 0, names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in self.names
+        return function(*args, **(kwargs or {}))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
+from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.evaluation import (
     StageAnswers,
     calibrate_budget,
@@ -14,7 +15,7 @@ from hf_thinkingvit.evaluation import (
     calibration,
     measure_stage_milliseconds,
 )
-from hf_thinkingvit.evaluation.calibration import _pareto_order, binomial_p_value, least_images, threshold_grid
+from hf_thinkingvit.evaluation.calibration import _grid, _pareto_order, binomial_p_value, least_images, threshold_grid
 from tests.utils import lively_model, lively_swin, random_images
 
 
@@ -174,12 +175,17 @@ def test_the_grid_goes_from_no_exit_to_all(criterion):
     grid = threshold_grid(answers)
     assert (answers.exit_stages(grid[0]) == 1).all()
     assert (answers.exit_stages(grid[-1]) == 0).all()
+    criterion = EXIT_CRITERIA[criterion]
+    limit = criterion.maximum(10, 10)
+    steps = np.arange(1000 + 1 + criterion.exits_below) * limit / 1000  # one beyond the range, where τ must be above it
+    np.testing.assert_allclose(grid, steps if criterion.exits_below else steps[::-1], atol=1e-9)
 
 
 def test_budgets():
     answers = draw(3000, 0)
     found = calibrate_budget(answers, gmacs=1.5)
     assert found.gmacs == found.achieved <= 1.5
+    assert found.top1 == pytest.approx(answers.row(found.threshold)["top1"])
     finer = [answers.row(threshold) for threshold in np.linspace(0, 2.4, 4000)]
     assert found.top1 >= max(row["top1"] for row in finer if row["gmacs"] <= 1.5) - 0.1
     in_time = calibrate_budget(answers, milliseconds=1.5, stage_milliseconds=[1.0, 2.0])
@@ -190,6 +196,38 @@ def test_budgets():
         calibrate_budget(answers)
     with pytest.raises(ValueError, match="needs `stage_milliseconds`, 2 of them"):
         calibrate_budget(answers, milliseconds=1.5)
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.07, 1.1, 3.97])
+def test_a_budget_of_just_what_a_stage_takes_is_kept(cost):
+    """These numbers are greater in float32, and their float64 means over many images round either way."""
+    answers = replace(draw(997, 0), macs=(round(cost * 1e9), round(4 * cost * 1e9)))
+    for budget, stage in ((cost, 0), (4 * cost, 1)):
+        alone = 100 * answers.top1[:, stage].double().mean().item()
+        times = [cost, 4 * cost]
+        for found in (
+            calibrate_budget(answers, gmacs=budget),
+            calibrate_budget(answers, milliseconds=budget, stage_milliseconds=times),
+        ):
+            assert found.achieved <= budget * (1 + 1e-9) and found.top1 >= alone - 1e-9
+
+
+@pytest.mark.parametrize("num_stages, per_exit", [(2, False), (2, True), (3, False), (3, True)])
+def test_one_threshold_unless_exits_are_to_have_their_own(num_stages, per_exit):
+    answers = draw(500, 1, num_stages)
+    for found in (
+        calibrate_budget(answers, gmacs=1.7, per_exit=per_exit),
+        calibrate_risk(answers, 0.1, per_exit=per_exit),
+    ):
+        assert np.shape(found.threshold) == ((2,) if per_exit and num_stages == 3 else ())
+
+
+@pytest.mark.parametrize("num_stages", [3, 4, 5, 6])
+def test_the_combinations_of_thresholds_stay_few(num_stages):
+    """However many exits there are: each is judged on every image."""
+    grid = _grid(draw(10, 0, num_stages), per_exit=True, levels=24)
+    assert 500 < len(grid) < 35_000 and {len(thresholds) for thresholds in grid} == {num_stages - 1}
+    assert all(0.0 in column and max(column) > math.log(10) for column in zip(*grid))
 
 
 def test_per_exit_budgets_are_no_worse():

@@ -61,7 +61,8 @@ def test_holds_for_the_model_as_it_is(make, tmp_path):
     model = calibrated(make)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    for same in (model, loaded, copy.deepcopy(model), copy.deepcopy(model).train(), torch.nn.DataParallel(model)):
+    wrapped = torch.nn.DataParallel(model), torch.compile(model)
+    for same in (model, loaded, copy.deepcopy(model), copy.deepcopy(model).train(), *wrapped):
         assert calibration_status(same, model.config.calibration).holds
     text = card(loaded)
     assert PROMISE in text and "since changed" not in text

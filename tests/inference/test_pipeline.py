@@ -12,6 +12,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_thinkingvit import AdaptiveImageClassificationPipeline
 from hf_thinkingvit.image_processing import evaluation_image_processor
+from hf_thinkingvit.models.staged_pipeline import StagedImageClassificationPipeline
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import SizedStream, lively_model, lively_swin
 
@@ -226,6 +227,28 @@ def test_images_of_another_size(make, images):
         **results[0][0],
         **{name: pytest.approx(results[0][0][name], abs=1e-4) for name in ("score", "entropy")},
     }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_class_that_travels_with_the_models(make, images, batch_size):
+    """Without the engine, in batches of one image size: each image gets the answer that it gets alone."""
+    processor = evaluation_image_processor(32)
+    processor.do_resize = processor.do_center_crop = False
+    sizes = [(32, 32), (32, 32), (32, 48), (32, 48), (32, 48), (48, 48), (32, 32)]
+    inputs = [image.resize(size) for image, size in zip(images, sizes, strict=True)]
+    inputs.insert(4, "nowhere.png")
+    classifier = StagedImageClassificationPipeline(model=make(), image_processor=processor, device="cpu")
+    forwards = []
+    classifier.model.register_forward_hook(lambda module, args, outputs: forwards.append(len(outputs.logits)))
+    settings = {"threshold": 2.2, "interpolate_pos_encoding": True, "on_error": "return", "top_k": 2}
+    results = classifier(inputs, batch_size=batch_size, **settings)
+    assert forwards == {1: [1] * 7, 2: [2, 2, 1, 1, 1], 8: [2, 3, 1, 1]}[batch_size]
+    assert len({result[0].get("entropy") for result in results}) == 8
+    for image, result in zip(inputs, results, strict=True):
+        alone = classifier(image, **settings)
+        assert [entry.keys() for entry in result] == [entry.keys() for entry in alone]
+        for entry, other in zip(result, alone):
+            assert entry == pytest.approx(other, abs=1e-5)
 
 
 def test_threshold_of_the_standard_pipeline(folder, images, expected):

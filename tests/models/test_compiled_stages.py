@@ -78,6 +78,29 @@ def test_nothing_compiles_again_in_steady_state(make):
 
 
 @torch.no_grad()
+def test_batches_are_filled_up_to_powers_of_two_by_default():
+    model, rows = tiny_model(), []
+    model.thinkingvit.layernorm.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    model.compile_stages()
+    with torch.compiler.set_stance("force_eager"):  # the programs, as they would be compiled
+        for count in (1, 2, 3, 7, 9, 31, 33, 64, 67):
+            assert logits_of(model, random_images(count)).shape == (count, 12)
+    assert rows == [1, 2, 4, 8, 16, 32, 64, 64, 64, 4]
+
+
+@pytest.mark.parametrize("pixel_values", [None, torch.tensor(1.0), torch.zeros(2, 5, 5)])
+@torch.no_grad()
+def test_what_is_no_batch_fails_as_before(pixel_values):
+    model, said = tiny_model(), []
+    for batch_sizes in (None, [2]):
+        model.compile_stages(batch_sizes)
+        with pytest.raises(ValueError, match="`pixel_values`") as error:
+            model(pixel_values)
+        said.append(str(error.value))
+    assert said[0] == said[1] and compilations() == 0
+
+
+@torch.no_grad()
 def test_the_engine_runs_compiled_stages():
     model, images = tiny_model(), random_images(20)
     threshold = middle_threshold(model, images)

@@ -123,6 +123,15 @@ class TestSparse:
         assert rows == [count for count in (*running, int((class_depth == 5).sum())) if count]
         assert running[0] > running[1] > running[2] > 0
 
+    @pytest.mark.parametrize("output_token_depth", [False, True])
+    @torch.no_grad()
+    def test_no_layer_runs_without_tokens(self, output_token_depth):
+        model, layers = lively_avit(**GATES["all"]), []
+        for index, layer in enumerate(model.avit.layers):
+            layer.mlp.register_forward_hook(lambda module, args, output, index=index: layers.append(index))
+        outputs = model(random_images(4), output_token_depth=output_token_depth)
+        assert layers == [0] and torch.equal(outputs.mean_depth, torch.ones(4))
+
     @pytest.mark.parametrize("distilled", [False, True])
     @pytest.mark.parametrize("gate", sorted(GATES))
     @torch.no_grad()
@@ -239,6 +248,7 @@ class TestControl:
             ("gate_channel", 192),
             ("gate_scale", float("nan")),
             ("halting_epsilon", 1),
+            ("halting_epsilon", 1.5),
             ("prior_std", 0),
             ("ponder_loss_weight", -1),
             ("hidden_size", 100),

@@ -191,6 +191,18 @@ class TestEarlyExit:
             assert len(counter.counts) == 2
         assert exit_stage.unique().tolist() == [0, 2]
 
+    @pytest.mark.parametrize("patch_size", [4, 8])  # more tokens than channels, and fewer
+    @torch.no_grad()
+    def test_pixels_wait_only_while_a_later_stage_is_wider(self, patch_size):
+        model = lively_model(thinking_stages=[2, 4, 4], patch_size=patch_size)
+        state = model.begin(random_images(2))
+        waiting = ["pixel_values" in state]
+        for stage in range(2):
+            _, state = model.run_stage(stage, state, is_last=False)
+            state = model.recycle(stage, state)
+            waiting.append("pixel_values" in state)
+        assert waiting == [True, False, False]
+
     def test_no_later_stage_runs_when_all_exit(self):
         model = lively_model()
         outputs, rows = self.count_rows(model, lambda: model(random_images(), threshold=10.0))

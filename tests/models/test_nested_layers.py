@@ -6,11 +6,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d, layer_norm, linear
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import GELUActivation
 
-from hf_thinkingvit.models.nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear, ResidualDropout
-from tests.utils import lively_model, random_images
+from hf_thinkingvit.models.nested_layers import NestedConv2d, NestedLayerNorm, NestedLinear
+from tests.utils import CountOperations, lively_model, lively_swin, random_images
 
 
 def assert_leading(layer: NestedLinear, hidden_states: torch.Tensor, out_features: int) -> None:
@@ -184,6 +183,24 @@ def test_views_taken_without_gradients_do_not_cut_the_graph():
 
 
 @torch.no_grad()
+def test_a_bias_comes_and_goes():
+    layer, hidden_states = NestedLinear(8, 12), torch.randn(3, 5)
+    bias = layer.bias
+    for layer.bias in (bias, None, bias):
+        expected = linear(hidden_states, layer.weight[:7, :5], None if layer.bias is None else bias[:7])
+        torch.testing.assert_close(layer(hidden_states, 7), expected)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@torch.no_grad()
+def test_nothing_that_a_parametrization_computes_is_kept(name):
+    layer = NestedLinear(8, 12)
+    torch.nn.utils.parametrize.register_parametrization(layer, name, torch.nn.Hardtanh(-0.1, 0.1))
+    assert_leading(layer, torch.randn(3, 5), 7)
+    assert "_cached_views" not in layer.__dict__
+
+
+@torch.no_grad()
 def test_cached_views_do_not_travel_with_the_module():
     layer, hidden_states = NestedLinear(64, 64), torch.randn(3, 32)
     size = len(pickle.dumps(layer))
@@ -195,31 +212,17 @@ def test_cached_views_do_not_travel_with_the_module():
     assert "_cached_views" not in layer.__dict__
 
 
-def test_residual_dropout_is_the_identity_in_evaluation():
-    hidden_states = torch.randn(3, 4, 5)
-    assert ResidualDropout(0.5, 0.5).eval()(hidden_states) is hidden_states
-
-
-def test_residual_dropout_drops_nothing_by_default():
-    hidden_states = torch.randn(3, 4, 5)
-    assert torch.equal(ResidualDropout().train()(hidden_states), hidden_states)
-
-
-def test_residual_dropout_keeps_the_mean():
-    torch.manual_seed(0)
-    hidden_states = torch.ones(20000, 1, 4)
-    mean = ResidualDropout(0.3, 0.4).train()(hidden_states).mean().item()
-    assert mean == pytest.approx(1.0, abs=0.03)
-
-
-class CountInPlace(TorchDispatchMode):
-    """Counts operations that write over a layer's output."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ in ("gelu_", "add_")
-        return function(*args, **(kwargs or {}))
+@pytest.mark.parametrize("make", [lively_model, lively_swin])
+@torch.no_grad()
+def test_views_are_taken_once(make):
+    """The second call takes no more slices than a model at full width, whose layers need none."""
+    model, pixel_values = make(), random_images(1)
+    counts = []
+    for _ in range(3):
+        with CountOperations("slice") as slices:
+            model(pixel_values)
+        counts.append(slices.count)
+    assert counts[0] > 3 * counts[1] and counts[1] == counts[2]
 
 
 class TestWritingOver:
@@ -266,11 +269,11 @@ class TestWritingOver:
     @torch.no_grad()
     def test_recording_once_does_not_end_it(self):
         model, images = lively_model(num_hidden_layers=2), random_images()
-        with CountInPlace() as first:
+        with CountOperations("gelu_", "add_") as first:
             model(images, max_stages=1)
         assert first.count == 2 * 3  # the activation and both residuals of each layer
         model(images, max_stages=1, output_hidden_states=True, output_attentions=True)
-        with CountInPlace() as again:
+        with CountOperations("gelu_", "add_") as again:
             model(images, max_stages=1)
         assert again.count == first.count
 

@@ -65,8 +65,10 @@ def test_prior_sums_to_its_mass_before_the_target(target_depth, counted):
     assert (prior / prior[0]).tolist() == pytest.approx([value / density[0] for value in density], rel=1e-5)
 
 
-def test_prior_loss_is_the_definition():
-    target, scores = depth_prior(6, 3, 1.0), torch.tensor([0.5, 0.2, 0.05, 0.0, 0.2, 0.05])
+@pytest.mark.parametrize("size", [0.01, 1.0, 3.0])
+def test_prior_loss_is_the_definition(size):
+    """Of the layers' shares, whatever the scores sum to."""
+    target, scores = depth_prior(6, 3, 1.0), size * torch.tensor([0.5, 0.2, 0.05, 0.0, 0.2, 0.05])
     share = (scores / scores.sum()).clamp(0.01, 0.99)
     expected = (target * (target.log() - share.log())).sum() / 6
     torch.testing.assert_close(prior_loss(scores, target), expected)

@@ -29,10 +29,9 @@ from hf_thinkingvit.training.starting_point import build_model
 from tests.models.test_swin_weights import trained_swin
 from tests.training.test_checkpoints import damage_by_cutting
 from tests.training.test_config import CONFIGS
-from tests.training.tiny_runs import LABELS, flags, write_images
+from tests.training.tiny_runs import LABELS, SCRIPT, finish, flags, launch, write_images
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 # What is random in a run: mixup, augmentation, stochastic depth. Two accumulated parts, and a moving average.
 LIVELY = {"mixup": 0.8, "cutmix": 1.0, "model.drop_path_rate": 0.2, "gradient_accumulation_steps": 2, "save_steps": 2}
 
@@ -49,16 +48,6 @@ def assert_same(one: dict, other: dict, tolerance: float = 0.0) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], atol=tolerance, rtol=0, msg=name)
-
-
-def launch(words: list[str], processes: int) -> subprocess.Popen:
-    # Accelerate starts several CPU processes as it starts several GPUs' (or through MPI); the run itself says `cpu`.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [*command, str(SCRIPT), *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -244,10 +233,12 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path, streaming):
         words += ["--streaming", "--images_per_epoch", "24", "--no_shuffle", "--batch_size", "24"]
         words += ["--crop_scale", "1", "1", "--crop_ratio", "1", "1", "--horizontal_flip", "0", "--random_erasing", "0"]
         words += ["--auto_augment", "none", "--color_jitter", "0"]
-    else:  # images held out of train choose, and test is measured at the end
+    else:  # images held out of train choose, and test is measured at the end; one process begins, two go on
         words += ["--eval_split", "none", "--validation_fraction", "0.25"]
+        train(parse_config([*flags(images, tmp_path / "two"), *words, "--max_steps", "2"]))
+        words += ["--resume", "auto"]
     process = launch([*flags(images, tmp_path / "two"), *words], processes=2)
-    output, _ = process.communicate(timeout=240)
+    output = finish(process)
     assert process.returncode == 0, output
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["processes"] == 2

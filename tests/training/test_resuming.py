@@ -14,8 +14,8 @@ from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.stop_signals import ignore_stop_signals
 from tests.training import tiny_runs
-from tests.training.test_loop import LIVELY, assert_same, launch, weights
-from tests.training.tiny_runs import flags, write_images
+from tests.training.test_loop import LIVELY, assert_same, weights
+from tests.training.tiny_runs import finish, flags, launch, write_images
 
 
 def number_of_optimizer_steps(folder) -> int:
@@ -57,7 +57,7 @@ class TestAnotherAccumulation:
             output += (read := process.stdout.read(1))
             assert read, output
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output = finish(process, timeout=60)
         assert output.count("stopped by SIGTERM; continue with --resume auto from") == 1, output
         stopped = int(list_checkpoints(folder / "checkpoints")[0].name[5:])
         assert stopped < 200

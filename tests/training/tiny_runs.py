@@ -1,6 +1,9 @@
 """A run that takes a second: data, flags, and how to start it."""
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -8,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 LABELS = ["cat", "dog", "owl"]
 
 
@@ -69,3 +73,23 @@ def flags(dataset: Path, output_dir: Path, **overrides) -> list[str]:
     for name, value in {**fields, **overrides}.items():
         words += [f"--{name}", *([str(entry) for entry in value] if isinstance(value, list) else [str(value)])]
     return words
+
+
+def launch(words: list[str], processes: int) -> subprocess.Popen:
+    # Accelerate starts several CPU processes as it starts several GPUs' (or through MPI); the run itself says `cpu`.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, str(SCRIPT), *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    """The output of what was launched; processes that wait for each other in vain do not stay."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends the others, of which each has a session of its own
+        process.wait(timeout=60)
+        raise

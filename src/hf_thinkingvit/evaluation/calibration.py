@@ -280,13 +280,16 @@ def calibrate_budget(
     if milliseconds is not None and (stage_milliseconds is None or len(stage_milliseconds) != answers.num_stages):
         raise ValueError(f"`milliseconds` needs `stage_milliseconds`, {answers.num_stages} of them, one per stage.")
     unit, budget = ("GMACs", gmacs) if milliseconds is None else ("ms", milliseconds)
-    costs = torch.tensor([macs / 1e9 for macs in answers.macs] if milliseconds is None else list(stage_milliseconds))
+    costs = [macs / 1e9 for macs in answers.macs] if milliseconds is None else list(stage_milliseconds)
+    costs = torch.tensor(costs, dtype=torch.float64)
     grid = _grid(answers, per_exit, levels=24)
     spent = _means(answers, grid, costs.expand(len(answers), -1)).tolist()
     accuracies = _means(answers, grid, answers.top1).tolist()
     best: tuple[float, float, Threshold] | None = None
     for cost, accuracy, threshold in zip(spent, accuracies, grid):
-        if cost <= budget and (best is None or (accuracy, -cost) > (best[0], -best[1])):
+        # A budget of just what a stage takes is kept, however the mean over the images rounds.
+        within = cost <= budget or math.isclose(cost, budget)
+        if within and (best is None or (accuracy, -cost) > (best[0], -best[1])):
             best = accuracy, cost, threshold
     if best is None:
         raise ValueError(

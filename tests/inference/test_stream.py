@@ -1,0 +1,73 @@
+"""The images that wait for a stage, and how long they do."""
+
+import math
+import time
+
+import torch
+
+from hf_thinkingvit.inference import AdaptiveEngine
+from hf_thinkingvit.inference.stage_queue import StageQueue
+from hf_thinkingvit.inference.stream import Stream
+from tests.utils import lively_model, random_images
+
+
+def part(*places: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Waiting images, whose state holds their places."""
+    return {"hidden_states": torch.tensor(places)[:, None]}, list(places)
+
+
+def test_the_oldest_leave_first_and_the_others_go_on_waiting_since_they_came():
+    queue = StageQueue()
+    assert (len(queue), queue.since, queue.first) == (0, math.inf, None)
+    queue.put(*part(0, 1, 2), since=1.0)
+    queue.put(*part(3, 4), since=2.0)
+    queue.put(*part(5), since=3.0)
+    assert (len(queue), queue.since, queue.first) == (6, 1.0, 0)
+    for taken, left, since, first in (([0, 1], 4, 1.0, 2), ([2, 3], 2, 2.0, 4), ([4, 5], 0, math.inf, None)):
+        state, places, oldest = queue.take(2)
+        assert places == state["hidden_states"][:, 0].tolist() == taken
+        assert oldest == {0: 1.0, 2: 1.0, 4: 2.0}[taken[0]]
+        assert (len(queue), queue.since, queue.first) == (left, since, first)
+
+
+def test_what_is_put_back_is_the_oldest_again():
+    queue = StageQueue()
+    queue.put(*part(0, 1), since=1.0)
+    queue.put(*part(2), since=2.0)
+    queue.put_back(*queue.take(2))
+    assert (len(queue), queue.since, queue.first) == (3, 1.0, 0)
+    assert queue.take(5)[1] == [0, 1, 2]
+
+
+def test_waits_for_the_source_no_longer_than_any_image_may_wait():
+    model = lively_model()
+    stream = Stream(AdaptiveEngine(model, max_wait=0.5), [])
+    assert stream._patience() is None  # nothing waits
+    stream.queues[1].put(*part(0), since=time.monotonic())
+    assert 0 <= stream._patience() <= 0.5
+    stream.queues[0].put(*part(1), since=time.monotonic() - 9)
+    assert stream._patience() == 0
+    endless = Stream(AdaptiveEngine(model), [])
+    endless.queues[0].put(*part(0), since=time.monotonic())
+    assert endless._patience() is None
+
+
+def test_nothing_is_copied_where_every_image_goes_on():
+    model, states = lively_model(), []
+    engine, run_stage = AdaptiveEngine(model, threshold=0.0), model.run_stage
+
+    def recorded(*args, **kwargs):
+        answer, state = run_stage(*args, **kwargs)
+        states.append(dict(state))
+        return answer, state
+
+    model.run_stage = recorded
+    answers, state, going_on = engine.step(0, {"pixel_values": random_images(4)})
+    assert len(going_on) == len(answers) == 4
+    assert all(state[name] is tensor for name, tensor in states[0].items())
+
+
+def test_nothing_waits_for_others_if_it_may_not():
+    engine = AdaptiveEngine(lively_model(), threshold=0.0, batch_size=4, max_wait=0)
+    assert [result.index for result in engine(random_images(3))] == [0, 1, 2]
+    assert engine.stats.batches == engine.stats.rows == [3, 3, 3]
