@@ -119,7 +119,7 @@ def test_every_way_in_reads_the_same_picture(tmp_path):
     Image.fromarray(GREY).save(narrow)
     engine = AdaptiveEngine(model, processor, batch_size=2)
     first, second = engine([wide, narrow])
-    assert first.logits.tolist() == pytest.approx(second.logits.tolist(), abs=1e-6)
+    assert first.logits.tolist() == pytest.approx(second.logits.tolist(), abs=1e-5)
     classifier = pipeline("adaptive-image-classification", model=model, image_processor=processor)
     first, second = (classifier(str(path)) for path in (wide, narrow))
     assert [answer["label"] for answer in first] == [answer["label"] for answer in second]
