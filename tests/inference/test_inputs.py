@@ -125,6 +125,8 @@ def test_arrays_of_wide_integers(engine, picture, way):
     for other in (*unknown, pixels.astype(np.int16) - 128):
         with pytest.raises(ValueError, match=rf"uint16.*got {other.dtype} from .* whose range is unknown"):
             answer(other)
+    with pytest.raises(ValueError, match="none above 255: 8-bit values would come out black"):
+        answer(np.maximum(pixels, 255).astype(np.uint16))
     if way == "function":  # elsewhere tensors are preprocessed already
         planes = torch.from_numpy(wide).permute(2, 0, 1)
         assert answer(planes) == expected

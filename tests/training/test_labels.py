@@ -1,5 +1,6 @@
 import pytest
 
+from hf_thinkingvit.conversion.labels import imagenet_1k_classes
 from hf_thinkingvit.training.labels import first_difference, match_labels
 
 
@@ -54,6 +55,25 @@ def test_says_where_they_are_not_the_same(names, other):
         index, name, found = first_difference(names, other)
         assert (name, found) == (names[index], other[index])
         assert name != found
+
+
+def test_imagenet_by_the_first_of_its_names():
+    """Of which two are "maillot": they are told apart by their places, since all others are in the same order."""
+    classes = imagenet_1k_classes()
+    short = [name.split(",")[0] for name in classes]
+    assert short.count("maillot") == 2
+    for names, other in ((short, classes), (classes, short)):
+        assert match_labels(names, other) == (tuple(range(1000)), False)
+    assert match_labels(short, [*classes[1:], classes[0]]) is None
+
+
+def test_by_index_a_number_is_still_its_class():
+    """Folders 0 to 10 in the order of words: "10" is label 2 and class 10."""
+    folders, animals = ["0", "1", "10", *"23456789"], list("abcdefghijk")
+    assert match_labels(folders, animals) is None
+    assert match_labels(folders, animals, "index") == ((0, 1, 10, *range(2, 10)), True)
+    assert match_labels(animals, folders, "index") == ((0, 1, *range(3, 11), 2), True)
+    assert match_labels(folders, list(map(str, range(11))), "index") == ((0, 1, 10, *range(2, 10)), True)
 
 
 def test_by_index_whatever_the_names():

@@ -85,17 +85,20 @@ def as_8_bits(image: Any) -> Any:
         image: as callers hand it over. Unsigned 16-bit values end at 65535, floats are the image processor's to scale.
 
     Raises:
-        ValueError: for other integers with values outside of 0 to 255, whose range is unknown.
+        ValueError: for other integers with values outside of 0 to 255, whose range is unknown; for unsigned 16-bit ones
+            that all lie in it, which may be 8-bit values.
     """
     if is_torch_tensor(image):
         if image.is_floating_point() or image.dtype in (torch.uint8, torch.bool):
             return image
         values = image.to(torch.int64)
         if image.dtype == torch.uint16:
+            _check_16_bits(values)
             return _scaled_to_8_bits(values).to(torch.uint8)
     elif is_numpy_array(image) and image.dtype.kind in "iu" and image.dtype != np.uint8:
         values = image
         if image.dtype.kind == "u" and image.dtype.itemsize == 2:  # of either byte order
+            _check_16_bits(values)
             return _scaled_to_8_bits(values.astype(np.uint32)).astype(np.uint8)
     else:
         return image
@@ -105,6 +108,14 @@ def as_8_bits(image: Any) -> Any:
             f"{values.min().item()} to {values.max().item()}, whose range is unknown: scale it to uint8 first."
         )
     return values.to(torch.uint8) if is_torch_tensor(image) else values.astype(np.uint8)
+
+
+def _check_16_bits(values: Any) -> None:
+    if 0 not in values.shape and 0 < values.max() <= 255:
+        raise ValueError(
+            f"Expected 16-bit values (uint16) up to 65535, got none above {values.max().item()}: 8-bit values would "
+            "come out black. Hand those over as uint8, and 16-bit images this dark scaled to uint8."
+        )
 
 
 def _scaled_to_8_bits(values: Any) -> Any:

@@ -35,11 +35,12 @@ def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "n
     Names agree whatever their case, underscores and further synonyms ("tench" and "Tench, Tinca tinca"), as long as
     each could be the name of one class only. Names such as `LABEL_3`, which Transformers gives where there are none,
     say nothing: such classes are taken by number, and a label that is called by a number then means the class of that
-    number, as in [`~hf_thinkingvit.evaluation.LabelMap`].
+    number, as in [`~hf_thinkingvit.evaluation.LabelMap`] (folders "0", "1", "10" are labels 0, 1, 2, but not classes).
 
     Args:
         names, other (`list[str]`): by index, of the labels and of the other model's classes.
-        label_map (`str`): `"name"`, or `"index"` to take them by number whatever they are called.
+        label_map (`str`): `"name"`, or `"index"` to take them by number whatever they are called, unless that is a
+            number.
 
     Returns:
         `LabelMatch`; `None` if they are not the same classes, or there are more of one than of the other.
@@ -47,18 +48,18 @@ def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "n
     count = len(names)
     if count != len(other):
         return None
-    if label_map == "index":
-        return LabelMatch(tuple(range(count)), by_number=True)
     plain, plain_other = ([_normalised(name) for name in some] for some in (names, other))
     order = _order_by_name(plain, plain_other)
-    if order is not None:
-        return LabelMatch(order, by_number=False)
     numbers = sorted(map(str, range(count)))
-    if sorted(plain) == numbers and _nameless(other):
+    numbered, numbered_other = sorted(plain) == numbers, sorted(plain_other) == numbers
+    by_number = label_map == "index"
+    if order is not None and (not by_number or numbered):
+        return LabelMatch(order, by_number)
+    if numbered and (by_number or _nameless(other)):
         return LabelMatch(tuple(map(int, plain)), by_number=True)
-    if sorted(plain_other) == numbers and _nameless(names):
+    if numbered_other and (by_number or _nameless(names)):
         return LabelMatch(tuple(plain_other.index(str(index)) for index in range(count)), by_number=True)
-    if _nameless(other) or _nameless(names):
+    if by_number or _nameless(other) or _nameless(names):
         return LabelMatch(tuple(range(count)), by_number=True)
     return None
 
@@ -66,10 +67,13 @@ def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "n
 def _order_by_name(names: list[str], other: list[str]) -> tuple[int, ...] | None:
     """
     For each name the index of the only one of `other` that it can mean: the equal one, else, of those that are left,
-    the only one with a synonym in common. `None` if there is no such pairing. Both are normalised, and equally many.
+    the only one with a synonym in common. Several such (ImageNet's "maillot" and "maillot, tank suit", of which short
+    lists make two "maillot") are told apart by their places, if the others, which are more, are in the same order.
+    `None` if there is no such pairing. Both are normalised, and equally many.
     """
     places, places_other = _places(names), _places(other)
     order: dict[int, int] = {}
+    by_place = 0
     repeated = False  # equal names of several classes, which only their places tell apart
     for name, indices in places.items():
         if indices == places_other.get(name) or len(indices) == len(places_other.get(name, [])) == 1:
@@ -81,14 +85,19 @@ def _order_by_name(names: list[str], other: list[str]) -> tuple[int, ...] | None
         for synonym in _synonyms(other[index]):
             with_synonym[synonym].add(index)
     for index in set(range(len(names))) - order.keys():
-        candidates = set().union(*(with_synonym.get(synonym, ()) for synonym in _synonyms(names[index])))
+        synonyms = _synonyms(names[index])
+        candidates = set().union(*(with_synonym.get(synonym, ()) for synonym in synonyms))
+        if len(candidates) > 1 and index in candidates:
+            here = _synonyms(other[index])
+            if synonyms <= here or here <= synonyms:
+                candidates, by_place = {index}, by_place + 1
         if len(candidates) != 1:
             return None
         order[index] = candidates.pop()
     found = tuple(order[index] for index in range(len(names)))
-    if len(set(found)) != len(found) or (repeated and found != tuple(range(len(found)))):
+    if len(set(found)) != len(found) or 2 * by_place > len(found):
         return None
-    return found
+    return None if (repeated or by_place) and found != tuple(range(len(found))) else found
 
 
 def _places(names: list[str]) -> dict[str, list[int]]:
