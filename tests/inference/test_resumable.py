@@ -125,6 +125,21 @@ def test_a_run_of_something_else_is_refused(tmp_path, change):
     assert processes(path, 1, facts, names)[0].done == 0  # anew
 
 
+@pytest.mark.parametrize("value", [float("nan"), [0.5, float("nan")]])
+def test_facts_that_are_not_finite(tmp_path, value):
+    path, facts = tmp_path / "out.jsonl", {**FACTS, "temperature": value}
+    answer(processes(path, 1, facts)[0], 3)
+    assert processes(path, 1, facts)[0].done == 3
+    with pytest.raises(FileExistsError, match="temperature was .* and is 1.0"):
+        processes(path, 1, {**FACTS, "temperature": 1.0})
+
+
+def test_equal_facts_of_other_types(tmp_path):
+    path = tmp_path / "out.jsonl"
+    answer(processes(path, 1, {**FACTS, "threshold": 1})[0], 3)
+    assert processes(path, 1, {**FACTS, "threshold": 1.0})[0].done == 3
+
+
 @pytest.mark.parametrize("header", [None, b'{"model', b"[1]", b"\xff"])
 def test_parts_without_a_header_are_refused(tmp_path, header):
     path, header_path = tmp_path / "out.jsonl", tmp_path / "out.jsonl.run.json"

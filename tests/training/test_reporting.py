@@ -59,6 +59,13 @@ def figures(results: dict) -> dict:
     return {name: (entry["step"], entry["top1"][-1]) for name, entry in results["test"].items()}
 
 
+def without_steps(folder):
+    """The folder of a run as versions left it that did not record the steps of models."""
+    for name in ("best", "last"):
+        (folder / name / "training_step.json").unlink()
+    return folder
+
+
 def test_the_best_epoch_is_saved_and_reported(whole):
     folder, results = whole
     chosen = [entry["results"][entry["chosen"]]["top1"][-1] for entry in results["history"]]
@@ -99,8 +106,50 @@ class TestAnotherFolder:
         assert again["test"] == results["test"]
         assert "the model of step 8 was more accurate" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("step", [4, 16])
+    def test_of_a_version_that_recorded_no_steps(self, data, whole, tmp_path, step):
+        """Its models are taken, unless the run went on from the checkpoint and replaced them."""
+        folder = without_steps(shutil.copytree(whole[0], tmp_path / "a"))
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        results = train(parse_config(words_of(data, tmp_path / "b", resume=checkpoint, max_steps=step)))
+        expected = {4: {"best": (4, 25.0), "last": (4, 25.0)}, 16: figures(whole[1])}[step]
+        assert figures(results) == expected
+        assert answer(tmp_path / "b" / "best") == ANSWERS[expected["best"][0]]
+
+    def test_which_holds_models_of_another_run(self, data, whole, tmp_path):
+        """Of the same steps, but with other accuracies."""
+        folder, other = (shutil.copytree(whole[0], tmp_path / name) for name in "ab")
+        for name in ("best", "last"):
+            shutil.rmtree(folder / name)
+        saved = json.loads((other / "results.json").read_text())
+        for entry in saved["history"]:
+            entry["results"][entry["chosen"]]["top1"][-1] += 1
+        (other / "results.json").write_text(json.dumps(saved))
+        results = train(parse_config(words_of(data, other, resume=folder)))
+        assert figures(results) == {"best": (16, 25.0), "last": (16, 25.0)}
+        assert answer(other / "best") == 1
+
 
 class TestTheSameFolder:
+    @pytest.mark.parametrize("recorded", [True, False])
+    @pytest.mark.parametrize("place", ["linked", "copied"])
+    def test_a_checkpoint_that_lies_elsewhere(self, data, whole, tmp_path, capsys, place, recorded):
+        """The folder of checkpoints is a link to another disk; or a checkpoint is a backup."""
+        folder = shutil.copytree(whole[0], tmp_path / "a")
+        if not recorded:
+            without_steps(folder)
+        elsewhere, resume = tmp_path / "disk" / "of" / "checkpoints", "auto"
+        shutil.copytree(folder / "checkpoints", elsewhere)
+        if place == "linked":
+            shutil.rmtree(folder / "checkpoints")
+            (folder / "checkpoints").symlink_to(elsewhere)
+        else:
+            resume = elsewhere / "step-00000016"
+        results = train(parse_config(words_of(data, folder, resume=resume)))
+        assert results["test"] == whole[1]["test"]
+        assert "not there any more" not in capsys.readouterr().out
+        assert (answer(folder / "best"), answer(folder / "last")) == (0, 1)
+
     @pytest.mark.parametrize("name", ["best", "last"])
     def test_a_deleted_model_is_made_anew(self, data, whole, tmp_path, name):
         folder = shutil.copytree(whole[0], tmp_path / "a")
@@ -120,9 +169,7 @@ class TestTheSameFolder:
         assert "the best model (of step 8) is not reported: there is no folder" in capsys.readouterr().out
 
     def test_a_run_of_a_version_that_recorded_no_steps(self, data, whole, tmp_path):
-        folder = shutil.copytree(whole[0], tmp_path / "a")
-        for name in ("best", "last"):
-            (folder / name / "training_step.json").unlink()
+        folder = without_steps(shutil.copytree(whole[0], tmp_path / "a"))
         path = list_checkpoints(folder / "checkpoints")[0] / "evaluated.json"
         saved = json.loads(path.read_text())
         del saved["progress"]["best_step"]

@@ -192,7 +192,9 @@ class ResumableOutput:
         changes = [
             f"{name} was {earlier.get(name)!r} and is {facts.get(name)!r}"
             for name in {**earlier, **facts}
+            # Also as text: NaN is not equal to itself. Not only as text: 1 is equal to 1.0.
             if earlier.get(name) != facts.get(name)
+            and json.dumps(earlier.get(name), sort_keys=True) != json.dumps(facts.get(name), sort_keys=True)
         ]
         if changes:
             raise FileExistsError(

@@ -68,9 +68,9 @@ def say_accuracy(setup: TrainingSetup, progress: Progress, results: Mapping[str,
 
 def continue_models(setup: TrainingSetup, history: list[dict], progress: Progress, checkpoint: Path | None) -> None:
     """
-    Bring the best and the last model of a resumed run into its `output_dir`, copied from the run that the checkpoint is
-    of. Where that has no such model, the run chooses its best model anew (`best_top1` is reset), and evaluates the
-    checkpoint again if it had been evaluated. Every process calls it.
+    Have the best and the last model of a resumed run in its `output_dir`: those that are there if they are of the run,
+    or else copied from where the checkpoint lies. Where neither has such a model, the run chooses its best model anew
+    (`best_top1` is reset), and evaluates the checkpoint again if it had been evaluated. Every process calls it.
 
     Args:
         setup (`TrainingSetup`): of the run.
@@ -81,7 +81,7 @@ def continue_models(setup: TrainingSetup, history: list[dict], progress: Progres
         return
     wanted, missing = _wanted(history, progress), [[]]
     if setup.accelerator.is_main_process:
-        missing[0] = [name for name, entry in wanted.items() if not _bring(setup.output_dir, name, entry, checkpoint)]
+        missing[0] = [name for name in wanted if not _bring(setup.output_dir, name, wanted, checkpoint)]
     if setup.accelerator.num_processes > 1:
         broadcast_object_list(missing)
     for name in missing[0]:
@@ -118,16 +118,41 @@ def _step_of(folder: Path) -> int | None:
         return None
 
 
-def _bring(output_dir: Path, name: str, entry: Mapping[str, Any], checkpoint: Path) -> bool:
-    """Whether the model that `entry` was measured of is in `output_dir`, after copying it there if need be."""
-    own, run = output_dir / name, checkpoint.resolve().parent.parent
-    if run == output_dir.resolve():
-        return own.is_dir() and _step_of(own) in (entry["step"], None)
-    if _step_of(run / name) != entry["step"]:
+def _measured_in(folder: Path) -> dict[int, dict]:
+    """The history of the last run in a folder, by step; empty if there is none that can be read."""
+    try:
+        history = json.loads((folder / "results.json").read_text(encoding="utf-8"))["history"]
+        return {entry["step"]: entry for entry in history if entry["chosen"] in entry["results"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _holds(folder: Path, name: str, wanted: Mapping[str, dict], recorded: bool) -> bool:
+    """Whether the model `name` in the folder of a run is the wanted one, among those that record their step or not."""
+    step, measured = _step_of(folder / name), _measured_in(folder)
+    entry, newest = wanted[name], wanted["last"]["step"]
+    if not (folder / name).is_dir() or (step is not None) != recorded:
         return False
-    with replacing_folder(own) as temporary:
-        shutil.copytree(run / name, temporary, dirs_exist_ok=True)
-    return True
+    if measured.get(entry["step"], entry)["results"] != entry["results"]:  # another run, whose epochs have these steps
+        return False
+    if recorded:
+        return step == entry["step"]
+    # A run that went on from the checkpoint may have replaced it since.
+    later = max(measured, default=0) if name == "last" else _most_accurate(list(measured.values()) or [entry])["step"]
+    return later <= newest
+
+
+def _bring(output_dir: Path, name: str, wanted: Mapping[str, dict], checkpoint: Path) -> bool:
+    """Whether the model that `wanted[name]` was measured of is in `output_dir`, after copying it there if need be."""
+    own = output_dir.resolve()
+    # The checkpoint may be a copy of one of this run; and a run's folder of checkpoints may be a link to another disk.
+    runs = (checkpoint.absolute().parent.parent.resolve(), checkpoint.resolve().parent.parent)
+    folders = dict.fromkeys((own, *runs))
+    found = [folder for recorded in (True, False) for folder in folders if _holds(folder, name, wanted, recorded)]
+    if found and found[0] != own:
+        with replacing_folder(output_dir / name) as temporary:
+            shutil.copytree(found[0] / name, temporary, dirs_exist_ok=True)
+    return bool(found)
 
 
 def _saved(folder: Path, history: list[dict], progress: Progress) -> tuple[dict[str, dict], list[str]]:
