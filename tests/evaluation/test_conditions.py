@@ -23,6 +23,7 @@ from hf_thinkingvit.evaluation import (
 from hf_thinkingvit.evaluation.labels import LabelMap
 from hf_thinkingvit.evaluation.statements import calibration_statement
 from hf_thinkingvit.hub import model_card, push
+from hf_thinkingvit.hub.results import published_calibration
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.evaluation.test_calibration import draw
 from tests.models.test_modeling_avit import lively_avit
@@ -173,6 +174,16 @@ def test_sentences_that_former_versions_saved(tmp_path):
     assert "99.99%" in loaded.config.calibration["statement"]  # the model itself is left as it is
     del loaded.config.calibration["target"]  # nothing to build a sentence from
     assert "99.99%" in card(loaded)
+
+
+@pytest.mark.parametrize("exits_early", [True, False])
+def test_that_no_image_exits_early_was_saved_as_a_sentence(exits_early):
+    facts = {**calibrated().config.calibration, "exits_early": exits_early}
+    said = calibration_statement(facts)
+    assert ("No τ at which an image exits early keeps this promise." in said) == (not exits_early)
+    del facts["exits_early"]
+    assert calibration_statement({**facts, "statement": said}) == said
+    assert calibration_statement(published_calibration({**facts, "statement": said})) == said
 
 
 def test_results_of_another_calibration():

@@ -65,7 +65,18 @@ def test_data_without_splits_are_all_of_them(tmp_path):
             "traindata/a.parquet",
             "set/train_images/a.parquet",
         ),
-        *("set/data/Train-0.parquet", "PetsTrain/a.parquet", "set/images/Training/a.parquet"),
+        *(
+            "set/data/Train-0.parquet",
+            "pets_train/a.parquet",
+            "set/cifar10-train.parquet",
+            "set/Train2017/a.parquet",
+            "set/images/Training/a.parquet",
+        ),
+        *(
+            "set/train-00000-of-00002.parquet",
+            "set/pets-train-0.parquet",
+            "set/pets-train-00000-of-00001-0123456789abcdef.parquet",
+        ),
     ],
 )
 def test_names_of_files_and_folders_tell(place, tmp_path):
@@ -80,19 +91,51 @@ def test_names_of_files_and_folders_tell(place, tmp_path):
         evaluation_rows(str(link))
 
 
-@pytest.mark.parametrize("place", ["strain", "restrained", "constraints", "trains", "trainers", "Testing", "val_set"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("strain", "restrained", "constraints", "trains", "trainers", "Testing", "val_set"),
+        *("Trainspotting", "trainstation", "toyTrain", "Training shoes", "Bullet Train"),
+    ],
+)
 def test_other_words_tell_nothing(place, tmp_path):
     path = tmp_path / place / "photographs"
     parquet(path / "a.parquet")
     assert evaluation_rows(str(path))[1] == "all"
 
 
-def test_folders_above_say_nothing_to_who_asks_for_all(tmp_path):
-    path = tmp_path / "training course" / "photographs"
-    parquet(path / "a.parquet")
-    with pytest.raises(ValueError, match="'training course' says training images"):
+def test_who_asks_for_all_gets_all(tmp_path):
+    path = parquet(tmp_path / "train" / "photographs" / "a.parquet").parent
+    with pytest.raises(ValueError, match=r"'train' says training images.*`split=\"all\"` \(`--split all`\)"):
         evaluation_rows(str(path))
     assert evaluation_rows(str(path), "all")[1] == "all"
+    file = parquet(tmp_path / "set" / "train.parquet")
+    assert evaluation_rows(str(file), "all")[1] == evaluation_rows(str(file.parent), "all")[1] == "all"
+
+
+@pytest.mark.parametrize(
+    "place", ["in_training/val", "run/train_val_split/val", "training/x/y", "train/Testing", "train/val_images"]
+)
+def test_folders_further_up_and_above_held_out_images_tell_nothing(place, tmp_path):
+    path = parquet(tmp_path / place / "a.parquet").parent
+    assert evaluation_rows(str(path))[1] == "all"
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("Bullet Train", "Sports Car", "Test Tube"),
+        ("Bullet Train", "Sports Car"),
+        ("Trainspotting", "trainstation", "toyTrain", "Training shoes", "Evaluation board", "Valley", "Devil"),
+    ],
+)
+def test_classes_are_no_splits(classes, tmp_path):
+    for name in classes:
+        (tmp_path / "things" / name).mkdir(parents=True)
+        (tmp_path / "things" / name / "0.png").write_bytes(encoded_image(0))
+    for split in (None, "all", "train"):
+        rows, found = evaluation_rows(str(tmp_path / "things"), split)
+        assert (len(rows), found) == (len(classes), split or "all")
 
 
 @pytest.mark.parametrize("names", [("Training", "Testing"), ("Train", "Test", "Valid"), ("trainset", "testset")])
@@ -102,7 +145,9 @@ def test_splits_that_were_merged_are_refused(names, tmp_path):
         for label in ("cat", "dog"):
             (tmp_path / name / label).mkdir(parents=True)
             (tmp_path / name / label / "0.png").write_bytes(encoded_image(0))
-    for split in (None, "all", "train"):
+    rows, split = evaluation_rows(str(tmp_path), "all")  # as the user says
+    assert (len(rows), split) == (2 * len(names), "all")
+    for split in (None, "train"):
         with pytest.raises(ValueError, match=rf"several splits \(.*{names[1]}.*\).* Give the one folder"):
             evaluation_rows(str(tmp_path), split)
     rows, split = evaluation_rows(str(tmp_path / names[1]))
@@ -117,7 +162,7 @@ def test_folders_of_many_images_are_not_listed(tmp_path, monkeypatch):
     seen = []
     scandir = os.scandir
     monkeypatch.setattr(splits.os, "scandir", lambda path: seen.append(str(path)) or scandir(path))
-    assert splits._says_train(str(tmp_path / "animals"), asked_for_all=False) is None
+    assert splits._says_train(str(tmp_path / "animals")) is None
     assert seen == [str(tmp_path / "animals"), str(tmp_path / "animals" / "cat")]
 
 

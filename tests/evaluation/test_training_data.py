@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit.evaluation import calibrate_budget, calibrate_risk, calibration_status, evaluate_thresholds
-from hf_thinkingvit.evaluation.splits import why_not_new
+from hf_thinkingvit.evaluation.splits import same_data, why_not_new
 from hf_thinkingvit.hub import model_card
 from tests.evaluation.test_calibration import draw
 from tests.evaluation.test_conditions import PROMISE, answers_of, calibrated, card
@@ -70,6 +70,21 @@ def test_which_images_are_not_new(split, part):
         assert (seen is None) == (part is None) and (seen is None or part in seen)
     assert why_not_new(record("validation"), "org/plants", split) is None
     assert why_not_new(None, "org/animals", split) is None
+
+
+@pytest.mark.parametrize(
+    "recorded, dataset, same",
+    [
+        *(("собаки", "/data/кошки", False), ("собаки", "/data/собаки", True), ("org/animals", "动物", False)),
+        *(("—", "/data/…", False), ("—", "/data/—", False)),
+        *(("images", "/other/images", False), ("data", "data", False), ("train", "/a/train", False)),
+        *(("imagefolder", "/a/imagefolder", False), ("org/data", "/a/data", False), ("org/data", "ada/data", False)),
+        *(("org/data", "org/data", True), ("train.parquet", "/a/train.parquet", False)),
+        *(("test_images", "/a/test_images", False), ("animals", "/a/Animals", True), ("testudo", "/a/testudo", True)),
+    ],
+)
+def test_names_that_tell_data_apart(recorded, dataset, same):
+    assert same_data(recorded, dataset) == same
 
 
 def test_objects_are_known_by_what_they_were_loaded_from(animals):

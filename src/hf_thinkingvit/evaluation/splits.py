@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -15,14 +16,26 @@ ALL = "all"  # of data that have no splits
 UNKNOWN = "unknown"  # of a `datasets.Dataset` that does not say
 CANDIDATES = ("validation", "test", "val")
 
-# At the beginning of a word, so "strain" is none; trains, trainers and trainees are things that images show.
-_TRAINING = r"((?<![A-Za-z])(?i:train)|(?<=[a-z])Train)(?!(?i:s|ers?|ees?)(?![A-Za-z]))"
-_NAMED = {
-    "training": re.compile(_TRAINING),
-    "validation": re.compile(r"(?<![a-z])(val|valid|validation|dev)(set|data|images)?(?![a-z])", re.IGNORECASE),
-    "test": re.compile(r"(?<![a-z])(test|testing|eval|evaluation)(set|data|images)?(?![a-z])", re.IGNORECASE),
-}
 _FILES_OF_IMAGES = (".parquet", ".arrow", ".zip", ".tar", ".tar.gz", ".tgz")
+# A name says a split only as a whole: "Bullet Train" and "Test Tube" are classes of images.
+_KINDS = {
+    "training": "training|train",
+    "validation": "validation|valid|val|dev",
+    "test": "evaluation|eval|testing|test",
+}
+_SPLIT = "|".join(_KINDS.values())
+_FILLER = r"set|data|images?|imgs?|jpe?gs?|split|\d"
+_ONLY_SPLIT = re.compile(rf"(?:{_SPLIT}|{_FILLER}|[\W_])+")
+# "cifar10-train", "pets_trainset-0": a data set's name, and no space after it. It ends in what is glued to the split.
+_LAST_IS_SPLIT = re.compile(rf".+?[-_.](?P<last>(?:{_SPLIT}|{_FILLER})+?)(?:[-_.]?\d)*")
+_WORD = re.compile("|".join(f"(?P<{kind}>{words})" for kind, words in _KINDS.items()))
+_SHARD = re.compile(r"[-_.]\d+-of-\d+(-[0-9a-f]{16})?$")  # as `datasets` writes them
+_SUFFIX = re.compile(f"({'|'.join(map(re.escape, _FILES_OF_IMAGES))})$")
+_GENERIC = ("dataset", "imagefolder", "folder", "parquet", "arrow", "webdataset")  # the latter: of `datasets`' readers
+_WAY_OUT = (
+    'Where the model was not trained on these images, `split="all"` (`--split all`) evaluates on all of them; '
+    '`split="train"` does so as on training images.'
+)
 _LISTED = 64  # entries of a sub-folder that are looked at: a folder of one class may hold thousands of images
 
 
@@ -43,12 +56,14 @@ def evaluation_rows(
     Returns:
         The rows, and their split: as named; `"all"` for a folder or Parquet file that has no splits; for a
         `datasets.Dataset` its own `split`, or `"unknown"`. `datasets` calls data without splits "train". Here they are
-        training images only where a name says so: of a folder on the way to them (as it is written, and with links
-        resolved), of a folder in the first two levels below, of a Parquet file or an archive.
+        training images only where a whole name says so (`train_images`, `pets-train.parquet`; not `Bullet Train`): of
+        the data or the folder that holds them (as written, and with links resolved), of a folder in the first two
+        levels below, of a Parquet file or an archive. `split="all"` reads all of it, whatever names say.
 
     Raises:
         ValueError: if there is no such split; if none was named and there are only others, such as training images; if
-            `datasets` reads folders that are called like several splits (`Training`, `Testing`) as one.
+            `datasets` reads folders that are called like several splits (`Training`, `Testing`) as one and they were
+            not asked for by `"all"`.
     """
     if not isinstance(dataset, str):
         named = split or getattr(dataset, "split", None)
@@ -56,9 +71,11 @@ def evaluation_rows(
     splits = load_splits(dataset, streaming)
     said = None
     if list(splits) == ["train"]:
+        if split == ALL:
+            return splits["train"], ALL
         _check_not_merged(dataset)
-        if split in (None, ALL):
-            said = _says_train(dataset, asked_for_all=split == ALL)
+        if split is None:
+            said = _says_train(dataset)
             if said is None:
                 return splits["train"], ALL
     if split is None and not any(candidate in splits for candidate in CANDIDATES):
@@ -66,6 +83,7 @@ def evaluation_rows(
             f"`{dataset}` has none of the splits {', '.join(CANDIDATES)}, only {', '.join(splits)}"
             + (f" ({said})" if said else "")
             + ": name the one to evaluate on (`split`). Training images tell nothing of how a model does on others."
+            + (f" {_WAY_OUT}" if said else "")
         )
     candidates = [candidate for candidate in CANDIDATES if candidate in splits]
     new = [candidate for candidate in candidates if why_not_new(trained_on, dataset, candidate) is None]
@@ -98,19 +116,46 @@ def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) 
 def same_data(recorded: str | None, dataset: Any) -> bool:
     """
     Whether two data sets are called the same: a public name, and a name, path or object of `datasets`. Who publishes it
-    and whether it lies here make no difference.
+    and whether it lies here make no difference, unless the name is one that any data may have (`data`, `images`,
+    `train`): then only the same Hub id is the same.
     """
     if not isinstance(dataset, str):
         dataset = getattr(getattr(dataset, "info", None), "dataset_name", None)
     if not recorded or not dataset:
         return False
     name = public_name(dataset)
-    return name != UNNAMED and _letters(name.rpartition("/")[2]) == _letters(recorded.rpartition("/")[2])
+    if name == UNNAMED:
+        return False
+    last = recorded.rpartition("/")[2]
+    if _is_generic(last):
+        return "/" in recorded and recorded == name
+    return _letters(last) != "" and _letters(name.rpartition("/")[2]) == _letters(last)
 
 
 def _letters(name: str) -> str:
     """Without what `datasets` changes in names."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", name).lower())
+
+
+def _is_generic(name: str) -> bool:
+    name = _stem(name)
+    return name in _GENERIC or _ONLY_SPLIT.fullmatch(name) is not None
+
+
+def _stem(name: str) -> str:
+    return _SHARD.sub("", _SUFFIX.sub("", name.lower()))
+
+
+def _kind(name: str) -> str | None:
+    """Which split a folder or file is called: `"training"` also of several (`trainval`); `None` if it is no split."""
+    name = _stem(name)
+    if not _ONLY_SPLIT.fullmatch(name):
+        found = _LAST_IS_SPLIT.fullmatch(name)
+        if found is None:
+            return None
+        name = found["last"]
+    kinds = {found.lastgroup for found in _WORD.finditer(name)}
+    return next((kind for kind in _KINDS if kind in kinds), None)
 
 
 def is_training_split(split: str) -> bool:
@@ -118,18 +163,21 @@ def is_training_split(split: str) -> bool:
     return any(part.strip().lower().startswith("train") for part in split.split("+"))
 
 
-def _says_train(dataset: str, asked_for_all: bool) -> str | None:
+def _says_train(dataset: str) -> str | None:
     """
     What says that the single split of `dataset` is one of training images, and not only by convention; `None` if
-    nothing does. Folders above the data say nothing to who asks for all of them by name.
+    nothing does. The folder that holds the data counts unless they are called validation or test themselves; folders
+    further up may be named after anything.
     """
     path = Path(dataset)
     if not path.exists():  # on the Hub, who publishes a single split "train" means it
         return "so its publisher calls them"
     written, resolved = Path(os.path.abspath(path)), Path(os.path.realpath(path))
-    above = [] if asked_for_all else [*written.parts[:-1], *resolved.parts[:-1]]
-    for name in (written.name, resolved.name, *above, *_names_below(path)):
-        if _NAMED["training"].search(name):
+    own = [written.name, resolved.name]
+    held_out = any(_kind(name) in ("validation", "test") for name in own)
+    above = [] if held_out else [written.parent.name, resolved.parent.name]
+    for name in (*own, *above, *_names_below(path)):
+        if _kind(name) == "training":
             return f"the name {name!r} says training images"
     if (path / "README.md").is_file():
         return "its README.md can name splits"
@@ -143,14 +191,15 @@ def _check_not_merged(dataset: str) -> None:
         return
     found: dict[str, str] = {}
     for name in _names_below(path):
-        for kind, named in _NAMED.items():
-            if named.search(name):
-                found.setdefault(kind, name)
+        kind = _kind(name)
+        if kind is not None:
+            found.setdefault(kind, name)
     if len(found) > 1:
         raise ValueError(
             f"`{dataset}` holds what is called like several splits ({', '.join(sorted(set(found.values())))}), but "
             "`datasets`, which knows train, validation and test in lower case, reads all of it as one. Give the one "
-            "folder or file to evaluate on as the dataset, or rename them."
+            "folder or file to evaluate on as the dataset, or rename them. Where the model was trained on none of "
+            'these images, `split="all"` (`--split all`) evaluates on all of them.'
         )
 
 

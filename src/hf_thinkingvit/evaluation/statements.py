@@ -11,6 +11,7 @@ PROMISES = {
     "accuracy_drop": "at most {} of images are right at the last stage and wrong where they exit",
     "error": "at most {} of images are classified wrongly",
 }
+NONE_EXITS_EARLY = "No τ at which an image exits early keeps this promise."
 UNITS = {"macs": "GMACs", "milliseconds": "ms"}
 
 
@@ -35,14 +36,21 @@ def calibration_statement(facts: Mapping[str, Any]) -> str | None:
     return facts.get("statement")
 
 
+def exits_early(facts: Mapping[str, Any]) -> bool:
+    """Whether any image exits early at the calibrated τ; former versions saved this in their `statement` only."""
+    if facts.get("exits_early") is None:
+        return NONE_EXITS_EARLY not in (facts.get("statement") or "")
+    return bool(facts["exits_early"])
+
+
 def _promise(facts: Mapping[str, Any]) -> str:
     split = facts.get("split", UNKNOWN)
     statement = (
         f"With probability at least {at_least(facts['delta'])} over the choice of {facts['images']} calibration "
         f"images, {PROMISES[facts['target']].format(at_most(facts['epsilon']))}."
     )
-    if not facts.get("exits_early", True):
-        statement += " No τ at which an image exits early keeps this promise."
+    if not exits_early(facts):
+        statement += f" {NONE_EXITS_EARLY}"
     if seen := facts.get("seen"):
         statement += f" The calibration images are not new to the model ({seen}); for others this promises nothing."
     elif is_training_split(split):

@@ -29,6 +29,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..evaluation.macs import stage_macs
+from ..evaluation.statements import exits_early
 from ..models.config_checks import check_integer, check_number
 from ..models.exit_criteria import resolve_thresholds
 from ..public_names import public_name, public_text
@@ -117,7 +118,10 @@ def published_calibration(calibration: Mapping[str, Any]) -> dict[str, Any]:
     A calibration as it may be published: facts alone, without the sentence that former versions saved with them. It
     could be read beside a model of which it is not true; the card says it where it is.
     """
-    return {name: value for name, value in without_paths(calibration).items() if name != "statement"}
+    facts = {name: value for name, value in without_paths(calibration).items() if name != "statement"}
+    if not exits_early(calibration):  # which may stand in that sentence only
+        facts["exits_early"] = False
+    return facts
 
 
 def _read_json(path: Path) -> dict[str, Any]:
