@@ -107,9 +107,9 @@ def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) 
     parts = {part.partition("[")[0].strip().lower() for part in split.split("+")}
     whole = bool(parts & {ALL, UNKNOWN})
     if whole or learned.lower() in parts:
-        return f"the model was trained on split {learned!r} of `{trained_on['dataset']}`"
+        return f"the model was trained on split {learned!r} of data called `{trained_on['dataset']}`"
     if selected.lower() in parts:
-        return f"the best epoch of the model was chosen by split {selected!r} of `{trained_on['dataset']}`"
+        return f"the best epoch of the model was chosen by split {selected!r} of data called `{trained_on['dataset']}`"
     return None
 
 
@@ -117,9 +117,10 @@ def same_data(recorded: str | None, dataset: Any) -> bool:
     """
     Whether two data sets are called the same: a public name, and a name, path or object of `datasets`. Who publishes it
     and whether it lies here make no difference, unless the name is one that any data may have (`data`, `images`,
-    `train`): then only the same Hub id is the same.
+    `train`): then only the same Hub id is the same, or a path that ends in the same name, which may be other data.
     """
-    if not isinstance(dataset, str):
+    is_path = isinstance(dataset, str)
+    if not is_path:
         dataset = getattr(getattr(dataset, "info", None), "dataset_name", None)
     if not recorded or not dataset:
         return False
@@ -127,9 +128,11 @@ def same_data(recorded: str | None, dataset: Any) -> bool:
     if name == UNNAMED:
         return False
     last = recorded.rpartition("/")[2]
+    if _letters(last) == "":
+        return False
     if _is_generic(last):
-        return "/" in recorded and recorded == name
-    return _letters(last) != "" and _letters(name.rpartition("/")[2]) == _letters(last)
+        return recorded == name and ("/" in recorded or is_path)
+    return _letters(name.rpartition("/")[2]) == _letters(last)
 
 
 def _letters(name: str) -> str:
