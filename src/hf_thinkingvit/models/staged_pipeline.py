@@ -142,15 +142,17 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
     ) -> Iterator[dict[str, Any] | Exception]:
         """The model's outputs for each image, or why it could not be read, in order. Batches have one image size."""
         waiting: list[torch.Tensor | Exception] = []
+        size = None  # of the images that wait
         for reading in readings:
-            sizes = {other.shape for other in waiting if isinstance(other, torch.Tensor)}
-            if sizes and isinstance(reading, torch.Tensor) and reading.shape not in sizes:
-                yield from self._run_batch(waiting, forward_params)
-                waiting = []
+            if isinstance(reading, torch.Tensor):
+                if size not in (None, reading.shape):
+                    yield from self._run_batch(waiting, forward_params)
+                    waiting = []
+                size = reading.shape
             waiting.append(reading)
             if len(waiting) == batch_size:
                 yield from self._run_batch(waiting, forward_params)
-                waiting = []
+                waiting, size = [], None
         yield from self._run_batch(waiting, forward_params)
 
     def _run_batch(self, readings: list, forward_params: dict[str, Any]) -> Iterator[dict[str, Any] | Exception]:
