@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.inference import export_onnx
-from hf_thinkingvit.models.exit_criteria import ExitRule
+from hf_thinkingvit.models.exit_rules import ExitRule
 from hf_thinkingvit.models.image_files import read_image
 
 

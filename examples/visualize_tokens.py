@@ -41,8 +41,8 @@ from transformers.utils import logging
 
 from hf_thinkingvit import AViTConfig, AViTForImageClassification
 from hf_thinkingvit.data import decode
-from hf_thinkingvit.models.config_checks import as_pair
 from hf_thinkingvit.models.configuration_avit import check_halting_epsilon
+from hf_thinkingvit.models.configuration_checks import as_pair
 
 
 ENLARGED_SIZE = 600  # pixels: images are enlarged to at least this, so that pictures keep the pixels' edges sharp

@@ -13,8 +13,7 @@ from .models.configuration_avit import AViTConfig
 from .models.configuration_nested_vit import Stage
 from .models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
-from .models.early_exit import StagedImageClassifierOutput
-from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion, ExitRule
+from .models.exit_rules import EXIT_CRITERIA, ExitCriterion, ExitRule
 from .models.modeling_avit import (
     AViTForImageClassification,
     AViTImageClassifierOutput,
@@ -32,6 +31,7 @@ from .models.modeling_thinkingvit import (
     ThinkingViTModel,
     ThinkingViTPreTrainedModel,
 )
+from .models.staged_loop import StagedImageClassifierOutput
 from .version import __version__
 
 

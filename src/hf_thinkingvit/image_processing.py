@@ -9,7 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import is_torchvision_available
 
-from .models.config_checks import as_pair
+from .models.configuration_checks import as_pair
 
 
 def evaluation_image_processor(

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_thinkingvit import ExitRule, ThinkingSwinConfig, ThinkingViTConfig, ThinkingViTForImageClassification
 from hf_thinkingvit.inference import AdaptiveEngine
-from tests.models.test_vit_weights import trained_vit
+from tests.models.test_weights_from_vit import trained_vit
 from tests.utils import lively_model, lively_swin, random_images, tiny_config
 
 

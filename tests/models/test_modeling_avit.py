@@ -8,7 +8,7 @@ from transformers import AutoModelForImageClassification
 from hf_thinkingvit import AViTConfig, AViTForImageClassification, convert_checkpoint
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.models.modeling_avit import AViTImageClassifierOutput
-from tests.models.test_vit_weights import trained_vit
+from tests.models.test_weights_from_vit import trained_vit
 from tests.utils import FIXTURES, counted_flops, random_images
 
 

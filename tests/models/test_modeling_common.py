@@ -19,7 +19,7 @@ from hf_thinkingvit import (
     ThinkingViTForImageClassification,
     ThinkingViTModel,
 )
-from hf_thinkingvit.models.packed_tokens import PackedTokens
+from hf_thinkingvit.models.token_packing import PackedTokens
 from tests.transformers_common import load_model_tester_mixin
 
 

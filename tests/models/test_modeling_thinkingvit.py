@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, ThinkingViTModel
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
-from hf_thinkingvit.models.exit_criteria import topk_entropy
+from hf_thinkingvit.models.exit_rules import topk_entropy
 from tests.reference import thinkingvit_stages
 from tests.utils import (
     FIXTURES,

@@ -75,12 +75,12 @@ def test_parts_with_ignored_images_are_one_batch(tmp_path):
 @pytest.mark.parametrize("family, lost", [("thinkingvit", "the last stage only"), ("avit", "ponder and prior losses")])
 def test_a_loss_that_trainer_computes_is_warned_of(family, lost, tmp_path):
     logging.warning_once.cache_clear()
-    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.forward_arguments")) as captured:
+    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.module_arguments")) as captured:
         trainer(lively(family), INDICES, tmp_path, label_smoothing_factor=0.1).train()
     assert captured.out.count(lost) == 1
     assert "`label_smoothing_factor`" in captured.out and "set `label_smoothing` in the model's conf" in captured.out
     logging.warning_once.cache_clear()
-    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.forward_arguments")) as captured:
+    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.module_arguments")) as captured:
         trainer(lively(family, label_smoothing=0.1), INDICES, tmp_path).train()
     assert captured.out == ""
 

@@ -9,7 +9,7 @@ from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import DistillationLoss, Teacher, teacher_loss
 from hf_thinkingvit.training.distillation import load_teacher
 from tests.models.test_modeling_avit import lively_avit
-from tests.models.test_vit_weights import trained_vit
+from tests.models.test_weights_from_vit import trained_vit
 from tests.utils import random_images
 
 

@@ -26,7 +26,7 @@ from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.loop import TrainingDivergedError
 from hf_thinkingvit.training.starting_point import build_model
-from tests.models.test_swin_weights import trained_swin
+from tests.models.test_weights_from_swin import trained_swin
 from tests.training.test_checkpoints import damage_by_cutting
 from tests.training.test_config import CONFIGS
 from tests.training.tiny_runs import LABELS, SCRIPT, finish, flags, launch, write_images
@@ -101,7 +101,7 @@ class TestOutcome:
 def test_mixup_trains_every_stage_without_a_warning(images, tmp_path):
     """Targets are mixed, so that the model is called without labels."""
     logging.warning_once.cache_clear()
-    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.forward_arguments")) as captured:
+    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.module_arguments")) as captured:
         train(parse_config(flags(images, tmp_path, mixup=0.8, max_steps=1)))
     assert captured.out == ""
 

@@ -158,6 +158,6 @@ def test_asks_the_model_for_what_it_is_computed_from(lively):
     """So that the model does not warn of a loss computed outside."""
     model = lively().train()
     logging.warning_once.cache_clear()
-    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.forward_arguments")) as captured:
+    with CaptureLogger(logging.get_logger("hf_thinkingvit.models.module_arguments")) as captured:
         model(random_images(4), **TrainingLoss(config(), model.config).outputs_needed)
     assert captured.out == ""

@@ -18,7 +18,7 @@ from transformers import (
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingConfig, TrainingRun, parse_config, train
 from hf_thinkingvit.training.preprocessing import load_image_processor, read_preprocessing, run_image_processor
-from tests.models.test_vit_weights import trained_vit
+from tests.models.test_weights_from_vit import trained_vit
 from tests.training.tiny_runs import flags
 from tests.utils import lively_model, tiny_config
 

@@ -6,7 +6,7 @@ import torch
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.starting_point import build_model
 from tests.models.test_modeling_avit import lively_avit
-from tests.models.test_vit_weights import trained_vit
+from tests.models.test_weights_from_vit import trained_vit
 from tests.utils import lively_model, lively_swin, random_images
 
 

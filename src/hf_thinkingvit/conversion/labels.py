@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..models.class_labels import complete_labels
+from ..models.configuration_labels import complete_labels
 from .checkpoint import Checkpoint
 
 

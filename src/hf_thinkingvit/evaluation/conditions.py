@@ -17,7 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.exit_criteria import resolve_thresholds
+from ..models.exit_rules import resolve_thresholds
 
 
 # Fields of a configuration that do not change what a model in evaluation mode answers; and τ, which is compared apart.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from ..models.config_checks import configured_problem_type
+from ..models.configuration_checks import configured_problem_type
 
 
 def check_single_label(config: PreTrainedConfig) -> None:

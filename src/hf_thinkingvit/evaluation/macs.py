@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..models.config_checks import as_pair
 from ..models.configuration_avit import AViTConfig
+from ..models.configuration_checks import as_pair
 from ..models.configuration_nested_vit import NestedViTConfig, Stage
 from ..models.configuration_staged import StagedConfig
 from ..models.configuration_thinking_swin import ThinkingSwinConfig

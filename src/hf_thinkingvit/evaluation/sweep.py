@@ -13,8 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data import as_image_split, evaluation_batches
-from ..models.config_checks import as_pair, as_plain_numbers
-from ..models.exit_criteria import EXIT_CRITERIA, ExitRule, resolve_thresholds
+from ..models.configuration_checks import as_pair, as_plain_numbers
+from ..models.exit_rules import EXIT_CRITERIA, ExitRule, resolve_thresholds
 from ..public_names import public_name
 from .conditions import model_conditions
 from .labels import LabelMap

@@ -6,7 +6,7 @@ counted.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ..models.config_checks import as_pair
+from ..models.configuration_checks import as_pair
 from ..models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 
 

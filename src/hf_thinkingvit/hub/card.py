@@ -14,8 +14,8 @@ from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
 from ..evaluation.splits import ALL, UNKNOWN, same_data, why_not_new
 from ..evaluation.statements import calibration_statement
-from ..models.config_checks import as_pair
-from ..models.exit_criteria import EXIT_CRITERIA, resolve_thresholds
+from ..models.configuration_checks import as_pair
+from ..models.exit_rules import EXIT_CRITERIA, resolve_thresholds
 from ..public_names import public_name
 from .results import num_stages, read_results
 

@@ -30,8 +30,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..evaluation.macs import stage_macs
 from ..evaluation.statements import exits_early
-from ..models.config_checks import check_integer, check_number
-from ..models.exit_criteria import resolve_thresholds
+from ..models.configuration_checks import check_integer, check_number
+from ..models.exit_rules import resolve_thresholds
 from ..public_names import public_name, public_text
 
 

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..models.early_exit import State, resolve_max_stages, select_rows
-from ..models.exit_criteria import ExitRule, answer_entropy
+from ..models.exit_rules import ExitRule, answer_entropy
+from ..models.staged_loop import State, resolve_max_stages, select_rows
 from .stream import EngineResult, EngineStats, Stream
 
 

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_onnx_available
 
-from ..models.config_checks import as_pair
-from ..models.early_exit import State
-from ..models.exit_criteria import ExitRule
+from ..models.configuration_checks import as_pair
+from ..models.exit_rules import ExitRule
+from ..models.staged_loop import State
 
 
 class _StageProgram(nn.Module):

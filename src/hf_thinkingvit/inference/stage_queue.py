@@ -5,7 +5,7 @@ from collections import deque
 
 import torch
 
-from ..models.early_exit import State
+from ..models.staged_loop import State
 
 
 class StageQueue:

@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar
 
-from .config_checks import check_integer, check_label_smoothing, check_number
+from .configuration_checks import check_integer, check_label_smoothing, check_number
 from .configuration_nested_vit import NestedViTConfig, Stage
 
 

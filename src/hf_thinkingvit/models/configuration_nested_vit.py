@@ -4,7 +4,7 @@ from typing import ClassVar, NamedTuple
 
 from transformers import PreTrainedConfig
 
-from .config_checks import as_pair, check_backbone_fields, check_integer
+from .configuration_checks import as_pair, check_backbone_fields, check_integer
 
 
 class Stage(NamedTuple):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from .config_checks import as_plain_numbers, check_label_smoothing
-from .exit_criteria import check_exit_fields, default_exit_fields, same_threshold, suits_problem_type
+from .configuration_checks import as_plain_numbers, check_label_smoothing
+from .exit_rules import check_exit_fields, default_exit_fields, same_threshold, suits_problem_type
 
 
 if TYPE_CHECKING:

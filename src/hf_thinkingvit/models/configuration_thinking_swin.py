@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
-from .config_checks import as_pair, check_backbone_fields, check_integer, check_number
+from .configuration_checks import as_pair, check_backbone_fields, check_integer, check_number
 from .configuration_nested_vit import Stage
 from .configuration_staged import StagedConfig
 

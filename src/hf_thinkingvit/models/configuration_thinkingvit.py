@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .config_checks import check_integer
+from .configuration_checks import check_integer
 from .configuration_nested_vit import NestedViTConfig, Stage
 from .configuration_staged import StagedConfig
 

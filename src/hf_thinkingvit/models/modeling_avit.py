@@ -13,17 +13,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .avit_loss import OUTSIDE_LOSS, add_loss, halting_losses
-from .classification_loss import check_labels, classification_loss
-from .config_checks import check_integer
 from .configuration_avit import AViTConfig, check_halting_epsilon
-from .forward_arguments import check_arguments, warn_of_outside_loss
+from .configuration_checks import check_integer
+from .module_arguments import check_arguments, warn_of_outside_loss
+from .module_recording import wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import NestedViTEmbeddings, NestedViTPreTrainedModel, build_layers
-from .output_recording import wants_recordings
-from .packed_tokens import PackedTokens
+from .task_classification import check_labels, classification_loss
 from .token_halting import HaltingState, depth_until_answer, halt, halting_scores, sparse_macs
-from .vit_weights import ONE_OR_TWO_HEADS, avit_config_from_vit, import_vit, load_classifier
+from .token_halting_loss import OUTSIDE_LOSS, add_loss, halting_losses
+from .token_packing import PackedTokens
+from .weights_from_vit import ONE_OR_TWO_HEADS, avit_config_from_vit, import_vit, load_classifier
 
 
 @dataclass

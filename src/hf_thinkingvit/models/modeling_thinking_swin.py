@@ -2,7 +2,7 @@
 PyTorch ThinkingSwin model: ThinkingViT (arXiv 2507.10800) on a Swin Transformer.
 
 In the order in which pixels flow: embeddings and layers (`nested_swin.py`), token recycling, the model that runs one
-round at a time, and the classifier, whose loop over rounds is `early_exit.StagedImageClassifierMixin`.
+round at a time, and the classifier, whose loop over rounds is `staged_loop.StagedImageClassifierMixin`.
 """
 
 from itertools import pairwise
@@ -16,14 +16,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .compiled_stages import compilable_step
 from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
-from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages
-from .forward_arguments import check_arguments
+from .module_arguments import check_arguments
+from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
-from .output_recording import record
-from .swin_weights import import_swin, load_swin, thinking_swin_config_from_swin
+from .staged_compilation import compilable_step
+from .staged_loop import StagedImageClassifierMixin, State, resolve_max_stages
+from .weights_from_swin import import_swin, load_swin, thinking_swin_config_from_swin
 
 
 class ThinkingSwinRecycler(nn.Module):

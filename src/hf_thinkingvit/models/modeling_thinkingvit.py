@@ -2,7 +2,7 @@
 PyTorch ThinkingViT model (arXiv 2507.10800).
 
 In the order in which pixels flow: embeddings and layers (`nested_vit.py`), token recycling, the model that runs one
-stage at a time, and the classifier, whose loop over stages is `early_exit.StagedImageClassifierMixin`.
+stage at a time, and the classifier, whose loop over stages is `staged_loop.StagedImageClassifierMixin`.
 """
 
 import torch
@@ -13,11 +13,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .compiled_stages import compilable_step
 from .configuration_nested_vit import Stage
 from .configuration_thinkingvit import ThinkingViTConfig
-from .early_exit import StagedImageClassifierMixin, State, resolve_max_stages
-from .forward_arguments import check_arguments
+from .module_arguments import check_arguments
+from .module_recording import record, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import (
     NestedViTAttention,
@@ -26,8 +25,9 @@ from .nested_vit import (
     NestedViTPreTrainedModel,
     build_layers,
 )
-from .output_recording import record, wants_recordings
-from .vit_weights import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
+from .staged_compilation import compilable_step
+from .staged_loop import StagedImageClassifierMixin, State, resolve_max_stages
+from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
 class ThinkingViTRecycler(nn.Module):

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN, GELUActivation
 
 from .module_caches import ModuleCacheMixin, is_plain_tensor
-from .output_recording import is_idle_recorder
+from .module_recording import is_idle_recorder
 
 
 class LeadingSliceMixin(ModuleCacheMixin):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .config_checks import as_pair
+from .configuration_checks import as_pair
 from .configuration_nested_vit import Stage
 from .configuration_thinking_swin import ThinkingSwinConfig
 from .module_caches import ModuleCacheMixin, is_plain_tensor

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .config_checks import as_pair
+from .configuration_checks import as_pair
 from .configuration_nested_vit import NestedViTConfig, Stage
 from .nested_layers import (
     NestedConv2d,
@@ -176,7 +176,7 @@ class NestedViTAttention(nn.Module):
         width = hidden_states.shape[-1]
         query = self._split_heads(self.q_proj(hidden_states, width))
         if query_lengths is not None:
-            from .packed_tokens import packed_attention  # of A-ViT alone
+            from .token_packing import packed_attention  # of A-ViT alone
 
             attn_output = packed_attention(query, key, value, query_lengths, key_lengths, self.scaling)
             return self.o_proj(attn_output.flatten(2), width), None

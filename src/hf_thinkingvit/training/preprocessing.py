@@ -13,7 +13,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from ..image_processing import evaluation_image_processor
-from ..models.config_checks import as_pair
+from ..models.configuration_checks import as_pair
 
 
 if TYPE_CHECKING:

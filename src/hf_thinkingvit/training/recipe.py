@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..models.config_checks import as_pair
+from ..models.configuration_checks import as_pair
 from .config import TrainingConfig
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..auto import FAMILIES
-from ..models import swin_weights, vit_weights
-from ..models.class_labels import label2id_of
-from ..models.config_checks import as_pair
+from ..models import weights_from_swin, weights_from_vit
+from ..models.configuration_checks import as_pair
+from ..models.configuration_labels import label2id_of
 from .config import MODEL_CONFIGS, TrainingConfig
 from .labels import first_difference, label_names, match_labels
 
@@ -70,9 +70,9 @@ def build_model(
 
 def _from_plain(config: TrainingConfig, classifier: type[PreTrainedModel]) -> PreTrainedModel:
     """From a plain ViT, DeiT or Swin. What its weights were trained with stays as it is."""
-    weights, start = vit_weights, getattr(classifier, "from_vit", None)
+    weights, start = weights_from_vit, getattr(classifier, "from_vit", None)
     if hasattr(classifier, "from_swin"):
-        weights, start = swin_weights, classifier.from_swin
+        weights, start = weights_from_swin, classifier.from_swin
     fixed = {*weights.FIXED_FIELDS, *weights.SHARED_FIELDS} - FREE_FIELDS
     model = start(config.from_vit, **{name: value for name, value in config.model.items() if name not in fixed})
     _check_unchanged(config.from_vit, model.config, {name: config.model[name] for name in config.model.keys() & fixed})

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .classification_loss import loss_arguments, share_of_batch
+from .task_classification import loss_arguments, share_of_batch
 from .token_halting import depth_prior, prior_loss
 
 

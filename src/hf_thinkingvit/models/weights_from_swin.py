@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, SwinForImageClassification
 
 from .configuration_thinking_swin import ThinkingSwinConfig
-from .vit_weights import HEADS, check_overrides, load_classifier, match_source, override_fields
+from .weights_from_vit import HEADS, check_overrides, load_classifier, match_source, override_fields
 
 
 # What both kinds of model mean in the same way.

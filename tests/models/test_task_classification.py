@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from hf_thinkingvit.models.classification_loss import classification_loss, share_of_batch, weights_of_stages
+from hf_thinkingvit.models.task_classification import classification_loss, share_of_batch, weights_of_stages
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model, lively_swin, middle_threshold, random_images, tiny_config
 
@@ -209,7 +209,7 @@ class TestPartsOfABatch:
 def warnings():
     """What was warned of during a call."""
     logging.warning_once.cache_clear()
-    logger = logging.get_logger("hf_thinkingvit.models.forward_arguments")
+    logger = logging.get_logger("hf_thinkingvit.models.module_arguments")
 
     def during(call) -> str:
         with CaptureLogger(logger) as captured:

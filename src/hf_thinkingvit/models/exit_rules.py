@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config_checks import as_plain_numbers, check_integer, check_number, configured_problem_type
+from .configuration_checks import as_plain_numbers, check_integer, check_number, configured_problem_type
 
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:

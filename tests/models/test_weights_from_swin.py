@@ -3,7 +3,7 @@ import torch
 from transformers import SwinConfig, SwinForImageClassification, SwinModel
 
 from hf_thinkingvit import ThinkingSwinForImageClassification
-from tests.models.test_vit_weights import trained_vit
+from tests.models.test_weights_from_vit import trained_vit
 from tests.utils import random_images
 
 

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .config_checks import configured_problem_type
-from .exit_criteria import EXIT_CRITERIA
+from .configuration_checks import configured_problem_type
+from .exit_rules import EXIT_CRITERIA
 
 
 IGNORE_INDEX = -100

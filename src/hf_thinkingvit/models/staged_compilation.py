@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .module_caches import ModuleCacheMixin
-from .output_recording import RECORDINGS, recording_off, wants_recordings
+from .module_recording import RECORDINGS, recording_off, wants_recordings
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_thinkingvit import EXIT_CRITERIA, ExitRule
-from hf_thinkingvit.models.exit_criteria import (
+from hf_thinkingvit.models.exit_rules import (
     entropy,
     margin,
     max_probability,

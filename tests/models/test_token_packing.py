@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from hf_thinkingvit.models.packed_tokens import packed_attention
+from hf_thinkingvit.models.token_packing import packed_attention
 
 
 LENGTHS = {  # queries, keys
@@ -70,7 +70,7 @@ model = ThinkingViTForImageClassification(ThinkingViTConfig(thinking_stages=[1, 
 model(torch.randn(2, 3, 32, 32))
 model = AViTForImageClassification(AViTConfig(num_attention_heads=2, hidden_size=16, **sizes)).eval()
 model(torch.randn(2, 3, 32, 32))
-from hf_thinkingvit.models.packed_tokens import variable_length_kernel
+from hf_thinkingvit.models.token_packing import variable_length_kernel
 assert variable_length_kernel() is None
 """
 

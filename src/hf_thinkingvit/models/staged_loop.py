@@ -19,10 +19,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .classification_loss import check_labels, classification_loss, loss_arguments, weights_of_stages
-from .compiled_stages import CompiledStagesMixin
-from .exit_criteria import ExitRule
-from .forward_arguments import check_arguments, warn_of_outside_loss
+from .exit_rules import ExitRule
+from .module_arguments import check_arguments, warn_of_outside_loss
+from .staged_compilation import CompiledStagesMixin
+from .task_classification import check_labels, classification_loss, loss_arguments, weights_of_stages
 
 
 State = dict[str, torch.Tensor]

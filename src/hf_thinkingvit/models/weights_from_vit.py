@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .class_labels import complete_labels
 from .configuration_avit import AViTConfig
+from .configuration_labels import complete_labels
 from .configuration_thinkingvit import ThinkingViTConfig
 
 
