@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, ThinkingSwinModel
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.inference import AdaptiveEngine
-from hf_thinkingvit.models.exit_rules import topk_entropy
+from hf_thinkingvit.models.exit_scores import topk_entropy
 from tests.reference import thinking_swin_stages
 from tests.utils import FIXTURES, lively_swin, middle_threshold, random_images, tiny_swin_config
 

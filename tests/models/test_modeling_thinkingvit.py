@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, ThinkingViTModel
 from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
-from hf_thinkingvit.models.exit_rules import topk_entropy
+from hf_thinkingvit.models.exit_scores import topk_entropy
 from tests.reference import thinkingvit_stages
 from tests.utils import (
     FIXTURES,
@@ -198,7 +198,7 @@ class TestEarlyExit:
         state = model.begin(random_images(2))
         waiting = ["pixel_values" in state]
         for stage in range(2):
-            _, state = model.run_stage(stage, state, is_last=False)
+            state = model.run_stage(stage, state, is_last=False)
             state = model.recycle(stage, state)
             waiting.append("pixel_values" in state)
         assert waiting == [True, False, False]

@@ -14,10 +14,11 @@ import torch
 
 from ..models.configuration_avit import AViTConfig
 from ..models.configuration_checks import as_pair
-from ..models.configuration_nested_vit import NestedViTConfig, Stage
+from ..models.configuration_nested_vit import NestedViTConfig
 from ..models.configuration_staged import StagedConfig
 from ..models.configuration_thinking_swin import ThinkingSwinConfig
 from ..models.configuration_thinkingvit import ThinkingViTConfig
+from ..models.sub_networks import SubNetwork
 from . import swin_macs
 
 
@@ -100,7 +101,7 @@ def halting_macs(
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
     if token_depth.shape[1] != num_tokens:
         raise ValueError(f"`token_depth` has {token_depth.shape[1]} tokens, an image of this size {num_tokens}.")
-    stage, prefix = config.stage, token_depth[:, : config.num_prefix_tokens]
+    stage, prefix = config.sub_network, token_depth[:, : config.num_prefix_tokens]
     fixed = _patch_embedding(config, num_patches, stage.hidden_size)
     fixed += config.num_prefix_tokens * stage.hidden_size * config.num_labels
     macs = torch.full((len(token_depth),), fixed)
@@ -124,12 +125,12 @@ def _patch_embedding(config: NestedViTConfig, num_patches: int, width: int) -> i
     return num_patches * config.num_channels * patch_height * patch_width * width
 
 
-def _key_value(stage: Stage, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
+def _key_value(stage: SubNetwork, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
     return 2 * num_tokens * stage.hidden_size**2
 
 
 def _tokens_of_layer(
-    stage: Stage, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
+    stage: SubNetwork, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
 ) -> int | torch.Tensor:
     """A layer for `num_queries` tokens that attend to `num_tokens`, whose keys and values are there already."""
     query_and_output = 2 * stage.hidden_size**2

@@ -4,7 +4,8 @@ import math
 from typing import ClassVar
 
 from .configuration_checks import check_integer, check_label_smoothing, check_number
-from .configuration_nested_vit import NestedViTConfig, Stage
+from .configuration_nested_vit import NestedViTConfig
+from .sub_networks import SubNetwork
 
 
 class AViTConfig(NestedViTConfig):
@@ -84,9 +85,9 @@ class AViTConfig(NestedViTConfig):
         return 2 if self.distilled else 1
 
     @property
-    def stage(self) -> Stage:
-        """The whole model, as the one stage that it is."""
-        return Stage(self.num_attention_heads, self.hidden_size, self.intermediate_size)
+    def sub_network(self) -> SubNetwork:
+        """The sizes of the layers: those of the whole model."""
+        return SubNetwork(self.num_attention_heads, self.hidden_size, self.intermediate_size)
 
     def validate(self) -> None:
         super().validate()

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -23,6 +23,11 @@ PIPELINE = {
     "pt": ["AutoModelForImageClassification"],
     "type": "image",
 }
+
+
+def thinks_in_stages(model_or_config: Any) -> bool:
+    """Whether a model, or a model with this configuration, answers in stages: has exits, τ and `run_stage`."""
+    return getattr(getattr(model_or_config, "config", model_or_config), "is_staged", False)
 
 
 class StagedConfig(PreTrainedConfig):
@@ -56,6 +61,8 @@ class StagedConfig(PreTrainedConfig):
 
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
     keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
+
+    is_staged: ClassVar[bool] = True
 
     threshold: float | int | list[float] | tuple[float, ...] | None = None
     exit_criterion: str | None = None
@@ -158,4 +165,4 @@ class StagedConfig(PreTrainedConfig):
         check_label_smoothing(self)
 
 
-__all__ = ["StagedConfig"]
+__all__ = ["StagedConfig", "thinks_in_stages"]

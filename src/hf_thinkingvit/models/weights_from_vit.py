@@ -232,7 +232,8 @@ def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
         else (ViTConfig, ViTForImageClassification)
     )
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
-    vit = vit_class(config_class(**fields, **stage._asdict()))
+    sizes = {name: getattr(stage, name) for name in ("num_attention_heads", "hidden_size", "intermediate_size")}
+    vit = vit_class(config_class(**fields, **sizes))
     vit.to(device=model.device, dtype=model.dtype)
     for _, nested, parameter in _pairs(model, vit):
         parameter.copy_(_leading(nested, parameter.shape))
