@@ -2,8 +2,9 @@
 
 import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from .configuration_checks import as_plain_numbers, check_label_smoothing
@@ -23,6 +24,20 @@ PIPELINE = {
     "pt": ["AutoModelForImageClassification"],
     "type": "image",
 }
+
+
+def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
+    """
+    Whether a model answers after each of several stages, so that it has an exit rule and `max_stages`.
+
+    Args:
+        model_or_config (`nn.Module` or `PreTrainedConfig`):
+            Of any family, also of Transformers' own. A model may be compiled or wrapped (`DistributedDataParallel`).
+    """
+    model = model_or_config
+    while isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return getattr(getattr(model, "config", model), "is_staged", False)
 
 
 class StagedConfig(PreTrainedConfig):
@@ -54,6 +69,7 @@ class StagedConfig(PreTrainedConfig):
             `Trainer` computes the loss itself, from the last stage alone.
     """
 
+    is_staged: ClassVar[bool] = True
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
     keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
 
@@ -158,4 +174,4 @@ class StagedConfig(PreTrainedConfig):
         check_label_smoothing(self)
 
 
-__all__ = ["StagedConfig"]
+__all__ = ["StagedConfig", "thinks_in_stages"]
