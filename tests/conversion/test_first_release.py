@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, convert_checkpoint
-from hf_thinkingvit.conversion.supernet import cut_supernet
-from hf_thinkingvit.conversion.thinkingvit import official_name
+from hf_thinkingvit.families.official_supernet import cut_supernet
+from hf_thinkingvit.families.thinkingvit import official_name
 from tests.utils import FIXTURES
 
 

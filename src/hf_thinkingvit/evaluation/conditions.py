@@ -17,15 +17,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..families.record import TRAINING_FIELDS
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import resolve_thresholds
 
 
 # Fields of a configuration that do not change what a model in evaluation mode answers; and τ, which is compared apart.
-NO_CONDITION = {
-    *("threshold", "stage_loss_weights", "label_smoothing", "initializer_range"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
-}
+NO_CONDITION = TRAINING_FIELDS | {"threshold", "stage_loss_weights"}
 WORDS = {"exit_criterion": "the exit criterion", "dtype": "the dtype", "num_labels": "the number of labels"}
 
 

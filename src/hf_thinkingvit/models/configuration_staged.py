@@ -26,18 +26,22 @@ PIPELINE = {
 }
 
 
-def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
-    """
-    Whether a model answers after each of several stages, so that it has an exit rule and `max_stages`.
-
-    Args:
-        model_or_config (`nn.Module` or `PreTrainedConfig`):
-            Of any family, also of Transformers' own. A model may be compiled or wrapped (`DistributedDataParallel`).
-    """
+def configuration_of(model_or_config: nn.Module | PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a model, also of one that is compiled or wrapped (such as by `DistributedDataParallel`)."""
     model = model_or_config
     while isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
-    return getattr(getattr(model, "config", model), "is_staged", False)
+    return getattr(model, "config", model)
+
+
+def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
+    """
+    Whether a model answers after each of several stages, and so has an exit rule.
+
+    Args:
+        model_or_config (`nn.Module` or `PreTrainedConfig`): of any family, also of those in Transformers.
+    """
+    return getattr(configuration_of(model_or_config), "is_staged", False)
 
 
 class StagedConfig(PreTrainedConfig):
@@ -174,4 +178,4 @@ class StagedConfig(PreTrainedConfig):
         check_label_smoothing(self)
 
 
-__all__ = ["StagedConfig", "thinks_in_stages"]
+__all__ = ["StagedConfig", "configuration_of", "thinks_in_stages"]
