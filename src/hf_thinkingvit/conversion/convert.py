@@ -103,15 +103,15 @@ def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> Bas
 
 
 def _detect(checkpoint: Checkpoint, overrides: dict) -> Family:
-    for family in FAMILIES.values():
-        if family.official.matches(checkpoint, overrides):
-            return family
+    official = {name: family.official for name, family in FAMILIES.items() if family.official is not None}
+    for name, form in official.items():
+        if form.matches(checkpoint, overrides):
+            return FAMILIES[name]
     missing = {
-        name: [key for key in family.official.required if key not in checkpoint.state_dict]
-        for name, family in FAMILIES.items()
+        name: [key for key in form.required if key not in checkpoint.state_dict] for name, form in official.items()
     }
     raise ValueError(
-        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(FAMILIES)}). Missing keys: "
+        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(official)}). Missing keys: "
         + "; ".join(f"for {name}, {_shorten(keys)}" for name, keys in missing.items())
         + f". Unexpected keys: {_shorten(sorted(checkpoint.state_dict))}."
     )

@@ -57,7 +57,6 @@ FAMILY = Family(
     config_class=AViTConfig,
     model_class=AViTModel,
     heads={IMAGE_CLASSIFICATION: AViTForImageClassification},
-    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor),
     costs=Costs(halting=costs_vit.halting_macs),
     plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
     free_fields=TRAINING_FIELDS
@@ -87,5 +86,6 @@ own depth: halted tokens leave the computation, and an image is finished when it
   year      = {2022}
 }""",
     ),
+    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor),
     without_mixup="A-ViT is trained without mixup and cutmix (arXiv 2112.07658, section 4)",
 )

@@ -1,6 +1,7 @@
 """Official checkpoints as data: what was read of one, and how those of a family become models of this package."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,15 @@ class Checkpoint:
     def preprocessing(self) -> dict:
         """timm's `pretrained_cfg` (input size, crop, interpolation, mean, std), as far as the files state it."""
         return self.config.get("pretrained_cfg") or {}
+
+
+def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """`name` with the first (pattern, replacement) applied that matches it; `KeyError` if none does."""
+    for pattern, replacement in renames:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    raise KeyError(name)
 
 
 def unchanged_state_dict(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:

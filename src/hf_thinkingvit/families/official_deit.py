@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from .official import Checkpoint
+from .official import Checkpoint, rename
 
 
 DEIT_HEAD_DIM = 64
@@ -29,11 +29,7 @@ RENAMES = (
 
 def deit_name(name: str) -> str:
     """timm's name of the tensor that holds our parameter `name` (for queries, keys and values: a third of it)."""
-    for pattern, replacement in RENAMES:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    raise KeyError(name)
+    return rename(name, RENAMES)
 
 
 def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:

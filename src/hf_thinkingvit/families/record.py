@@ -96,7 +96,6 @@ class Family:
         name (`str`): as the paper spells it.
         config_class, model_class: the configuration and the bare model.
         heads (`dict[str, type]`): the model class for each task, under the task's name in `pipeline`.
-        official (`OfficialFormat`): how the authors' checkpoints are converted.
         costs (`Costs`): how multiply-accumulates are counted.
         plain (`PlainSource`): how to start from a plain model.
         free_fields (`frozenset[str]`):
@@ -107,6 +106,7 @@ class Family:
             announces.
         card (`CardText`): of model cards.
         paper (`Paper`): to cite.
+        official (`OfficialFormat`, *optional*): how the authors' checkpoints are converted, where there are any.
         without_mixup (`str`, *optional*):
             For a family that is trained without mixup and cutmix: that statement with its source.
     """
@@ -115,13 +115,13 @@ class Family:
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     heads: Mapping[str, type[PreTrainedModel]]
-    official: OfficialFormat
     costs: Costs
     plain: PlainSource
     free_fields: frozenset[str]
     announced_fields: frozenset[str]
     card: CardText
     paper: Paper
+    official: OfficialFormat | None = None
     without_mixup: str | None = None
 
     @property

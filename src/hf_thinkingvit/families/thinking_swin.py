@@ -8,7 +8,7 @@ from ..models import weights_from_swin
 from ..models.configuration_thinking_swin import ThinkingSwinConfig
 from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification, ThinkingSwinModel
 from . import costs_swin
-from .official import Checkpoint, OfficialFormat
+from .official import Checkpoint, OfficialFormat, rename
 from .official_deit import one_if_equal
 from .record import EXIT_FIELDS, IMAGE_CLASSIFICATION, TRAINING_FIELDS, CardText, Costs, Family, PlainSource
 from .thinkingvit import STAGED_LIMITS, THINKINGVIT_PAPER
@@ -56,11 +56,7 @@ def official_name(name: str) -> str:
             return f"alpha.{index}"
         rest = "upsample.weight" if rest == "upsample" else f"proj.{rest}"
         return f"proj_layer{index + 1 if index else ''}.{rest}"
-    for pattern, replacement in RENAMES:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    raise KeyError(name)
+    return rename(name, RENAMES)
 
 
 def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -140,7 +136,6 @@ FAMILY = Family(
     config_class=ThinkingSwinConfig,
     model_class=ThinkingSwinModel,
     heads={IMAGE_CLASSIFICATION: ThinkingSwinForImageClassification},
-    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
     costs=Costs(stages=costs_swin.stage_macs, published_stages=costs_swin.published_stage_macs),
     plain=PlainSource("from_swin", frozenset({*weights_from_swin.FIXED_FIELDS, *weights_from_swin.SHARED_FIELDS})),
     free_fields=TRAINING_FIELDS | EXIT_FIELDS,
@@ -153,4 +148,5 @@ whole hierarchy, which starts from the recycled tokens.""",
         limits=STAGED_LIMITS,
     ),
     paper=THINKINGVIT_PAPER,
+    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
 )

@@ -161,7 +161,6 @@ FAMILY = Family(
     config_class=ThinkingViTConfig,
     model_class=ThinkingViTModel,
     heads={IMAGE_CLASSIFICATION: ThinkingViTForImageClassification},
-    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
     costs=Costs(stages=costs_vit.stage_macs, published_stages=costs_vit.published_stage_macs),
     plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
     free_fields=TRAINING_FIELDS | EXIT_FIELDS,
@@ -174,4 +173,5 @@ the recycled tokens.""",
         limits=STAGED_LIMITS,
     ),
     paper=THINKINGVIT_PAPER,
+    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
 )
