@@ -9,9 +9,10 @@ Both give one number per stage: an image that exits after stage s has cost the s
 `families/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..families import family_of
 from ..models.configuration_avit import AViTConfig
@@ -68,7 +69,7 @@ def halting_macs(
 COUNTED = {"stages": "think in stages", "published_stages": "think in stages", "halting": "halt tokens"}
 
 
-def _counting(config, kind: str):
+def _counting(config: PreTrainedConfig, kind: str) -> Callable:
     family = family_of(config)
     counting = getattr(family.costs, kind)
     if counting is None:

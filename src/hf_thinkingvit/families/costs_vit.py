@@ -14,6 +14,7 @@ from ..models.configuration_thinkingvit import ThinkingViTConfig
 
 
 def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """As computed here: what a stage leaves uncomputed in its last layer is added by the next one."""
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
     stages, layers = config.stages, config.num_hidden_layers
     macs = []
@@ -32,6 +33,7 @@ def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None
 
 
 def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """As published: every stage with all tokens of all layers and its own patch embedding, recycling not counted."""
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
     return [
         _patch_embedding(config, num_patches, stage.hidden_size)
@@ -79,7 +81,7 @@ def _key_value(stage: Stage, num_tokens: int | torch.Tensor) -> int | torch.Tens
 def _tokens_of_layer(
     stage: Stage, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
 ) -> int | torch.Tensor:
-    """A layer for `num_queries` tokens that attend to `num_tokens`, whose keys and values are there already."""
+    """A layer for `num_queries` tokens that attend to `num_tokens`, without computing their keys and values."""
     query_and_output = 2 * stage.hidden_size**2
     attention = 2 * num_tokens * stage.hidden_size
     mlp = 2 * stage.hidden_size * stage.intermediate_size
