@@ -2,7 +2,7 @@
 Adaptive vision transformers for Hugging Face Transformers.
 
 Importing this package registers its models with the Auto classes, so that `AutoModelForImageClassification` and
-`pipeline("image-classification")` load them like any model of Transformers.
+`pipeline("image-classification")` load them like any model in Transformers.
 """
 
 from .auto import register_models

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, convert_checkpoint
-from hf_thinkingvit.conversion.thinkingvit import official_name
+from hf_thinkingvit.families.thinkingvit import official_name
 from tests.utils import FIXTURES
 
 

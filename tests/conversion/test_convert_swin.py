@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, convert_checkpoint
-from hf_thinkingvit.conversion.thinking_swin import official_name
+from hf_thinkingvit.families.thinking_swin import official_name
 from tests.utils import FIXTURES
 
 

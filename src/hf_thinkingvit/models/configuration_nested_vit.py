@@ -42,6 +42,7 @@ class NestedViTConfig(PreTrainedConfig):
             Whether queries, keys and values have biases.
     """
 
+    is_staged: ClassVar[bool] = False
     # The `auto_map` of saved folders. Saving a model adds the code of its own class only; a folder serves them all.
     remote_code: ClassVar[dict[str, str]] = {}
     is_staged: ClassVar[bool] = False

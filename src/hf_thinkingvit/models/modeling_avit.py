@@ -208,7 +208,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
         self.num_labels = config.num_labels
         self.avit = AViTModel(config)
         self.classifier = NestedLinear(config.hidden_size, config.num_labels)
-        if config.distilled:
+        if config.use_distillation_token:
             self.distillation_classifier = NestedLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -272,7 +272,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
             _, num_layers = self.avit.resolve(halting_epsilon, max_depth)
             outputs.macs = sparse_macs(self.config, depth, num_layers) + self._fixed_macs(depth.shape[1])
         outputs.logits = self.classifier(prefix[:, 0])
-        if self.config.distilled:
+        if self.config.use_distillation_token:
             outputs.cls_logits, outputs.distillation_logits = outputs.logits, self.distillation_classifier(prefix[:, 1])
             outputs.logits = (outputs.cls_logits + outputs.distillation_logits) / 2
         if output_token_depth:
@@ -308,7 +308,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
         vit = load_classifier(source, ONE_OR_TWO_HEADS, config_overrides)
         model = cls(avit_config_from_vit(vit.config, **config_overrides))
         takes_classifier = import_vit(model, vit)
-        if takes_classifier and model.config.distilled and not hasattr(vit, "distillation_classifier"):
+        if takes_classifier and model.config.use_distillation_token and not hasattr(vit, "distillation_classifier"):
             model.distillation_classifier.load_state_dict(model.classifier.state_dict())
         return model
 

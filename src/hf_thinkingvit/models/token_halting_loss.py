@@ -71,7 +71,7 @@ def add_loss(model: PreTrainedModel, outputs: ModelOutput, labels: torch.Tensor,
         kwargs: of the model's `forward`.
     """
     config, heads = model.config, [outputs.logits]
-    if model.training and config.distilled:  # without a teacher, both heads learn from the labels
+    if model.training and config.use_distillation_token:  # without a teacher, both heads learn from the labels
         heads = [outputs.cls_logits, outputs.distillation_logits]
     arguments = loss_arguments(model, kwargs)
     losses = [model.loss_function(labels, logits, config, **arguments) for logits in heads]

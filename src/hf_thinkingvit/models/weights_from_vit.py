@@ -96,7 +96,7 @@ FIXED_FIELDS = (
     "num_channels",
     "qkv_bias",
     "use_distillation_token",
-    "distilled",
+    "distilled",  # the former name of A-ViT's `use_distillation_token`
 )
 
 
@@ -167,7 +167,8 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     check_overrides(overrides)
     names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
     fields = {name: getattr(config, name) for name in names}
-    return AViTConfig(**override_fields({**fields, "distilled": isinstance(config, DeiTConfig)}, overrides))
+    fields["use_distillation_token"] = isinstance(config, DeiTConfig)
+    return AViTConfig(**override_fields(fields, overrides))
 
 
 def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
