@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -54,6 +54,7 @@ class StagedConfig(PreTrainedConfig):
             `Trainer` computes the loss itself, from the last stage alone.
     """
 
+    is_staged: ClassVar[bool] = True
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
     keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
 
@@ -156,6 +157,11 @@ class StagedConfig(PreTrainedConfig):
         super().validate()
         check_exit_fields(self)
         check_label_smoothing(self)
+
+
+def thinks_in_stages(model_or_config) -> bool:
+    """Whether a model, or the model of a configuration, computes one answer per stage."""
+    return getattr(getattr(model_or_config, "config", model_or_config), "is_staged", False)
 
 
 __all__ = ["StagedConfig"]

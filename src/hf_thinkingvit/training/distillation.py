@@ -239,6 +239,8 @@ class DistillationLoss(nn.Module):
 
     def forward(self, outputs: ModelOutput, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
+        The model's own loss with `task_loss` in place of its task loss, a scalar.
+
         Args:
             outputs (`ModelOutput`): the student's, called with `labels` in training mode.
             pixel_values (`torch.Tensor`): the images, for the teacher.
@@ -247,6 +249,11 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: if the student has no distillation head, or other labels than the teacher.
         """
+        task_loss = self.task_loss(outputs, pixel_values, labels)
+        return outputs.loss - outputs.task_loss + task_loss
+
+    def task_loss(self, outputs: ModelOutput, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The weighted mean of the class head's loss and the distillation head's. Arguments as of `forward`."""
         if outputs.get("distillation_logits") is None or outputs.get("task_loss") is None:
             raise ValueError("`outputs` must be of a distilled model, called with `labels` in training mode.")
         teacher_logits = self.teacher(pixel_values)
@@ -257,5 +264,4 @@ class DistillationLoss(nn.Module):
             )
         from_labels = F.cross_entropy(outputs.cls_logits, labels, label_smoothing=self.label_smoothing)
         from_teacher = teacher_loss(outputs.distillation_logits, teacher_logits, self.kind, self.temperature)
-        task_loss = (1.0 - self.weight) * from_labels + self.weight * from_teacher
-        return outputs.loss - outputs.task_loss + task_loss
+        return (1.0 - self.weight) * from_labels + self.weight * from_teacher

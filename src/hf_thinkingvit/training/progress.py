@@ -27,6 +27,17 @@ class Progress:
     best_top1: float = -1.0
     best_step: int | None = None
 
+    def finish_step(self, steps_per_epoch: int) -> None:
+        """Count a step, and the epoch if it was the last of one."""
+        self.step += 1
+        self.step_in_epoch += 1
+        if self.step_in_epoch == steps_per_epoch:
+            self.start_next_epoch()
+
+    def start_next_epoch(self) -> None:
+        self.epoch += 1
+        self.step_in_epoch = 0
+
 
 def changed_fields(saved: dict, config: TrainingConfig) -> list[str]:
     """
