@@ -3,19 +3,15 @@
 import pytest
 
 from hf_thinkingvit.training import parse_config, train
-from tests.training.tiny_runs import flags, write_images
+from tests.training.tiny_runs import flags, logged_scalars, write_images
 
 
 def test_logs_to_trackers(images, tmp_path):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     train(parse_config(flags(images, tmp_path, trackers=["tensorboard"])))
-    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent)).Reload()
-    assert {"train/loss", "train/stage_0_loss", "train/learning_rate", "eval/ema/top1_stage_1"} <= set(
-        events.Tags()["scalars"]
-    )
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
+    logged = logged_scalars(tmp_path)
+    assert {"train/loss", "train/stage_0_loss", "train/learning_rate", "eval/ema/top1_stage_1"} <= set(logged)
+    assert list(logged["train/loss"]) == list(range(1, 10))
 
 
 def test_counts_broken_images(tmp_path):

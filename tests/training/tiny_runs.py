@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from hf_thinkingvit.training.checkpoints import list_checkpoints
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 LABELS = ["cat", "dog", "owl"]
-# What is random in a run: mixup, augmentation, stochastic depth. Two accumulated parts, and a moving average.
+# Everything random at once (mixup, augmentation, stochastic depth), two micro-batches a step, and a moving average.
 LIVELY = {"mixup": 0.8, "cutmix": 1.0, "model.drop_path_rate": 0.2, "gradient_accumulation_steps": 2, "save_steps": 2}
 
 
@@ -102,7 +103,7 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint: the weights themselves and their moving average."""
+    """The weights of a run's newest checkpoint, and their moving average."""
     checkpoint = list_checkpoints(folder / "checkpoints")[0]
     found = load_file(checkpoint / "model.safetensors")
     average = checkpoint / "ema.safetensors"
@@ -113,3 +114,12 @@ def assert_same(one: dict, other: dict, tolerance: float = 0.0) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], atol=tolerance, rtol=0, msg=name)
+
+
+def logged_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What the run in `folder` has logged with TensorBoard: by name, the value of each step."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
