@@ -45,7 +45,6 @@ class NestedViTConfig(PreTrainedConfig):
     is_staged: ClassVar[bool] = False
     # The `auto_map` of saved folders. Saving a model adds the code of its own class only; a folder serves them all.
     remote_code: ClassVar[dict[str, str]] = {}
-    is_staged: ClassVar[bool] = False
 
     drop_path_rate: float | int = 0.0
     hidden_size: int | None = None

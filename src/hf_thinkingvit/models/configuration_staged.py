@@ -77,8 +77,6 @@ class StagedConfig(PreTrainedConfig):
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
     keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
 
-    is_staged: ClassVar[bool] = True
-
     threshold: float | int | list[float] | tuple[float, ...] | None = None
     exit_criterion: str | None = None
     entropy_top_k: int = 10

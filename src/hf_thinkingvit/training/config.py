@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from ..families import FAMILIES
 from .labels import LABEL_MAPS
+from .stage_samplers import STAGE_SAMPLERS
 
 
 def _help(text: str, default: Any = None, **metadata) -> Any:
@@ -112,7 +113,7 @@ class TrainingConfig:
     stage_sampling: str = _help(
         "all stages' losses in each step, or those of the first, the last and random ones between",
         "all",
-        choices=["all", "sandwich"],
+        choices=list(STAGE_SAMPLERS),
     )
     sandwich_samples: int = _help("random stages between, with stage_sampling sandwich", 1)
     inplace_distillation: float = _help("share of the last stage's answer in the earlier stages' targets", 0.0)
