@@ -263,8 +263,8 @@ def override_step(model):
 
     class Doubling(type(model)):
         def run_stage(self, *args, **kwargs):
-            logits, state = run_stage(self, *args, **kwargs)
-            return 2 * logits, state
+            state = run_stage(self, *args, **kwargs)
+            return {**state, "tokens": 2 * state["tokens"]}
 
     model.__class__ = Doubling
 

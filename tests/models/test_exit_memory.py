@@ -1,0 +1,168 @@
+"""Exit criteria that remember earlier answers, or read more than logits, in everything that decides exits."""
+
+import pytest
+import torch
+from transformers.utils import is_onnx_available
+
+from hf_thinkingvit import EXIT_CRITERIA, ExitCriterion, ThinkingViTForImageClassification
+from hf_thinkingvit.evaluation.stages import measure_stages
+from hf_thinkingvit.inference import AdaptiveEngine
+from hf_thinkingvit.inference.export import export_adaptive, export_onnx, export_stages
+from hf_thinkingvit.models.staged_loop import run_stages
+from tests.utils import lively, random_images, tiny_config
+
+
+NUM_STAGES = 4
+
+
+def similarity(answer, memory, top_k):
+    """Mean squared difference from the answer of the stage before: nothing exits at the first."""
+    logits = answer["logits"].float()
+    if not memory:
+        return torch.full_like(logits[:, 0], torch.inf), {"logits": logits}
+    return (logits - memory["logits"]).square().mean(dim=1), {"logits": logits}
+
+
+def patience(answer, memory, top_k):
+    """How many times in a row the prediction has stayed the same."""
+    prediction = answer["logits"].argmax(dim=1)
+    count = torch.zeros_like(prediction)
+    if memory:
+        count = torch.where(prediction == memory["prediction"], memory["count"] + 1, 0)
+    return count.float(), {"prediction": prediction, "count": count}
+
+
+def accumulated_gate(answer, memory, top_k):
+    """The sum so far of a halting score that the model gives beside its logits (arXiv 1603.08983)."""
+    total = answer["halting_score"].float() + memory.get("total", 0.0)
+    return total, {"total": total}
+
+
+def greatest(num_labels, top_k):
+    return 10.0
+
+
+CRITERIA = {
+    "similarity": ExitCriterion(None, True, greatest, "", score_with_memory=similarity),
+    "patience": ExitCriterion(None, False, greatest, "", score_with_memory=patience),
+    "accumulated_gate": ExitCriterion(None, False, greatest, "", score_with_memory=accumulated_gate),
+}
+
+
+class GatedThinkingViT(ThinkingViTForImageClassification):
+    def answer(self, stage_index, state):
+        answer = super().answer(stage_index, state)
+        return {**answer, "halting_score": torch.sigmoid(answer["logits"][:, 0] - 1)}
+
+
+@pytest.fixture(params=sorted(CRITERIA))
+def model(request, monkeypatch):
+    monkeypatch.setitem(EXIT_CRITERIA, request.param, CRITERIA[request.param])
+    config = tiny_config(thinking_stages=[1, 2, 3, 4], exit_criterion=request.param, threshold=0.5)
+    model = lively(GatedThinkingViT, config)
+    if request.param != "patience":  # a τ between two images, so that rounding decides nothing
+        with torch.no_grad():
+            scores = run_stages(model, model.exit_rule(), range(4), random_images(12), run_all=True).steps[1].score
+        model.config.threshold = scores.sort().values[3:5].mean().item()
+    return model
+
+
+@torch.no_grad()
+def exit_stages_of(model, images):
+    """Where each image leaves, if each is alone and every stage runs."""
+    stages = []
+    for image in images.split(1):
+        answers = []
+        state = model.begin(image)
+        for stage in range(NUM_STAGES):
+            state = model.run_stage(stage, state)
+            answers.append(model.answer(stage, state))
+            state = model.recycle(stage, state) if stage < NUM_STAGES - 1 else state
+        logits = torch.cat([answer["logits"] for answer in answers])
+        predictions = logits.argmax(dim=1).tolist()
+        gates = torch.cat([answer["halting_score"] for answer in answers])
+        threshold = model.config.threshold
+        exits = {
+            "similarity": [s > 0 and (logits[s] - logits[s - 1]).square().mean().item() < threshold for s in range(4)],
+            "patience": [s > 0 and predictions[s] == predictions[s - 1] for s in range(4)],
+            "accumulated_gate": [gates[: s + 1].sum().item() > threshold for s in range(4)],
+        }[model.config.exit_criterion]
+        stages.append(exits.index(True) if True in exits else NUM_STAGES - 1)
+    return torch.tensor(stages)
+
+
+def test_forward_decides_by_what_it_remembers_of_each_image(model):
+    images = random_images(12)
+    expected = exit_stages_of(model, images)
+    assert len(set(expected.tolist())) > 1
+    with torch.no_grad():
+        outputs = model(images)
+        everything = model(images, output_stage_logits=True)
+    assert torch.equal(outputs.exit_stage, expected) and torch.equal(everything.exit_stage, expected)
+    of_its_stage = torch.stack(everything.stage_logits)[expected, torch.arange(12)]
+    torch.testing.assert_close(outputs.logits, of_its_stage)
+
+
+def test_the_engine_hands_memories_on_with_their_images(model):
+    images = random_images(12)
+    results = list(AdaptiveEngine(model, batch_size=5, in_order=False)(images))
+    stages = {result.index: result.exit_stage for result in results}
+    assert [stages[index] for index in range(12)] == exit_stages_of(model, images).tolist()
+
+
+def test_compiled_stages(model):
+    images = random_images(12)
+    model.compile_stages([4], backend="eager")
+    with torch.no_grad():
+        assert torch.equal(model(images).exit_stage, exit_stages_of(model, images))
+
+
+def test_one_pass_gives_the_scores_of_every_stage(model):
+    images = random_images(12)
+    batches = [{"pixel_values": images[:7]}, {"pixel_values": images[7:]}]
+    measured, _ = measure_stages(model, batches, lambda answer, batch: {}, progress=False)
+    rule = model.exit_rule()
+    exits = torch.stack([rule.exits(stage, measured["score"][:, stage]) for stage in range(NUM_STAGES)], dim=1)
+    assert torch.equal(exits.int().argmax(dim=1), exit_stages_of(model, images))
+
+
+@pytest.mark.parametrize("model", ["patience"], indirect=True)
+def test_exported_programs(model):
+    images = random_images(12)
+    stages = exit_stages_of(model, images)
+    threshold = torch.tensor(model.exit_rule().thresholds)
+    state, rows = {"pixel_values": images}, torch.arange(12)
+    for stage, program in enumerate(export_stages(model)):
+        outputs = program.module()(state, threshold)
+        assert torch.equal(outputs["exits"], stages[rows] == stage)
+        state = {name: tensor[~outputs["exits"]] for name, tensor in outputs["state"].items()}
+        rows = rows[~outputs["exits"]]
+        if len(rows) < 2:
+            break
+    adaptive = export_adaptive(model).module()
+    found = [adaptive(image, threshold)["exit_stage"].item() for image in images.split(1)]
+    assert found == stages.tolist()
+
+
+@pytest.mark.parametrize("model", ["accumulated_gate"], indirect=True)
+@pytest.mark.skipif(not is_onnx_available(), reason="needs onnx")
+def test_onnx_files(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images = random_images(12)
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path).adaptive)
+    threshold = torch.tensor(model.exit_rule().thresholds).numpy()
+    names = [output.name for output in session.get_outputs()]
+    found = [
+        dict(zip(names, session.run(None, {"pixel_values": image.numpy(), "threshold": threshold})))["exit_stage"]
+        for image in images.split(1)
+    ]
+    assert [stage.item() for stage in found] == exit_stages_of(model, images).tolist()
+
+
+def test_a_memory_does_not_reach_the_model(model):
+    seen = []
+    recycle = model.recycle
+    model.recycle = lambda stage, state, **kwargs: seen.append(set(state)) or recycle(stage, state, **kwargs)
+    with torch.no_grad():
+        model(random_images(12))
+    assert seen and not any(name.startswith("memory") for names in seen for name in names)
