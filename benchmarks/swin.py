@@ -3,10 +3,10 @@ ThinkingSwin (Swin-S, head rounds (3, 3, 6, 12) → (3, 6, 12, 24)) against Tran
 
     python -m benchmarks.swin --batch-size 1 16
 
-Pixels in, logits out, 224 × 224, random weights, rivals interleaved, median over the repeats. The last round alone is a
-ThinkingSwin with all heads in its one round and the rival's weights, whose logits are compared first. For each row the
-gain in time over what the arithmetic allows: the rival's time over ours, divided by its multiply-accumulates over ours.
-The goal is 0.9 for the first round, and 1 for the last.
+Pixels in, logits out, 224 × 224, random weights; the models take turns, and the median over the repeats counts. The
+last round alone is a ThinkingSwin of one round with all heads and Swin-S's weights; that both give the same logits is
+checked first. The last column is the speedup over Swin-S divided by the ratio of multiply-accumulates, Swin-S over
+ThinkingSwin. The goal is 0.9 for the first round, and 1 for the last.
 """
 
 import argparse

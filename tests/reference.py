@@ -1,7 +1,7 @@
 """
-ThinkingViT written out plainly: every stage complete, for every image, from a state dict and plain functions.
+Plain reference implementations of ThinkingViT and ThinkingSwin: every stage for every image, with functions of torch.
 
-Shares no code with the package, so that agreement means something.
+They share no code with the package, so that equal results are evidence.
 """
 
 import torch
@@ -73,7 +73,7 @@ def thinking_swin_stages(model, pixel_values: torch.Tensor) -> tuple[list[torch.
         return x @ weights[name + ".weight"][:rows, : x.shape[-1]].T + weights[name + ".bias"][:rows]
 
     def attend(x, name, heads, shift):
-        """Each window by itself, with a loop over its tokens' regions."""
+        """Attention of one window after another; the mask separates the regions that a shift brings into one window."""
         images, rows, columns, d = x.shape
         size = config.window_size
         if min(rows, columns) <= size:
