@@ -35,7 +35,7 @@ def tiny_config(**overrides) -> ThinkingViTConfig:
 
 
 def lively_model(config: ThinkingViTConfig | None = None, **overrides) -> ThinkingViTForImageClassification:
-    """A model in evaluation mode whose weights are large enough that each parameter, α included, affects the logits."""
+    """A model in evaluation mode whose weights are large enough that every part shows in the logits, α included."""
     return _lively(ThinkingViTForImageClassification, config or tiny_config(**overrides))
 
 
