@@ -6,32 +6,37 @@ from collections.abc import Callable
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_thinkingvit import EXIT_CRITERIA
-from tests.utils import middle_threshold, random_images
+from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
+from tests.utils import FIXTURES, middle_threshold, random_images
 
 
-def assert_golden_stages(model, expected: dict[str, torch.Tensor]) -> None:
-    """Logits, entropy and final tokens of every stage are the official implementation's."""
-    outputs = model(expected["pixel_values"], output_stage_logits=True)
+@torch.no_grad()
+def assert_golden(golden: str, num_thresholds: int) -> None:
+    """
+    With the weights in `tests/fixtures/{golden}`, the outputs are those that the official implementation gives: logits,
+    entropy and final tokens of every stage, and exit stages and logits at each of the `num_thresholds` stored τ.
+    """
+    model = load_official(read_checkpoint(FIXTURES / golden))
+    expected = load_file(FIXTURES / golden / "expected.safetensors")
+    pixel_values = expected["pixel_values"]
+    outputs = model(pixel_values, output_stage_logits=True)
     for index in range(model.config.num_stages):
         logits = outputs.stage_logits[index]
-        tokens = model.base_model(expected["pixel_values"], max_stages=index + 1).last_hidden_state
+        tokens = model.base_model(pixel_values, max_stages=index + 1).last_hidden_state
         torch.testing.assert_close(logits, expected[f"stage{index}.logits"], atol=1e-4, rtol=0)
         entropy = EXIT_CRITERIA["topk_entropy"].score(logits, 10)
         torch.testing.assert_close(entropy, expected[f"stage{index}.entropy"], atol=1e-4, rtol=0)
         expected_tokens = expected[f"stage{index}.last_hidden_state"].flatten(1, -2)
         torch.testing.assert_close(tokens, expected_tokens, atol=1e-4, rtol=0)
-
-
-def assert_golden_thresholds(model, expected: dict[str, torch.Tensor], num_thresholds: int) -> None:
-    """At every stored τ, exit stages and logits are the official implementation's."""
     names = [name for name in expected if name.startswith("threshold.") and name.endswith(".stage")]
     assert len(names) == num_thresholds
     for name in names:
         threshold = float(name.removeprefix("threshold.").removesuffix(".stage"))
         # Some τ are an image's own entropy, which does not exit; the file's names round them, maybe upwards.
-        outputs = model(expected["pixel_values"], threshold=max(threshold - 5e-6, 0.0))
+        outputs = model(pixel_values, threshold=max(threshold - 5e-6, 0.0))
         assert torch.equal(outputs.exit_stage, expected[name])
         logits = expected[name.replace(".stage", ".logits")]
         torch.testing.assert_close(outputs.logits, logits, atol=1e-4, rtol=0)

@@ -3,39 +3,24 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, ThinkingSwinModel
-from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.inference import AdaptiveEngine
 from tests.models.staged_tests import (
     StagedClassifierTests,
-    assert_golden_stages,
-    assert_golden_thresholds,
+    assert_golden,
     assert_gradients,
 )
 from tests.reference import thinking_swin_stages
-from tests.utils import FIXTURES, lively_swin, middle_threshold, random_images, tiny_swin_config
+from tests.utils import lively_swin, middle_threshold, random_images, tiny_swin_config
 
 
 SCHEDULES = [[[2, 4]], [[1, 2], [1, 2]], [[1, 2], [2, 4]], [[1, 1], [1, 2], [2, 4]], [[1, 1], [1, 2], [1, 2], [2, 3]]]
 
 
-class TestGolden:
-    """Outputs of the official implementation."""
-
-    @pytest.fixture
-    def golden(self):
-        folder = FIXTURES / "thinkingswin"
-        return load_official(read_checkpoint(folder)), load_file(folder / "expected.safetensors")
-
-    @torch.no_grad()
-    def test_every_round(self, golden):
-        assert_golden_stages(*golden)
-
-    @torch.no_grad()
-    def test_every_threshold(self, golden):
-        assert_golden_thresholds(*golden, num_thresholds=3)
+@pytest.mark.parametrize("golden", ["thinkingswin"])
+def test_outputs_of_the_official_implementation(golden):
+    assert_golden(golden, num_thresholds=3)
 
 
 class TestStaged(StagedClassifierTests):

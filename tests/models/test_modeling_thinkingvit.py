@@ -3,20 +3,16 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, ThinkingViTModel
-from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.models.exit_rules import topk_entropy
 from tests.models.staged_tests import (
     StagedClassifierTests,
-    assert_golden_stages,
-    assert_golden_thresholds,
+    assert_golden,
     assert_gradients,
 )
 from tests.reference import thinkingvit_stages
 from tests.utils import (
-    FIXTURES,
     HostSynchronisations,
     lively_model,
     middle_threshold,
@@ -28,21 +24,9 @@ from tests.utils import (
 SCHEDULES = [[4], [2, 2], [1, 4], [1, 2, 4], [2, 3, 3, 4]]
 
 
-class TestGoldens:
-    """Outputs of the official implementation."""
-
-    @pytest.fixture(params=["thinkingvit_2stage", "thinkingvit_3stage"])
-    def golden(self, request):
-        folder = FIXTURES / request.param
-        return load_official(read_checkpoint(folder)), load_file(folder / "expected.safetensors")
-
-    @torch.no_grad()
-    def test_every_stage(self, golden):
-        assert_golden_stages(*golden)
-
-    @torch.no_grad()
-    def test_every_threshold(self, golden):
-        assert_golden_thresholds(*golden, num_thresholds=4)
+@pytest.mark.parametrize("golden", ["thinkingvit_2stage", "thinkingvit_3stage"])
+def test_outputs_of_the_official_implementation(golden):
+    assert_golden(golden, num_thresholds=4)
 
 
 class TestStaged(StagedClassifierTests):
