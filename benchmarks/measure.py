@@ -1,5 +1,6 @@
 """What the benchmarks share: timing in turns, and the header of a table."""
 
+import argparse
 import platform
 import statistics
 import time
@@ -16,6 +17,14 @@ def describe_run(device: torch.device, dtype: str) -> str:
         f"{hardware}, {torch.get_num_threads()} CPU threads, {dtype}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}\n"
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """The options of a benchmark that runs at several batch sizes on one device."""
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 
 
 def measure(rivals: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:

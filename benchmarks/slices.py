@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.measure import describe_run, measure, median_and_quartiles
+from benchmarks.measure import add_run_arguments, describe_run, measure, median_and_quartiles
 
 
 # (rows, columns) of the slice and of the full weight: attention's projections, and the two of the MLP.
@@ -28,10 +28,7 @@ def repeatedly(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_run_arguments(parser, repeats=100)
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     print(describe_run(device, arguments.dtype))

@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import describe_run, measure
+from benchmarks.measure import add_run_arguments, describe_run, measure
 from benchmarks.rivals import swin_small
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification
 from hf_thinkingvit.evaluation import stage_macs
@@ -52,10 +52,7 @@ def compare(batch_size: int, repeats: int, device: torch.device, dtype: torch.dt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_run_arguments(parser, repeats=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
