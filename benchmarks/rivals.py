@@ -50,7 +50,7 @@ def vit_select_after(model: ThinkingViTForImageClassification, pixel_values: tor
             hidden_states = layer(hidden_states, stage)
         tokens = vit.layernorm(hidden_states)
         answer = model.classifier(tokens[:, 0])
-        _, exits = rule.judge(index, answer)
+        exits = rule.judge(index, {"logits": answer}).exits
         logits = answer if logits is None else torch.where(undecided[:, None], answer, logits)
         undecided = ~exits if undecided is None else undecided & ~exits
     return logits

@@ -36,7 +36,7 @@ def tiny_config(**overrides) -> ThinkingViTConfig:
 
 def lively_model(config: ThinkingViTConfig | None = None, **overrides) -> ThinkingViTForImageClassification:
     """A model in evaluation mode whose weights are large enough that every part shows in the logits, α included."""
-    return _lively(ThinkingViTForImageClassification, config or tiny_config(**overrides))
+    return lively(ThinkingViTForImageClassification, config or tiny_config(**overrides))
 
 
 def tiny_swin_config(**overrides) -> ThinkingSwinConfig:
@@ -57,10 +57,10 @@ def tiny_swin_config(**overrides) -> ThinkingSwinConfig:
 
 def lively_swin(config: ThinkingSwinConfig | None = None, **overrides) -> ThinkingSwinForImageClassification:
     """The same as `lively_model`, on Swin."""
-    return _lively(ThinkingSwinForImageClassification, config or tiny_swin_config(**overrides))
+    return lively(ThinkingSwinForImageClassification, config or tiny_swin_config(**overrides))
 
 
-def _lively(model_class, config):
+def lively(model_class, config):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = model_class(config)

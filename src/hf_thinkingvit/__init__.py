@@ -2,7 +2,7 @@
 Adaptive vision transformers for Hugging Face Transformers.
 
 Importing this package registers its models with the Auto classes, so that `AutoModelForImageClassification` and
-`pipeline("image-classification")` load them like any model of Transformers.
+`pipeline("image-classification")` load them like any model in Transformers.
 """
 
 from .auto import register_models
@@ -10,7 +10,6 @@ from .conversion import convert_checkpoint
 from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
 from .models.configuration_avit import AViTConfig
-from .models.configuration_nested_vit import Stage
 from .models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.exit_rules import EXIT_CRITERIA, ExitCriterion, ExitRule
@@ -31,7 +30,8 @@ from .models.modeling_thinkingvit import (
     ThinkingViTModel,
     ThinkingViTPreTrainedModel,
 )
-from .models.staged_loop import StagedImageClassifierOutput
+from .models.sub_networks import SubNetwork
+from .models.task_classification import StagedImageClassifierOutput
 from .version import __version__
 
 
@@ -46,7 +46,7 @@ __all__ = [
     "EXIT_CRITERIA",
     "ExitCriterion",
     "ExitRule",
-    "Stage",
+    "SubNetwork",
     "StagedImageClassifierOutput",
     "SwinRound",
     "ThinkingSwinConfig",

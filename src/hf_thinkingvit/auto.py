@@ -1,4 +1,4 @@
-"""Registration with Transformers' Auto classes, and with the code saving that lets models load without this package."""
+"""Registration with Transformers' Auto classes, which also makes saved models carry their own code."""
 
 from transformers import (
     AutoConfig,
@@ -7,42 +7,35 @@ from transformers import (
     BitImageProcessorPil,
 )
 
-# From its module: at the top level, some versions hide it where torchvision is missing, though Pillow suffices.
+# Imported from its module: some versions hide it at the top level without torchvision, although Pillow suffices.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
-from .models.configuration_avit import AViTConfig
-from .models.configuration_thinking_swin import ThinkingSwinConfig
-from .models.configuration_thinkingvit import ThinkingViTConfig
-from .models.modeling_avit import AViTForImageClassification, AViTModel
-from .models.modeling_thinking_swin import ThinkingSwinForImageClassification, ThinkingSwinModel
-from .models.modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViTModel
+from .families import FAMILIES
+from .families.record import IMAGE_CLASSIFICATION
 
 
-# One line per family: configuration, bare model, classifier.
-FAMILIES = [
-    (ThinkingViTConfig, ThinkingViTModel, ThinkingViTForImageClassification),
-    (ThinkingSwinConfig, ThinkingSwinModel, ThinkingSwinForImageClassification),
-    (AViTConfig, AViTModel, AViTForImageClassification),
-]
+# For each task, its Auto class, and the names by which pipelines look up the models that they support.
+TASKS = {IMAGE_CLASSIFICATION: (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)}
 
 
 def register_models() -> None:
-    """Make the Auto classes and pipelines know every family. Calling it again changes nothing."""
+    """Register every family with the Auto classes and pipelines. Further calls change nothing."""
     image_processors = {"pil": BitImageProcessorPil}
     if is_torchvision_available():
         from transformers import BitImageProcessor
 
         image_processors["torchvision"] = BitImageProcessor
-    for config_class, model_class, classifier_class in FAMILIES:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, model_class, exist_ok=True)
-        AutoModelForImageClassification.register(config_class, classifier_class, exist_ok=True)
-        AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
-        # Pipelines look supported models up by name here, and log an error for those that they do not find.
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[config_class.model_type] = classifier_class.__name__
+    for family in FAMILIES.values():
+        AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
+        AutoModel.register(family.config_class, family.model_class, exist_ok=True)
+        AutoImageProcessor.register(family.config_class, image_processor_classes=image_processors, exist_ok=True)
         # From now on `save_pretrained` writes the code files and the `auto_map`.
-        config_class.register_for_auto_class("AutoConfig")
-        model_class.register_for_auto_class("AutoModel")
-        classifier_class.register_for_auto_class("AutoModelForImageClassification")
+        family.config_class.register_for_auto_class("AutoConfig")
+        family.model_class.register_for_auto_class("AutoModel")
+        for task, head in family.heads.items():
+            auto_class, pipeline_names = TASKS[task]
+            auto_class.register(family.config_class, head, exist_ok=True)
+            pipeline_names[family.model_type] = head.__name__  # without it, pipelines log that the model is unsupported
+            head.register_for_auto_class(auto_class.__name__)

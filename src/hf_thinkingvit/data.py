@@ -1,7 +1,7 @@
 """
 Images and labels from anything that `datasets` reads: a Hub id, a folder of images or of Parquet files, a stream.
 
-Images stay encoded until they are used, so that a broken one is met where its name is known.
+Images stay encoded until they are used, so that the error for a broken one can name it.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .models.image_files import as_rgb
 
 
 DIGITS = "sklearn-digits"
-SAMPLE_SEED = 0  # so that measurements of several models compare
+SAMPLE_SEED = 0  # fixed, so that measurements of several models are of the same images
 Rows = datasets.Dataset | datasets.IterableDataset
 
 
@@ -29,10 +29,10 @@ class ImageSplit:
     A split of encoded images with labels.
 
     Attributes:
-        rows: of the two columns.
-        image_column, label_column: their names.
-        label_names: name of each label; `None` where the labels are not indices with names.
-        name: what the data are called, for messages and model cards.
+        rows: the data, with two columns.
+        image_column, label_column: names of the columns.
+        label_names: name of each label; `None` if the labels are not indices with names.
+        name: name of the data in messages and model cards.
     """
 
     rows: Rows
@@ -47,9 +47,9 @@ class ImageSplit:
 
     def sample(self, count: int | None) -> "ImageSplit":
         """
-        `count` random images in their order, always the same ones, and among them those of a smaller `count`; all for
-        `None`. Image folders are sorted by label, so that their first images are of a few labels. Of a stream, which
-        cannot be drawn from, the first ones.
+        A fixed random sample of `count` images in their order, which contains the samples of smaller counts; all for
+        `None`. Random, because image folders are sorted by label. Of a stream, which has no random access, the first
+        `count` images.
         """
         if count is None or isinstance(self.rows, datasets.IterableDataset):
             return self.take(count)
@@ -65,7 +65,7 @@ def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:
         streaming (`bool`): read as a stream instead of downloading first.
 
     Raises:
-        ValueError: if there is none; the message says how to log in where that is what is missing.
+        ValueError: if the dataset cannot be found; for gated and private ones, the message says how to log in.
     """
     if dataset == DIGITS:
         splits = load_digits()
@@ -90,7 +90,7 @@ def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:
 
 
 def find_split(splits: dict[str, Rows], name: str | None, dataset: str, candidates: Sequence[str] = ()) -> Rows:
-    """The split called `name`, or the first of `candidates` that is there. `ValueError` that says what there is."""
+    """The split called `name`, or the first of `candidates` that exists. `ValueError` that lists the splits if none."""
     wanted = name or next((candidate for candidate in candidates if candidate in splits), None)
     if wanted is None:
         raise ValueError(f"`{dataset}` has none of the splits {list(candidates)}: it has {list(splits)}. Name one.")
@@ -104,12 +104,12 @@ def as_image_split(
 ) -> ImageSplit:
     """
     Args:
-        rows (`datasets.Dataset` or `datasets.IterableDataset`): with a column of images and one of labels.
-        name (`str`): what the data are called.
-        image_column, label_column (`str`, *optional*): found by their types where not given.
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): data with a column of images and one of labels.
+        name (`str`): name of the data.
+        image_column, label_column (`str`, *optional*): found by their types by default.
 
     Raises:
-        ValueError: if a column is missing, or several could be meant.
+        ValueError: if a column is missing or ambiguous.
     """
     rows, image_column = as_images(rows, name, image_column)
     features = rows.features
@@ -122,7 +122,7 @@ def as_image_split(
 
 
 def as_images(rows: Rows, name: str, image_column: str | None = None) -> tuple[Rows, str]:
-    """Rows whose images are still encoded, and the name of their column; arguments and errors as `as_image_split`."""
+    """The rows with images left encoded, and the name of the image column; arguments and errors of `as_image_split`."""
     features = rows.features
     if features is None:
         raise ValueError(f"`{name}` does not state its columns, which streaming needs: download it instead.")
@@ -167,8 +167,8 @@ def decode(image: dict[str, Any]) -> Image.Image:
 @dataclass
 class ImageCollator:
     """
-    Encoded rows to `pixel_values` and `labels`: `(batch,)`, or, where images have several labels or none,
-    `(batch, most)` filled with -1. A broken image is an error.
+    Encoded rows to `pixel_values` and `labels` `(batch,)`, or `(batch, most)` padded with -1 if images have several
+    labels or none. An image that cannot be decoded is a `ValueError` that names it.
     """
 
     split: ImageSplit
@@ -178,7 +178,7 @@ class ImageCollator:
         images = [self._decode(row[self.split.image_column]) for row in rows]
         pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = [row[self.split.label_column] for row in rows]
-        if any(isinstance(label, list) for label in labels):  # several right answers, or none
+        if any(isinstance(label, list) for label in labels):  # several correct labels, or none
             most = max(1, *map(len, labels))
             labels = [label + [-1] * (most - len(label)) for label in labels]
         return {"pixel_values": pixel_values, "labels": torch.tensor(labels)}
@@ -186,7 +186,7 @@ class ImageCollator:
     def _decode(self, image: dict[str, Any]) -> Image.Image:
         try:
             return decode(image)
-        except Exception as error:  # Pillow raises whatever its decoders do
+        except Exception as error:  # Pillow's decoders raise many types
             path = (image or {}).get("path") or "without a name"
             raise ValueError(
                 f"An evaluation image ({path}) of `{self.split.name}` cannot be decoded: {error}. Leaving it out would "
@@ -195,7 +195,7 @@ class ImageCollator:
 
 
 def evaluation_batches(split: ImageSplit, processor: Any, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Every image once, in order: `pixel_values` and `labels`; for `Accelerator.prepare` to share out."""
+    """Batches of every image once, in order: `pixel_values` and `labels`. To be sharded by `Accelerator.prepare`."""
     return DataLoader(
         split.rows,
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""The image processor settings of ImageNet evaluation, in the image processor that Transformers already has."""
+"""The image processor settings of ImageNet evaluation, for an image processor of Transformers."""
 
 import math
 from collections.abc import Sequence
@@ -20,14 +20,17 @@ def evaluation_image_processor(
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> BaseImageProcessor:
     """
-    Resize the shorter side to `image_size / crop_pct` (248 for 224 / 0.9), crop the centre, normalise: the evaluation
-    of the official checkpoints. Backed by torchvision where it is installed, else by Pillow.
+    An image processor for the evaluation of the official checkpoints: it resizes the shorter side to `image_size /
+    crop_pct` (248 for 224 / 0.9), crops the centre and normalises. It uses torchvision if installed, else Pillow.
 
     Args:
-        image_size (`int` or `(height, width)`): what the model takes, in pixels.
+        image_size (`int` or `(height, width)`): input size of the model, in pixels.
         crop_pct (`float`): share of the resized shorter side that the crop keeps, above 0 and at most 1.
         image_mean, image_std (`list[float]`): one per channel, for pixel values between 0 and 1.
         resample (`PIL.Image.Resampling`): the interpolation.
+
+    Raises:
+        ValueError: if `crop_pct` is outside its range.
     """
     if not 0.0 < crop_pct <= 1.0:
         raise ValueError(f"`crop_pct` must be above 0 and at most 1, got {crop_pct!r}.")

@@ -1,4 +1,4 @@
-"""What data may be called in files that are shared: configurations, model cards, results, plots."""
+"""Names of data for files that are shared (configurations, model cards, results, plots): nothing about the machine."""
 
 import os
 import re
@@ -6,11 +6,11 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote, urlsplit
 
 
-UNNAMED = "the dataset"  # for a path whose last component says nothing, or is the home folder's and so a user's name
+UNNAMED = "the dataset"  # for a path without a last component, or whose last component is the name of a user
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]*\w", re.ASCII)
 _WINDOWS = re.compile(r"[A-Za-z]:(?![^\\/])|.*\\")  # a drive, or any backslash
 _ROOTED = re.compile(r"/|~[\w.-]*(/|$)|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\")
-# In a text: not a slash between words, nor one that stands alone.
+# Paths and URLs within a text, but no slash between words and no lone slash.
 _PATHS = re.compile(
     r"""[A-Za-z][A-Za-z0-9+.-]+://[^\s'"`<>]+|(?<![\w/\\.:~])(//?(?=[^\s/]+/)|~[\w.-]*/|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\)[^\s'"`<>,;]+"""
 )
@@ -20,14 +20,14 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # longer than a drive letter
 
 def public_name(dataset: str | os.PathLike) -> str:
     """
-    A name for a dataset that tells nothing of the machine on which it was read.
+    A name for a dataset that reveals nothing about the machine on which it was read.
 
-    Hub ids stay (`"org/name"`), also where they stand in an `hf://` path or a URL of the Hub. Of any other path or URL
-    the last component is left, without the user, password, query and fragment of a URL. What exists here under a
-    relative path is taken for a path, as `datasets` does. Names of names are themselves.
+    Hub ids (`"org/name"`) are returned unchanged, and extracted from `hf://` paths and URLs of the Hub. Any other path
+    or URL is reduced to its last component, without the user, password, query and fragment of a URL. A relative path
+    that exists is a path and not a Hub id, as in `datasets`. The function is idempotent.
 
     Args:
-        dataset (`str` or `os.PathLike`): as `datasets` takes it: a Hub id, a folder, a file or a URL.
+        dataset (`str` or `os.PathLike`): in any form that `datasets` accepts: a Hub id, a folder, a file or a URL.
     """
     is_path = not isinstance(dataset, str)
     name = os.fspath(dataset).strip()
@@ -44,10 +44,10 @@ def public_name(dataset: str | os.PathLike) -> str:
 
 def public_text(text: str) -> str:
     """
-    A text in which every path, and every URL with more than an address in it, is replaced by its `public_name`.
+    A text in which every path, and every URL with a user, password or query, is replaced by its `public_name`.
 
-    A path is what begins like one (with a root, a drive, `~`, `./` or `../`), or what exists here. Web addresses
-    without a user, password or query stay, and so do texts in which a slash means something else (`"images/s"`).
+    Words that begin with a root, a drive, `~`, `./` or `../` are paths, and so is a whole text that names an existing
+    file. Plain web addresses stay, and so do texts in which a slash means something else (`"images/s"`).
     """
     stripped = text.strip()
     if not _PUBLIC_URL.fullmatch(stripped):
@@ -58,7 +58,7 @@ def public_text(text: str) -> str:
 
 
 def _of_url(url: str) -> str:
-    url = url.rsplit("::", 1)[-1]  # fsspec's chains: an archive's member, then the archive
+    url = url.rsplit("::", 1)[-1]  # fsspec chains a member of an archive and the archive
     if not _URL.match(url):
         return public_name(url)
     try:
@@ -84,7 +84,7 @@ def _of_path(path: str) -> str:
 
 
 def _last(path: PurePath) -> str:
-    """The last component, unless it is the name of a user: what lies in a folder of homes, wherever that is."""
+    """The last component, unless it is the name of a user, that is, directly in a folder of home folders."""
     folder = re.split(r"[\\/]", str(path.parent).rstrip("\\/"))[-1]
     return UNNAMED if folder.lower() in ("home", "homes", "users") else path.name or UNNAMED
 
@@ -92,5 +92,5 @@ def _last(path: PurePath) -> str:
 def _exists(name: str) -> bool:
     try:
         return Path(name).exists()
-    except (OSError, ValueError):  # too long, or characters that no file has
+    except (OSError, ValueError):  # too long, or characters that file names cannot have
         return False

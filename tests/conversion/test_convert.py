@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, convert_checkpoint
-from hf_thinkingvit.conversion.thinkingvit import official_name
+from hf_thinkingvit.families.thinkingvit import official_name
 from tests.conversion.goldens import assert_golden_logits, assert_refused
 from tests.utils import FIXTURES
 

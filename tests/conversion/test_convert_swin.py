@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, convert_checkpoint
-from hf_thinkingvit.conversion.thinking_swin import official_name
+from hf_thinkingvit.families.thinking_swin import official_name
 from tests.conversion.goldens import assert_golden_logits, assert_refused
 from tests.utils import FIXTURES
 

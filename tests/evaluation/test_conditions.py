@@ -20,6 +20,7 @@ from hf_thinkingvit.evaluation import (
     model_conditions,
     weights_fingerprint,
 )
+from hf_thinkingvit.evaluation.conditions import check_same_model
 from hf_thinkingvit.evaluation.labels import LabelMap
 from hf_thinkingvit.evaluation.statements import calibration_statement
 from hf_thinkingvit.hub import model_card, push
@@ -209,6 +210,17 @@ def test_a_field_that_is_no_more_is_a_change():
     model.config.calibration["conditions"]["token_mixer"] = "attention"
     status = calibration_status(model, model.config.calibration)
     assert status.changed == ("`token_mixer` (attention then, no such field now)",)
+
+
+def test_a_renamed_field_is_no_change():
+    """`use_distillation_token`, which conditions of earlier versions call `distilled`."""
+    model = lively_avit(use_distillation_token=True)
+    then = model_conditions(model)
+    then["distilled"] = then.pop("use_distillation_token")
+    for same in (model, model.config, torch.nn.DataParallel(model)):
+        check_same_model(then, same)
+    with pytest.raises(ValueError, match=r"`use_distillation_token` \(False then, True now\)"):
+        check_same_model({**then, "distilled": False}, model)
 
 
 def test_budgets_end_too():

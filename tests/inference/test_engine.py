@@ -12,7 +12,7 @@ from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
-from hf_thinkingvit.models.exit_rules import mean_binary_entropy
+from hf_thinkingvit.models.exit_scores import mean_binary_entropy
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import HostSynchronisations, lively_model, lively_swin, random_images
 

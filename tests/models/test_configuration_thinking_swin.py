@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from hf_thinkingvit import Stage, ThinkingSwinConfig
+from hf_thinkingvit import SubNetwork, ThinkingSwinConfig
 from tests.utils import tiny_swin_config
 
 
@@ -13,14 +13,19 @@ def test_defaults_are_the_published_model():
     assert (config.hidden_size, config.patch_grid, config.downsampling) == (768, (56, 56), 8)
     assert (config.exit_criterion, config.entropy_top_k, config.qkv_slicing) == ("topk_entropy", 10, "leading_rows")
     first, second = config.stages
-    assert first.layers == (Stage(3, 96, 384), Stage(3, 96, 384), Stage(6, 192, 768), Stage(12, 384, 1536))
+    assert first.layers == (
+        SubNetwork(3, 96, 384),
+        SubNetwork(3, 96, 384),
+        SubNetwork(6, 192, 768),
+        SubNetwork(12, 384, 1536),
+    )
     assert [layer.hidden_size for layer in second.layers] == [96, 192, 384, 768]
     assert (first.num_attention_heads, first.hidden_size) == ((3, 3, 6, 12), 384)
 
 
 def test_rounds_take_their_share_of_other_sizes():
     config = tiny_swin_config(embed_dim=12, num_heads=[3, 4], head_rounds=[[2, 3]], mlp_ratio=1.5)
-    assert config.stages[0].layers == (Stage(2, 8, 12), Stage(3, 18, 27))
+    assert config.stages[0].layers == (SubNetwork(2, 8, 12), SubNetwork(3, 18, 27))
 
 
 @pytest.mark.parametrize("threshold", [0, math.inf, [0.4, 0.2], (0.4, 0)])

@@ -2,13 +2,13 @@ import math
 
 import pytest
 
-from hf_thinkingvit import Stage, ThinkingViTConfig
+from hf_thinkingvit import SubNetwork, ThinkingViTConfig
 
 
 def test_defaults_are_the_published_model():
     config = ThinkingViTConfig()
     assert config.thinking_stages == [3, 6]
-    assert config.stages == (Stage(3, 192, 768), Stage(6, 384, 1536))
+    assert config.stages == (SubNetwork(3, 192, 768), SubNetwork(6, 384, 1536))
     assert (config.num_hidden_layers, config.patch_grid, config.layer_norm_eps) == (12, (14, 14), 1e-6)
     assert (config.exit_criterion, config.entropy_top_k) == ("topk_entropy", 10)
 
@@ -25,7 +25,7 @@ def test_full_width_follows_the_widest_stage(stages, width):
 
 def test_stages_take_their_share_of_other_head_and_mlp_sizes():
     config = ThinkingViTConfig(thinking_stages=[2, 6], hidden_size=96, intermediate_size=288)
-    assert config.stages == (Stage(2, 32, 96), Stage(6, 96, 288))
+    assert config.stages == (SubNetwork(2, 32, 96), SubNetwork(6, 96, 288))
 
 
 @pytest.mark.parametrize("threshold", [0, 0.9, math.inf, [0.4, 0.2], (0.4, 0)])

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from hf_thinkingvit import EXIT_CRITERIA, ExitRule
-from hf_thinkingvit.models.exit_rules import (
+from hf_thinkingvit.models.exit_rules import resolve_thresholds
+from hf_thinkingvit.models.exit_scores import (
     entropy,
     margin,
     max_probability,
     mean_binary_entropy,
-    resolve_thresholds,
     topk_entropy,
 )
 
@@ -68,7 +68,7 @@ def test_scores_are_float32_of_half_precision_logits(name, dtype):
 @pytest.mark.parametrize("name", ["topk_entropy", "entropy", "mean_binary_entropy"])
 def test_zero_threshold_never_exits_however_certain(name):
     certain = torch.cat([LOGITS * scale for scale in (1, 5, 20, 100, 1e4)])
-    _, exits = ExitRule(name, (0.0,), 10).judge(0, certain)
+    exits = ExitRule(name, (0.0,), 10).judge(0, {"logits": certain}).exits
     assert not exits.any()
 
 
@@ -77,7 +77,7 @@ def test_the_comparison_is_strict_on_the_certain_side(name):
     criterion = EXIT_CRITERIA[name]
     score = criterion.score(LOGITS, 10)
     threshold = score[7].item()
-    _, exits = ExitRule(name, (threshold,), 10).judge(0, LOGITS)
+    exits = ExitRule(name, (threshold,), 10).judge(0, {"logits": LOGITS}).exits
     assert not exits[7]
     expected = score < threshold if criterion.exits_below else score > threshold
     assert torch.equal(exits, expected)
@@ -89,7 +89,9 @@ def test_a_broken_answer_goes_on(name):
     logits = LOGITS.clone()
     logits[3] = torch.nan
     logits[4, 0] = torch.inf
-    _, exits = ExitRule(name, (math.inf if EXIT_CRITERIA[name].exits_below else 0.0,), 10).judge(0, logits)
+    exits = (
+        ExitRule(name, (math.inf if EXIT_CRITERIA[name].exits_below else 0.0,), 10).judge(0, {"logits": logits}).exits
+    )
     assert not exits[3] and not exits[4]
     assert exits[[0, 1, 2, 5]].all()
 
@@ -97,7 +99,7 @@ def test_a_broken_answer_goes_on(name):
 def test_reports_the_entropy_of_an_entropy_criterion_and_the_topk_entropy_otherwise():
     entropies = {"entropy": entropy, "mean_binary_entropy": mean_binary_entropy}
     for name in EXIT_CRITERIA:
-        reported, _ = ExitRule(name, (0.5,), 10).judge(0, LOGITS)
+        reported = ExitRule(name, (0.5,), 10).judge(0, {"logits": LOGITS}).entropy
         torch.testing.assert_close(reported, entropies.get(name, topk_entropy)(LOGITS))
 
 
@@ -125,7 +127,7 @@ def test_the_maximum_is_the_greatest_score(name, num_labels):
 
 
 def test_the_last_stage_always_answers():
-    _, exits = ExitRule("topk_entropy", (0.0,), 10).judge(1, LOGITS)
+    exits = ExitRule("topk_entropy", (0.0,), 10).judge(1, {"logits": LOGITS}).exits
     assert exits.all()
 
 

@@ -6,11 +6,7 @@ import torch
 
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, ThinkingSwinModel
 from hf_thinkingvit.inference import AdaptiveEngine
-from tests.models.staged_tests import (
-    StagedClassifierTests,
-    assert_golden,
-    assert_gradients,
-)
+from tests.models.staged_tests import StagedClassifierTests, assert_golden, assert_gradients
 from tests.reference import thinking_swin_stages
 from tests.utils import lively_swin, middle_threshold, random_images, tiny_swin_config
 

@@ -5,12 +5,8 @@ import pytest
 import torch
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, ThinkingViTModel
-from hf_thinkingvit.models.exit_rules import topk_entropy
-from tests.models.staged_tests import (
-    StagedClassifierTests,
-    assert_golden,
-    assert_gradients,
-)
+from hf_thinkingvit.models.exit_scores import topk_entropy
+from tests.models.staged_tests import StagedClassifierTests, assert_golden, assert_gradients
 from tests.reference import thinkingvit_stages
 from tests.utils import (
     HostSynchronisations,
@@ -150,7 +146,7 @@ class TestEarlyExit:
         state = model.begin(random_images(2))
         waiting = ["pixel_values" in state]
         for stage in range(2):
-            _, state = model.run_stage(stage, state, is_last=False)
+            state = model.run_stage(stage, state, is_last=False)
             state = model.recycle(stage, state)
             waiting.append("pixel_values" in state)
         assert waiting == [True, False, False]

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from hf_thinkingvit.models.task_classification import classification_loss, share_of_batch, weights_of_stages
+from hf_thinkingvit.models.task_classification import classification_loss, share_of_batch
+from hf_thinkingvit.models.tasks import weights_of_stages
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model, lively_swin, middle_threshold, random_images, tiny_config
 
@@ -162,7 +163,7 @@ class TestStageWeights:
         model = lively_model(stage_loss_weights=[0.0, 0.0, 1.0]).train()
         with pytest.raises(ValueError, match=r"`stage_loss_weights` .* weight 0 for all of the 2 stages"):
             model(random_images(), labels=LABELS, max_stages=2)
-        assert weights_of_stages([0.0, 0.0, 1.0], 3) == [0.0, 0.0, 1.0]
+        assert weights_of_stages([0.0, 0.0, 1.0], range(3)) == [0.0, 0.0, 1.0]
 
 
 class TestPartsOfABatch:

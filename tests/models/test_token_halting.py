@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from hf_thinkingvit.models.token_halting import HaltingState, depth_prior, halt, halting_scores, prior_loss
+from hf_thinkingvit.models.token_halting import HaltingState, halt, halting_scores
+from hf_thinkingvit.models.token_halting_loss import depth_prior, prior_loss
 
 
 def one_token(scores: list[float], epsilon: float) -> tuple[list[float], float, int]:

@@ -7,7 +7,8 @@ from tests.training.tiny_runs import write_images
 
 
 # Training needs the extra `train`; the other tests do not.
-NEEDS_TIMM = ("config", "data", "loop", "losses", "preprocessing", "recipe", "reporting", "resuming", "splits")
+NEEDS_TIMM = ("config", "data", "divergence", "loop", "losses", "objectives", "preprocessing", "recipe", "reporting")
+NEEDS_TIMM += ("resuming", "setup", "splits", "stage_samplers", "training_log")
 collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEEDS_TIMM]
 
 

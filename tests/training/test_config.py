@@ -27,6 +27,13 @@ def test_flags_override_the_file(tmp_path):
     assert config.model == {"patch_size": 4, "threshold": [0.4, 0.6]}
 
 
+def test_former_names_of_the_models_fields(tmp_path):
+    words = ["--model_type", "avit", "--mixup", "0", "--cutmix", "0"]
+    assert parse_config([*words, "--model.distilled", "true"]).model == {"distilled": True}
+    file = write(tmp_path / "run.yaml", "model: {distilled: true}\n")
+    assert parse_config([*file, *words]).model == {"distilled": True}
+
+
 def test_yaml_spellings(tmp_path):
     file = write(
         tmp_path / "run.yaml",

@@ -9,45 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
-    DeiTConfig,
-    DeiTForImageClassificationWithTeacher,
-    ViTConfig,
-    ViTForImageClassification,
     pipeline,
 )
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
-from hf_thinkingvit.training.loop import TrainingDivergedError
-from hf_thinkingvit.training.starting_point import build_model
-from tests.models.test_weights_from_swin import trained_swin
 from tests.training.test_checkpoints import damage_by_cutting
-from tests.training.test_config import CONFIGS
-from tests.training.tiny_runs import LABELS, SCRIPT, finish, flags, launch, write_images
-
-
-# What is random in a run: mixup, augmentation, stochastic depth. Two accumulated parts, and a moving average.
-LIVELY = {"mixup": 0.8, "cutmix": 1.0, "model.drop_path_rate": 0.2, "gradient_accumulation_steps": 2, "save_steps": 2}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint: the weights themselves and their moving average."""
-    checkpoint = list_checkpoints(folder / "checkpoints")[0]
-    found = load_file(checkpoint / "model.safetensors")
-    average = checkpoint / "ema.safetensors"
-    return {**found, **(load_file(average) if average.exists() else {})}
-
-
-def assert_same(one: dict, other: dict, tolerance: float = 0.0) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], atol=tolerance, rtol=0, msg=name)
+from tests.training.tiny_runs import LABELS, LIVELY, SCRIPT, assert_same, finish, flags, launch, weights
 
 
 @pytest.fixture(scope="module")
@@ -197,29 +169,6 @@ class TestResuming:
         assert_same(weights(tmp_path), whole)
 
 
-@pytest.mark.parametrize(
-    "save_steps, message",
-    [
-        (1000, r"the loss was nan at step 5 .*last good checkpoint is .*step-00000003"),
-        # The step that breaks the weights has a loss that is fine: such weights are not saved.
-        (1, r"the weights are no longer finite at step 4.*last good checkpoint is .*step-00000003"),
-    ],
-)
-def test_divergence_stops_the_run(images, tmp_path, save_steps, message):
-    run = TrainingRun(parse_config(flags(images, tmp_path, save_steps=save_steps)))
-    finish_step = run.finish_step
-
-    def finish_and_break() -> None:
-        finish_step()
-        if run.progress.step == 4:
-            next(run.model.parameters()).data.fill_(float("nan"))
-
-    run.finish_step = finish_and_break
-    with pytest.raises(TrainingDivergedError, match=message):
-        run.run()
-    assert not any(torch.isnan(tensor).any() for tensor in weights(tmp_path).values())
-
-
 def test_streaming_equals_map_style(images, tmp_path):
     for name, words in (("map", []), ("stream", ["--streaming", "--images_per_epoch", "24"])):
         train(parse_config([*flags(images, tmp_path / name, **LIVELY), "--no_shuffle", *words]))
@@ -248,104 +197,3 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path, streaming):
     assert results["history"][-1]["results"] == alone["history"][-1]["results"]  # padded images counted once
     assert results["test"] == alone["test"]
     assert (results["test"] is None) == streaming
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """Plain models to start from: three heads, one layer, 32 × 32 pixels; a teacher; the data's labels."""
-    folder = tmp_path_factory.mktemp("sources")
-    fields = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 96}
-    fields |= {"image_size": 32, "patch_size": 16, "num_labels": 5}  # other labels than the data, as with ImageNet's
-    ViTForImageClassification(ViTConfig(**fields)).save_pretrained(folder / "vit")
-    DeiTForImageClassificationWithTeacher(DeiTConfig(**fields)).save_pretrained(folder / "deit")
-    ViTForImageClassification(ViTConfig(**{**fields, "num_labels": 3})).save_pretrained(folder / "teacher")
-    evaluation_image_processor(32).save_pretrained(folder / "teacher")
-    return folder
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations_run(path, images, sources, tmp_path):
-    words = ["--config", str(path), "--output_dir", str(tmp_path), "--dataset", str(images), "--cpu"]
-    words += ["--batch_size", "4", "--max_steps", "2", "--num_workers", "0"]
-    config = parse_config(words)
-    if config.teacher:
-        words += ["--teacher", str(sources / "teacher")]
-    if config.from_vit:
-        words += ["--from_vit", str(sources / ("deit" if "distilled" in config.from_vit else "vit"))]
-    else:
-        with torch.device("meta"):  # at its own size
-            assert build_model(config, dict(enumerate(LABELS))).config.num_labels == 3
-    if path.stem == "thinking_swin_s_imagenet":
-        words += ["--model.embed_dim", "24", "--model.depths", "1", "1", "1", "1", "--model.image_size", "32"]
-    results = train(parse_config(words))
-    assert results["step"] == 2
-    model = AutoModelForImageClassification.from_pretrained(tmp_path / "last")
-    assert model.config.model_type == config.model_type
-    assert model.config.num_labels == 3
-
-
-def test_starting_points(sources, images, tmp_path):
-    """The leading channels of a run that starts from a ViT are the ViT's; a model of this package continues whole."""
-    words = flags(images, tmp_path / "a", from_vit=sources / "vit", max_steps=1, **{"model.thinking_stages": "[3, 6]"})
-    for name in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
-        position = words.index(f"--model.{name}")
-        del words[position : position + 2]
-    run = TrainingRun(parse_config(words))
-    vit = ViTForImageClassification.from_pretrained(sources / "vit")
-    position = run.accelerator.unwrap_model(run.model).thinkingvit.embeddings.position_embeddings
-    assert torch.equal(position[..., :24], vit.vit.embeddings.position_embeddings)
-    with pytest.raises(ValueError, match=r"`model.patch_size` is 8, but starting from .* it is 16"):
-        TrainingRun(parse_config([*words, "--model.patch_size", "8"]))
-
-
-def test_starting_from_swin(images, tmp_path):
-    swin = trained_swin(image_size=16, patch_size=2)
-    swin.save_pretrained(tmp_path / "swin")
-    words = ["--dataset", str(images), "--output_dir", str(tmp_path / "run"), "--model_type", "thinking_swin", "--cpu"]
-    words += ["--batch_size", "4", "--num_workers", "0", "--from_vit", str(tmp_path / "swin")]
-    run = TrainingRun(parse_config([*words, "--model.drop_path_rate", "0.1", "--model.depths", "2", "2"]))
-    model = run.accelerator.unwrap_model(run.model)
-    assert (model.config.head_rounds, model.config.drop_path_rate) == ([[2, 2], [2, 4]], 0.1)
-    weight = model.thinking_swin.embeddings.patch_embeddings.weight
-    assert torch.equal(weight, swin.swin.embeddings.patch_embeddings.projection.weight)
-    with pytest.raises(ValueError, match=r"`model.mlp_ratio` is 2, but starting from .* it is 4.0"):
-        TrainingRun(parse_config([*words, "--model.mlp_ratio", "2"]))
-
-
-def test_frozen_parameters_stay(images, tmp_path):
-    train(parse_config(flags(images, tmp_path, freeze=["*.alpha"])))
-    model = AutoModelForImageClassification.from_pretrained(tmp_path / "last")
-    assert all(parameter.item() == 0 for name, parameter in model.named_parameters() if name.endswith("alpha"))
-    with pytest.raises(ValueError, match="no parameter is called '\\*beta'"):
-        TrainingRun(parse_config(flags(images, tmp_path / "b", freeze=["*beta"])))
-
-
-def test_logs_to_trackers(images, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(parse_config(flags(images, tmp_path, trackers=["tensorboard"])))
-    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent)).Reload()
-    assert {"train/loss", "train/stage_0_loss", "train/learning_rate", "eval/ema/top1_stage_1"} <= set(
-        events.Tags()["scalars"]
-    )
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
-
-
-def test_counts_broken_images(tmp_path):
-    folder = write_images(tmp_path / "images", broken={"train": [2, 5]})
-    results = train(parse_config(flags(folder, tmp_path / "run", epochs=2, warmup_epochs=0)))
-    assert results["skipped_images"] >= 4
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        ({"batch_size": 9, "gradient_accumulation_steps": 2}, r"`batch_size` \(9\) must be a multiple of 2"),
-        ({"batch_size": 64}, r"more than there are images \(24\)"),
-        ({"batch_size": 6, "gradient_accumulation_steps": 2, "mixup": 1}, "pair images"),
-    ],
-)
-def test_refuses_batches_that_cannot_be(images, tmp_path, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        TrainingRun(parse_config(flags(images, tmp_path, **overrides)))

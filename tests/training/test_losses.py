@@ -60,24 +60,6 @@ def test_mixed_targets_are_probabilities():
     torch.testing.assert_close(loss, expected)
 
 
-def test_sandwich_takes_the_first_the_last_and_some_between():
-    model = lively_model(thinking_stages=[1, 2, 2, 3, 4], num_attention_heads=4)
-    loss = TrainingLoss(config(stage_sampling="sandwich"), model.config)
-    drawn = [loss.weights_of_step(step) for step in range(40)]
-    assert all(weights[0] > 0 and weights[-1] > 0 for weights in drawn)
-    assert all(sum(weight > 0 for weight in weights[1:-1]) == 1 for weights in drawn)
-    assert {tuple(weights).index(max(weights[1:-1]), 1) for weights in drawn} == {1, 2, 3}
-    assert all(sum(weights) == pytest.approx(1.0) for weights in drawn)
-    assert drawn[7] == loss.weights_of_step(7)
-
-
-def test_sandwich_keeps_the_sum_and_the_proportions_of_the_weights():
-    model = lively_model(stage_loss_weights=[0.5, 1.0, 2.0, 1.5], thinking_stages=[1, 2, 3, 4], num_attention_heads=4)
-    first, *between, last = TrainingLoss(config(stage_sampling="sandwich"), model.config).weights_of_step(0)
-    assert first + sum(between) + last == pytest.approx(5.0)
-    assert last / first == pytest.approx(3.0)
-
-
 @pytest.mark.parametrize("stages", [[2, 4], [1, 2, 4]])
 def test_in_place_distillation_teaches_earlier_stages_only(stages):
     model = lively_model(thinking_stages=stages)
@@ -159,5 +141,5 @@ def test_asks_the_model_for_what_it_is_computed_from(lively):
     model = lively().train()
     logging.warning_once.cache_clear()
     with CaptureLogger(logging.get_logger("hf_thinkingvit.models.module_arguments")) as captured:
-        model(random_images(4), **TrainingLoss(config(), model.config).outputs_needed)
+        model(random_images(4), **TrainingLoss(config(), model.config).model_arguments(0, 0))
     assert captured.out == ""

@@ -14,8 +14,7 @@ from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.stop_signals import ignore_stop_signals
 from tests.training import tiny_runs
-from tests.training.test_loop import LIVELY, assert_same, weights
-from tests.training.tiny_runs import finish, flags, launch, write_images
+from tests.training.tiny_runs import LIVELY, assert_same, finish, flags, launch, weights, write_images
 
 
 def number_of_optimizer_steps(folder) -> int:
@@ -160,13 +159,13 @@ def test_half_a_step_is_never_saved(images, tmp_path):
     run = TrainingRun(parse_config(flags(images, tmp_path / "broken", **LIVELY)))
     loss, calls = run.loss, []
 
-    def interrupted(*arguments):
-        calls.append(arguments[-1])
+    def interrupted(outputs, pixel_values, targets, step, micro_batch):
+        calls.append(step)
         if calls.count(4) == 2:  # the second part of the step after the fourth
             raise KeyboardInterrupt
-        return loss(*arguments)
+        return loss(outputs, pixel_values, targets, step, micro_batch)
 
-    interrupted.outputs_needed = loss.outputs_needed
+    interrupted.model_arguments = loss.model_arguments
     run.loss = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.run()

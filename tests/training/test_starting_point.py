@@ -75,6 +75,17 @@ class TestFields:
     def test_the_same_value_is_no_change(self, saved):
         start(saved / "thinkingvit", patch_size=[8, 8], hidden_size=32, thinking_stages=[1, 2, 4])
 
+    @pytest.mark.parametrize("name", ["distilled", "use_distillation_token"])
+    def test_a_field_under_either_name(self, saved, name):
+        start(saved / "avit", "avit", **{name: False})
+        with pytest.raises(ValueError, match=rf"`model\.{name}` is True, but starting from .* it is False"):
+            start(saved / "avit", "avit", **{name: True})
+
+    def test_windows_fit_another_image_size(self, saved):
+        model, said = start(saved / "thinking_swin", "thinking_swin", image_size=48)
+        assert model.config.image_size == 48
+        assert "`image_size` 32 → 48" in said
+
     def test_another_schedule_of_the_same_weights_is_announced(self, saved):
         model, said = start(saved / "thinkingvit", thinking_stages=[1, 2, 3])
         assert model.config.thinking_stages == [1, 2, 3]

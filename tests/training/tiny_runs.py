@@ -8,11 +8,18 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+
+from hf_thinkingvit.training.checkpoints import list_checkpoints
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 LABELS = ["cat", "dog", "owl"]
+# Everything random at once (mixup, augmentation, stochastic depth), two micro-batches a step, and a moving average.
+LIVELY = {"mixup": 0.8, "cutmix": 1.0, "model.drop_path_rate": 0.2, "gradient_accumulation_steps": 2, "save_steps": 2}
 
 
 def encoded_image(seed: int, size: int = 16) -> bytes:
@@ -93,3 +100,26 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> str:
         process.terminate()  # the launcher ends the others, of which each has a session of its own
         process.wait(timeout=60)
         raise
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's newest checkpoint, and their moving average."""
+    checkpoint = list_checkpoints(folder / "checkpoints")[0]
+    found = load_file(checkpoint / "model.safetensors")
+    average = checkpoint / "ema.safetensors"
+    return {**found, **(load_file(average) if average.exists() else {})}
+
+
+def assert_same(one: dict, other: dict, tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=tolerance, rtol=0, msg=name)
+
+
+def logged_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What the run in `folder` has logged with TensorBoard: by name, the value of each step."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}

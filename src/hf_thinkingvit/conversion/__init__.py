@@ -1,4 +1,4 @@
-"""Official checkpoints → models of this package. From the command line: `python -m hf_thinkingvit.conversion`."""
+"""Converting official checkpoints to models of this package; also `python -m hf_thinkingvit.conversion`."""
 
 from .convert import convert_checkpoint
 

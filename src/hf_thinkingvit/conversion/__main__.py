@@ -21,17 +21,17 @@ def main() -> None:
         type=int,
         nargs="+",
         metavar="HEADS",
-        help="heads per stage, where the source does not tell",
+        help="heads per stage, if the source does not state them",
     )
     parser.add_argument(
         "--head-rounds",
         type=_heads,
         nargs="+",
         metavar="HEADS,HEADS,...",
-        help="of a Swin, heads per layer for each round, where the source does not tell: 3,3,6,12 3,6,12,24",
+        help="of a Swin, heads per layer for each round, if the source does not state them: 3,3,6,12 3,6,12,24",
     )
-    parser.add_argument("--gate-scale", type=float, metavar="γ", help="of an A-ViT, where the source does not tell")
-    parser.add_argument("--gate-center", type=float, metavar="β", help="of an A-ViT, where the source does not tell")
+    parser.add_argument("--gate-scale", type=float, metavar="γ", help="of an A-ViT, if the source does not state it")
+    parser.add_argument("--gate-center", type=float, metavar="β", help="of an A-ViT, if the source does not state it")
     parser.add_argument("--threshold", type=float, nargs="+", metavar="τ", help="τ to store: one, or one per exit")
     arguments = parser.parse_args()
     stated = {

@@ -1,10 +1,9 @@
-"""Reading checkpoints that others wrote, from files, folders or the Hub: tensors and plain data, nothing else."""
+"""Reading official checkpoints from files, folders or the Hub: tensors and plain data, nothing else."""
 
 import argparse
 import json
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,39 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..families.official import Checkpoint
 
-# In this order: what to look for in a folder, and what to download from the Hub.
+
+# What a folder is searched for, in this order, and what is downloaded from the Hub.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "*.pth.tar", "*.pth")
 CONFIG_FILE = "config.json"
-
-
-@dataclass
-class Checkpoint:
-    """
-    A state dict under its official names, and what its files say of the model.
-
-    Attributes:
-        path (`Path`): the weight file.
-        state_dict (`dict[str, torch.Tensor]`): on the CPU.
-        config (`dict`): the `config.json` beside it; empty where there is none.
-        training_args (`dict`): what the training script pickled of its arguments; empty where it did not.
-    """
-
-    path: Path
-    state_dict: dict[str, torch.Tensor]
-    config: dict = field(default_factory=dict)
-    training_args: dict = field(default_factory=dict)
-
-    @property
-    def model_args(self) -> dict:
-        """The arguments of the official model's constructor, as far as the files tell them."""
-        from_training = self.training_args.get("model_kwargs") or {}
-        return {**self.training_args, **from_training, **(self.config.get("model_args") or {})}
-
-    @property
-    def preprocessing(self) -> dict:
-        """timm's `pretrained_cfg`: input size, crop, interpolation, mean and std, as far as the files tell them."""
-        return self.config.get("pretrained_cfg") or {}
 
 
 def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
@@ -79,7 +51,7 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, *WEIGHT_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{repo_id} is no file or folder here, and not to be had from the Hub: {error}"
+            f"{repo_id} is no file or folder here, and cannot be downloaded from the Hub: {error}"
         ) from error
 
 
@@ -120,7 +92,7 @@ def _unpickle(path: Path) -> dict:
 
 
 def _state_dict(content: dict, path: Path) -> dict[str, torch.Tensor]:
-    """The averaged weights where there are some, else the plain ones, else `content`; without wrappers' prefixes."""
+    """The averaged weights if the file has them, else the plain ones, else `content`; without wrappers' prefixes."""
     candidates = [content.get(name) for name in ("state_dict_ema", "state_dict", "model")] + [content]
     for candidate in candidates:
         if isinstance(candidate, dict) and candidate and all(torch.is_tensor(value) for value in candidate.values()):

@@ -10,15 +10,11 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..families import FAMILIES, Family
+from ..families.official import Checkpoint
 from ..image_processing import evaluation_image_processor
-from . import avit, thinking_swin, thinkingvit
-from .checkpoint import Checkpoint, read_checkpoint
-
-
-# Modules with `matches`, `REQUIRED`, `build_config`, `official_name`, `convert_tensor`, `MODEL_CLASS`; and `prepare`,
-# where a family's checkpoints come in several forms or hold tensors that no model needs.
-# Order matters: every ThinkingViT checkpoint also matches the A-ViT test.
-FAMILIES = {"thinking_swin": thinking_swin, "thinkingvit": thinkingvit, "avit": avit}
+from .checkpoint import read_checkpoint
+from .labels import label_fields
 
 
 def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
@@ -28,14 +24,15 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder or Hub id with `model.safetensors` and a timm-style `config.json`, or a `.pth` / `.pth.tar` file,
-            of which the averaged weights (`state_dict_ema`) are preferred. Only tensors and plain data are unpickled.
+            A folder or Hub id with `model.safetensors` and a timm-style `config.json`, or a `.pth` / `.pth.tar` file.
+            Averaged weights (`state_dict_ema`) are preferred. Only tensors and plain data are unpickled.
         output_dir (`str` or `os.PathLike`):
             Where to write. Nothing is written unless every tensor fits.
         config_overrides:
-            Fields of the configuration that win over what the source says, such as `threshold` or `id2label`; or that
-            it does not say: `thinking_stages` or `head_rounds` of a bare file, `gate_scale` and `gate_center` of an
-            A-ViT. Where neither names the classes and there are 1000, they get ImageNet-1K's names.
+            Fields of the configuration, such as `threshold` or `id2label`, which win over the source. Some must be
+            given where the source does not state them: `thinking_stages` or `head_rounds` for a bare file, `gate_scale`
+            and `gate_center` for an A-ViT. If neither names the classes and there are 1000, they get ImageNet-1K's
+            names.
 
     Returns:
         The converted model, in evaluation mode.
@@ -58,23 +55,25 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
 
 
 def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel:
-    """The model that `checkpoint` holds, in its dtype; `ValueError` where a tensor is missing, unknown or misshapen."""
+    """The model of a checkpoint, in its dtype; `ValueError` if a tensor is missing, unknown or has another shape."""
     family = _detect(checkpoint, config_overrides)
-    _require(checkpoint, list(family.REQUIRED))
-    for name, dimensions in family.REQUIRED.items():
+    official = family.official
+    _require(checkpoint, list(official.required))
+    for name, dimensions in official.required.items():
         if checkpoint.state_dict[name].dim() != dimensions:
             shape = tuple(checkpoint.state_dict[name].shape)
             raise ValueError(f"{checkpoint.path}: {name} must have {dimensions} dimensions, got the shape {shape}.")
-    if hasattr(family, "prepare"):
-        checkpoint = replace(checkpoint, state_dict=family.prepare(checkpoint, **config_overrides))
-    config = family.build_config(checkpoint, **config_overrides)
-    model = family.MODEL_CLASS(config).eval()
+    checkpoint = replace(checkpoint, state_dict=official.prepare(checkpoint, **config_overrides))
+    num_labels = len(checkpoint.state_dict[official.official_name("classifier.weight")])
+    labels = label_fields(checkpoint, num_labels, config_overrides)
+    model = family.classifier(official.build_config(checkpoint, **{**labels, **config_overrides})).eval()
 
     parameters = model.state_dict()
-    official_names = {name: family.official_name(name) for name in parameters}
+    official_names = {name: official.official_name(name) for name in parameters}
     _require(checkpoint, list(dict.fromkeys(official_names.values())), check_unexpected=True)
     converted = {
-        name: family.convert_tensor(name, checkpoint.state_dict[official]) for name, official in official_names.items()
+        name: official.convert_tensor(name, checkpoint.state_dict[official_name])
+        for name, official_name in official_names.items()
     }
     misshapen = [
         f"{official_names[name]} (for {name}): expected {tuple(parameters[name].shape)}, got {tuple(tensor.shape)}"
@@ -89,7 +88,7 @@ def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel
 
 
 def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> BaseImageProcessor:
-    """The evaluation settings of `pretrained_cfg`, the official ones where it is silent."""
+    """The evaluation settings of `pretrained_cfg`, with the official ones as defaults."""
     settings = checkpoint.preprocessing
     options = {
         "crop_pct": settings.get("crop_pct"),
@@ -98,20 +97,21 @@ def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> Bas
     }
     options = {name: value for name, value in options.items() if value is not None}
     interpolation = str(settings.get("interpolation", "bicubic")).upper()
-    if interpolation in Image.Resampling.__members__:  # timm also writes "random", which evaluation takes as bicubic
+    if interpolation in Image.Resampling.__members__:  # timm also writes "random", for which evaluation uses bicubic
         options["resample"] = Image.Resampling[interpolation]
     return evaluation_image_processor(model.config.image_size, **options)
 
 
-def _detect(checkpoint: Checkpoint, overrides: dict):
-    for family in FAMILIES.values():
-        if family.matches(checkpoint, overrides):
-            return family
+def _detect(checkpoint: Checkpoint, overrides: dict) -> Family:
+    official = {name: family.official for name, family in FAMILIES.items() if family.official is not None}
+    for name, form in official.items():
+        if form.matches(checkpoint, overrides):
+            return FAMILIES[name]
     missing = {
-        name: [key for key in family.REQUIRED if key not in checkpoint.state_dict] for name, family in FAMILIES.items()
+        name: [key for key in form.required if key not in checkpoint.state_dict] for name, form in official.items()
     }
     raise ValueError(
-        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(FAMILIES)}). Missing keys: "
+        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(official)}). Missing keys: "
         + "; ".join(f"for {name}, {_shorten(keys)}" for name, keys in missing.items())
         + f". Unexpected keys: {_shorten(sorted(checkpoint.state_dict))}."
     )
@@ -122,7 +122,7 @@ def _require(checkpoint: Checkpoint, needed: list[str], check_unexpected: bool =
     unexpected = [name for name in checkpoint.state_dict if name not in needed] if check_unexpected else []
     if missing or unexpected:
         message = f"{checkpoint.path} does not hold the expected weights. Missing keys: {_shorten(missing)}."
-        # Without the sizes, which the first call requires, nobody knows yet what would be unexpected.
+        # Which keys are unexpected depends on the sizes, so it is unknown while tensors that state them are missing.
         raise ValueError(message + (f" Unexpected keys: {_shorten(unexpected)}." if check_unexpected else ""))
 
 

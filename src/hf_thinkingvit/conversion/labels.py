@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..families.official import Checkpoint
 from ..models.configuration_labels import complete_labels
-from .checkpoint import Checkpoint
 
 
 def imagenet_1k_classes() -> list[str]:
@@ -15,15 +15,15 @@ def imagenet_1k_classes() -> list[str]:
 
 def label_fields(checkpoint: Checkpoint, num_labels: int, overrides: Mapping[str, Any]) -> dict[str, dict]:
     """
-    `id2label` and `label2id`: from `overrides`, else from the files, else ImageNet-1K's where there are 1000 classes.
+    `id2label` and `label2id`: from `overrides`, else from the files, else ImageNet-1K's if there are 1000 classes.
 
     Args:
         checkpoint (`Checkpoint`): whose `config.json` may name the classes.
-        num_labels (`int`): of the classifier.
-        overrides: fields of the configuration that the caller states; they win.
+        num_labels (`int`): classes of the classifier.
+        overrides: fields of the configuration that the caller states.
 
     Raises:
-        ValueError: if the overrides contradict each other, or the names of either are not a string for each class.
+        ValueError: if the overrides contradict each other, or the names are not one string for each class.
     """
     id2label, label2id = overrides.get("id2label"), overrides.get("label2id")
     if id2label is not None or label2id is not None:

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..models.configuration_staged import thinks_in_stages
 from .labels import check_single_label
 
 
@@ -14,8 +15,7 @@ def answers(model: nn.Module, pixel_values: torch.Tensor) -> tuple[tuple[torch.T
     Logits of each stage for every image, of models that think in stages; else the model's one answer. And per image
     what else the model measures of itself: `mean_depth`, `macs`.
     """
-    staged = hasattr(model.config, "num_stages")
-    outputs = model(pixel_values, **({"output_stage_logits": True} if staged else {}))
+    outputs = model(pixel_values, **({"output_stage_logits": True} if thinks_in_stages(model) else {}))
     measured = {name: outputs[name] for name in ("mean_depth", "macs") if outputs.get(name) is not None}
     return outputs.get("stage_logits") or (outputs.logits,), measured
 

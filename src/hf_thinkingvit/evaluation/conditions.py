@@ -17,14 +17,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..families.record import TRAINING_FIELDS
+from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import resolve_thresholds
 
 
 # Fields of a configuration that do not change what a model in evaluation mode answers; and τ, which is compared apart.
-NO_CONDITION = {
-    *("threshold", "stage_loss_weights", "label_smoothing", "initializer_range"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
-}
+NO_CONDITION = TRAINING_FIELDS | {"threshold", "stage_loss_weights"}
 WORDS = {"exit_criterion": "the exit criterion", "dtype": "the dtype", "num_labels": "the number of labels"}
 
 
@@ -120,7 +119,7 @@ def calibration_status(model: PreTrainedModel, calibration: Any) -> CalibrationS
     """
     calibration = calibration if isinstance(calibration, Mapping) else calibration.to_dict()
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not hasattr(model.config, "exit_criterion"):
+    if not thinks_in_stages(model):
         return CalibrationStatus(changed=("the model, which does not think in stages",))
     changed, unverified = [], []
     threshold, conditions = calibration.get("threshold"), calibration.get("conditions")
@@ -132,7 +131,7 @@ def calibration_status(model: PreTrainedModel, calibration: Any) -> CalibrationS
         unverified.append("which weights, dtype and exit criterion it was measured with was not recorded")
     else:
         now = model_conditions(model)
-        changed += differences(conditions, now)
+        changed += differences(with_present_names(conditions, model.config), now)
         if conditions.get("weights") is None or now["weights"] is None:
             unverified.append("the weights cannot be compared (sharded, quantized, or not loaded)")
     return CalibrationStatus(tuple(changed), tuple(unverified))
@@ -144,6 +143,11 @@ def _same_thresholds(threshold: Any, config: PreTrainedConfig) -> bool:
         return resolve_thresholds(threshold, exits) == resolve_thresholds(config.threshold, exits)
     except ValueError:  # of another number of exits
         return False
+
+
+def with_present_names(conditions: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Conditions under the present names of the fields, where an earlier version saved them under other ones."""
+    return {config.attribute_map.get(name, name): value for name, value in conditions.items()}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -170,9 +174,12 @@ def check_same_model(conditions: Mapping[str, Any], model_or_config: PreTrainedM
     Raises:
         ValueError: that names what differs.
     """
-    is_model = isinstance(model_or_config, nn.Module)
-    now = model_conditions(model_or_config) if is_model else _config_conditions(model_or_config)
-    if found := differences(conditions, now):
+    if isinstance(model_or_config, nn.Module):
+        now = model_conditions(model_or_config)
+        config = extract_model_from_parallel(model_or_config, keep_torch_compile=False).config
+    else:
+        now, config = _config_conditions(model_or_config), model_or_config
+    if found := differences(with_present_names(conditions, config), now):
         raise ValueError(
             f"This calibration was measured on another model; different are: {'; '.join(found)}. Apply it to the model "
             "that was measured, as it was then, or calibrate this one."

@@ -1,29 +1,27 @@
 """
 Multiply-accumulates in matrix products, from a configuration alone.
 
-For models that think in stages two countings. `stage_macs` counts what this package computes: on ViT, of the last layer
-only what is read, each recycling projection only as wide as the next stage, each channel of the patch embedding once.
-`published_stage_macs` counts as the paper's tables do: every stage a complete plain model. Both per stage: an image
-that exits after stage s has cost the sum of the first s + 1 entries. For A-ViT, `halting_macs` counts from the depths
-of an image's tokens.
+Models that think in stages are counted in two ways. `stage_macs` counts what this package computes: on ViT, only those
+parts of a last layer that are read, each recycling projection only as wide as the next stage, and each channel of the
+patch embedding once. `published_stage_macs` counts as the paper's tables do, every stage as a complete plain model.
+Both give one number per stage: an image that exits after stage s has cost the sum of the first s + 1 entries.
+`halting_macs` counts an A-ViT from the depths of an image's tokens. How a family is counted is part of its record in
+`families/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedConfig
 
+from ..families import family_of
 from ..models.configuration_avit import AViTConfig
-from ..models.configuration_checks import as_pair
-from ..models.configuration_nested_vit import NestedViTConfig, Stage
 from ..models.configuration_staged import StagedConfig
-from ..models.configuration_thinking_swin import ThinkingSwinConfig
-from ..models.configuration_thinkingvit import ThinkingViTConfig
-from . import swin_macs
 
 
 def stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
     """
-    MACs that one image adds by running each stage, going on to it included.
+    MACs that one image adds by running each stage, including the step from the previous stage to it.
 
     Args:
         config (`ThinkingViTConfig` or `ThinkingSwinConfig`): the model.
@@ -31,59 +29,27 @@ def stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = No
 
     Returns:
         `list[int]`, one entry per stage.
+
+    Raises:
+        ValueError: if the model does not think in stages, or is of no known family.
     """
-    return COUNTINGS[config.model_type][0](config, image_size)
+    return _counting(config, "stages")(config, image_size)
 
 
 def published_stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
     """
-    MACs of each stage as the paper counts them: a plain ViT or Swin of its width, patch embedding and all; recycling is
-    counted on Swin and not on ViT.
+    MACs of each stage as the paper counts them: a complete plain ViT or Swin of the stage's width. Recycling is counted
+    on Swin and not on ViT. Arguments, result and errors as of `stage_macs`.
     """
-    return COUNTINGS[config.model_type][1](config, image_size)
-
-
-def _vit_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
-    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
-    stages, layers = config.stages, config.num_hidden_layers
-    macs = []
-    for index, stage in enumerate(stages):
-        if index == 0:
-            entry = _patch_embedding(config, num_patches, stage.hidden_size)
-        else:  # the rest of the previous stage's last layer, its tokens to this stage's width, and the new channels
-            previous = stages[index - 1]
-            entry = _tokens_of_layer(previous, num_tokens - 1, num_tokens)
-            entry += num_tokens * previous.hidden_size * stage.hidden_size
-            entry += _patch_embedding(config, num_patches, stage.hidden_size - previous.hidden_size)
-        whole_layers = (layers - 1) * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
-        answer = _key_value(stage, num_tokens) + _tokens_of_layer(stage, 1, num_tokens)
-        macs.append(entry + whole_layers + answer + stage.hidden_size * config.num_labels)
-    return macs
-
-
-def _vit_published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
-    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
-    return [
-        _patch_embedding(config, num_patches, stage.hidden_size)
-        + config.num_hidden_layers * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
-        + stage.hidden_size * config.num_labels
-        for stage in config.stages
-    ]
-
-
-# How each family counts, here and as published. By name, since a configuration may have come with its own code.
-COUNTINGS = {
-    ThinkingViTConfig.model_type: (_vit_stage_macs, _vit_published_stage_macs),
-    ThinkingSwinConfig.model_type: (swin_macs.stage_macs, swin_macs.published_stage_macs),
-}
+    return _counting(config, "published_stages")(config, image_size)
 
 
 def halting_macs(
     config: AViTConfig, token_depth: torch.Tensor, image_size: int | Sequence[int] | None = None
 ) -> torch.Tensor:
     """
-    MACs that an A-ViT spends on each image, from how deep its tokens go in a call without `max_depth`. It is what the
-    output's `macs` says where depths are not asked for, so that an image stops as soon as its class token has halted.
+    MACs that an A-ViT spends on each image, from the depths of its tokens in a call without `max_depth`. Equal to
+    `macs` of the outputs without `output_token_depth`, where an image stops as soon as its class token has halted.
 
     Args:
         config (`AViTConfig`): the model.
@@ -95,44 +61,17 @@ def halting_macs(
         `torch.LongTensor` of shape `(batch_size,)`.
 
     Raises:
-        ValueError: if the depths are of another number of tokens.
+        ValueError: if `token_depth` is of another number of tokens, or the tokens of the model do not halt.
     """
-    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
-    if token_depth.shape[1] != num_tokens:
-        raise ValueError(f"`token_depth` has {token_depth.shape[1]} tokens, an image of this size {num_tokens}.")
-    stage, prefix = config.stage, token_depth[:, : config.num_prefix_tokens]
-    fixed = _patch_embedding(config, num_patches, stage.hidden_size)
-    fixed += config.num_prefix_tokens * stage.hidden_size * config.num_labels
-    macs = torch.full((len(token_depth),), fixed)
-    for layer in range(1, config.num_hidden_layers + 1):
-        unfinished = (prefix >= layer).any(dim=1)
-        active = (token_depth >= layer).sum(dim=1)
-        queries = (prefix >= layer).sum(dim=1) if layer == config.num_hidden_layers else active
-        macs += unfinished * (_key_value(stage, active) + _tokens_of_layer(stage, queries, active))
-    return macs
+    return _counting(config, "halting")(config, token_depth, image_size)
 
 
-def _num_patches_and_tokens(config: NestedViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
-    height, width = as_pair(config.image_size if image_size is None else image_size)
-    patch_height, patch_width = as_pair(config.patch_size)
-    num_patches = (height // patch_height) * (width // patch_width)
-    return num_patches, num_patches + config.num_prefix_tokens
+COUNTED = {"stages": "think in stages", "published_stages": "think in stages", "halting": "halt tokens"}
 
 
-def _patch_embedding(config: NestedViTConfig, num_patches: int, width: int) -> int:
-    patch_height, patch_width = as_pair(config.patch_size)
-    return num_patches * config.num_channels * patch_height * patch_width * width
-
-
-def _key_value(stage: Stage, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
-    return 2 * num_tokens * stage.hidden_size**2
-
-
-def _tokens_of_layer(
-    stage: Stage, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
-) -> int | torch.Tensor:
-    """A layer for `num_queries` tokens that attend to `num_tokens`, whose keys and values are there already."""
-    query_and_output = 2 * stage.hidden_size**2
-    attention = 2 * num_tokens * stage.hidden_size
-    mlp = 2 * stage.hidden_size * stage.intermediate_size
-    return num_queries * (query_and_output + attention + mlp)
+def _counting(config: PreTrainedConfig, kind: str) -> Callable:
+    family = family_of(config)
+    counting = getattr(family.costs, kind)
+    if counting is None:
+        raise ValueError(f"{family.name} models do not {COUNTED[kind]}, got {type(config).__name__}.")
+    return counting

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data import as_image_split, evaluation_batches
-from ..models.configuration_checks import as_pair, as_plain_numbers
-from ..models.exit_rules import EXIT_CRITERIA, ExitRule, resolve_thresholds
+from ..models.configuration_checks import as_plain_numbers
+from ..models.exit_rules import ExitRule, resolve_thresholds
+from ..models.staged_run import Answer
 from ..public_names import public_name
 from .conditions import model_conditions
 from .labels import LabelMap
 from .macs import stage_macs
 from .splits import UNKNOWN, evaluation_rows, why_not_new
+from .stages import measure_stages
 
 
 Threshold = float | Sequence[float]
@@ -126,7 +127,6 @@ class StageAnswers:
         }
 
 
-@torch.no_grad()
 def collect_stage_answers(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -151,40 +151,22 @@ def collect_stage_answers(
     Raises:
         ValueError: if the model does not think in stages, or there are no images with labels.
     """
-    if not hasattr(model.config, "exit_criterion"):
-        raise ValueError(f"{type(model).__name__} does not think in stages: there is no τ to evaluate.")
-    config, columns, image_size = model.config, [], None
-    criterion = EXIT_CRITERIA[config.exit_criterion]
-    show = progress and (accelerator is None or accelerator.is_main_process)
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not show):
-            pixel_values = batch["pixel_values"].to(model.device, model.dtype)
-            truth = batch["labels"].to(model.device)
-            image_size = pixel_values.shape[-2:]
-            known = {} if tuple(image_size) == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
-            stage_logits = model(pixel_values, output_stage_logits=True, **known).stage_logits
-            rows = torch.stack(
-                [criterion.score(logits, config.entropy_top_k) for logits in stage_logits]
-                + [labels.hits(logits, truth, 1).float() for logits in stage_logits]
-                + [labels.hits(logits, truth, 5).float() for logits in stage_logits]
-                + [labels.counted(truth).float()],
-                dim=1,
-            )
-            columns.append((rows if accelerator is None else accelerator.gather_for_metrics(rows)).cpu())
-    finally:
-        model.train(was_training)
-    rows = torch.cat(columns) if columns else torch.zeros(0, 1)
-    rows = rows[rows[:, -1] > 0]
-    if not len(rows):
+
+    def measure(answer: Answer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits, truth = answer["logits"], batch["labels"]
+        hits = {f"top{k}": labels.hits(logits, truth, k) for k in (1, 5)}
+        return {**hits, "counted": labels.counted(truth)}
+
+    measured, image_size = measure_stages(model, batches, measure, accelerator, progress)
+    counted = measured["counted"][:, 0] > 0 if measured else torch.zeros(0, dtype=torch.bool)
+    if not counted.any():
         raise ValueError(f"{labels.name} has no images with labels to evaluate on.")
-    scores, top1, top5 = rows[:, :-1].chunk(3, dim=1)
-    cumulative = torch.tensor(stage_macs(config, tuple(image_size))).cumsum(0).tolist()
+    config = model.config
+    cumulative = torch.tensor(stage_macs(config, image_size)).cumsum(0).tolist()
     return StageAnswers(
-        scores=scores.contiguous(),
-        top1=top1 > 0,
-        top5=top5 > 0,
+        scores=measured["score"][counted],
+        top1=measured["top1"][counted] > 0,
+        top5=measured["top5"][counted] > 0,
         macs=tuple(cumulative),
         criterion=config.exit_criterion,
         entropy_top_k=config.entropy_top_k,

@@ -1,4 +1,4 @@
-"""Model cards, made from what was measured: a card cannot disagree with the run."""
+"""Model cards from a configuration and measured results, so that a card cannot disagree with the run."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,15 @@ from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
 from ..evaluation.splits import ALL, UNKNOWN, same_data, why_not_new
 from ..evaluation.statements import calibration_statement
+from ..families import FAMILIES, family_of
 from ..models.configuration_checks import as_pair
+from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import EXIT_CRITERIA, resolve_thresholds
 from ..public_names import public_name
-from .results import num_stages, read_results
+from .results import read_results
 
 
-SWEEP_ROWS = 12  # what a reader takes in; the results file has every row
+SWEEP_ROWS = 12  # more would hide the table's message; the results file has every row
 
 METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
 COLUMNS = {
@@ -55,25 +57,25 @@ def model_card(
     **card_data: Any,
 ) -> ModelCard:
     """
-    A card for a trained classifier. Every measured number is one of `results`; what they lack, the card leaves out. A
-    calibration of `results`, or the one that the configuration carries, is repeated only while it is of this model as
-    it is; else the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
+    A card for a trained classifier. Every measured number comes from `results`; sections without numbers are left out.
+    A calibration, of `results` or of the configuration, is repeated only while it applies to the model as it is. Else
+    the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
 
     Args:
-        model (`PreTrainedModel`): whose configuration and weights the card describes.
+        model (`PreTrainedModel`): the model that the card describes.
         results (`dict` or path, *optional*): measured results, or the JSON file that holds them, in the form that
             `hf_thinkingvit.hub.results` describes.
-        name (`str`): of the model.
+        name (`str`): name of the model.
         source (`str`): what a user loads it from: a folder, or the id of its repository.
-        license (`str`, *optional*): of the weights, as the Hub writes it, such as `"apache-2.0"`.
-        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on; of local data, the names.
+        license (`str`, *optional*): license of the weights, as the Hub writes it, such as `"apache-2.0"`.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of the training data; for local data, their names.
         card_data: further metadata of `ModelCardData`, such as `base_model`.
 
     Returns:
         `ModelCard`, to be saved as `README.md`.
 
     Raises:
-        ValueError: if the results are of another model, or not in that form.
+        ValueError: if the model is not of this package, or the results are of another model or not in that form.
     """
     config = model.config
     results = _with_selection(config, {} if results is None else read_results(results, config))
@@ -84,7 +86,7 @@ def model_card(
         license=license,
         datasets=[public_name(each) for each in ([datasets] if isinstance(datasets, str) else datasets or [])] or None,
         tags=["vision", "adaptive-inference", config.model_type],
-        # Without figures there must be no model index, and the name is of the index.
+        # `model_name` belongs to the model index, which must not be written without figures.
         **({"model_name": name, "eval_results": figures} if figures else {}),
         **card_data,
     )
@@ -101,7 +103,7 @@ def model_card(
 
 
 def _with_selection(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results that say on which images the best epoch was chosen, where the configuration records it of their data."""
+    """Results completed with the split by which the best epoch was chosen, if the configuration records it."""
     recorded = getattr(config, "training_data", None) or {}
     results = dict(results)
     if results.get("selected_on") is None and recorded and same_data(recorded.get("dataset"), results.get("dataset")):
@@ -110,7 +112,7 @@ def _with_selection(config: PreTrainedConfig, results: Mapping[str, Any]) -> dic
 
 
 def _seen(config: PreTrainedConfig, results: Mapping[str, Any], calibration: Mapping[str, Any]) -> str | None:
-    """Why the calibration images were not new to the model, by the calibration, the configuration or the results."""
+    """Why the calibration images were not new to the model, according to calibration, configuration or results."""
     dataset, split = calibration.get("dataset"), calibration.get("split") or UNKNOWN
     seen = calibration.get("seen") or why_not_new(getattr(config, "training_data", None), dataset, split)
     if seen is None and split == results.get("selected_on") and same_data(results.get("dataset"), dataset):
@@ -119,24 +121,32 @@ def _seen(config: PreTrainedConfig, results: Mapping[str, Any], calibration: Map
 
 
 def _description(model: PreTrainedModel) -> dict[str, Any]:
-    """What the configuration alone says."""
-    config = model.config
+    """Fields of the template that follow from the configuration and the family."""
+    config, family = model.config, family_of(model)
+    papers = list(dict.fromkeys(each.paper for each in FAMILIES.values()))
     description = {
+        "family": family.card,
+        "papers": papers,
+        "paper_titles": ", ".join(paper.title for paper in papers[:-1]) + f" and {papers[-1].title}",
         "config": config,
         "image_size": " × ".join(str(side) for side in as_pair(config.image_size)),
         "patch_size": " × ".join(str(side) for side in as_pair(config.patch_size)),
         "parameters": f"{model.num_parameters() / 1e6:.2f} M",
     }
-    if num_stages(config) is None:
-        return description | {"override": f"halting_epsilon={config.halting_epsilon}"}
+    if not thinks_in_stages(config):
+        field, rule = family.card.override, family.card.rule
+        return description | {
+            "override": f"{field}={getattr(config, field)}" if field else None,
+            "rule": rule.format_map(config.to_dict()) if rule else None,
+        }
     spent = accumulate(stage_macs(config))
     rows = [
         [f"stage {index}", _counts(stage.num_attention_heads), str(stage.hidden_size), f"{macs / 1e9:.4g}"]
         for index, (stage, macs) in enumerate(zip(config.stages, spent))
     ]
     description["schedule"] = _table(["", "heads", "width", "GMACs up to here"], rows)
-    if num_stages(config) > 1:  # one stage has no exit, and so no τ
-        if config.threshold is not None:  # unset until it is chosen for another criterion
+    if config.num_stages > 1:  # a model of one stage has no exit, and no τ
+        if config.threshold is not None:  # None after `exit_criterion` was changed
             description["override"] = f"threshold={config.threshold}"
             description["threshold"] = _threshold(config.threshold)
         criterion = EXIT_CRITERIA[config.exit_criterion]
@@ -146,7 +156,7 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the results say, as tables and lines; nothing for what they lack."""
+    """Fields of the template that follow from the results, as tables and lines; `None` or empty for missing ones."""
     sweep = list(results.get("sweep") or [])
     shown = _evenly_picked(sweep, _row_of_config(config, sweep))
     return {
@@ -163,7 +173,7 @@ def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[
 
 
 def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The calibration that is of this model, of those that are given; else the first, and why it is none."""
+    """The first given calibration that applies to this model; else the first one, and why it does not apply."""
     found = [results.get("calibration"), getattr(model.config, "calibration", None)]
     judged = [(calibration, calibration_status(model, calibration)) for calibration in found if calibration]
     if not judged:
@@ -179,7 +189,7 @@ def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str
         "calibration_seen": _seen(model.config, results, calibration),
         "calibration_threshold": _exactly(calibration.get("threshold")),
         "calibration_facts": [
-            # τ, ε and δ to the last digit: a promise is of these and no others.
+            # τ, ε and δ unrounded: the promise holds for exactly these values.
             f"* {words}: {_readable(facts[fact]) if fact == 'achieved' else _exactly(facts[fact])}"
             for fact, words in CALIBRATION_FACTS.items()
             if facts.get(fact) is not None
@@ -213,7 +223,7 @@ def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells of the figures that every row has: a table has no holes."""
+    """Titles and cells of those figures that every row has, so that no cell is empty."""
     names = [name for name in COLUMNS if all(row.get(name) is not None for row in rows)]
     return [COLUMNS[name][0] for name in names], [
         [COLUMNS[name][1].format(row[name]) for name in names] for row in rows
@@ -229,7 +239,7 @@ def _readable(value: Any) -> str:
 
 
 def _counts(heads: int | Sequence[int]) -> str:
-    """Of a hierarchy, one number per layer."""
+    """Heads of a stage: one number, or one per layer of a hierarchy."""
     return str(heads) if isinstance(heads, int) else ", ".join(map(str, heads))
 
 
@@ -238,7 +248,7 @@ def _threshold(value: float | Sequence[float]) -> str:
 
 
 def _evenly_picked(rows: Sequence[Mapping[str, Any]], wanted: int | None) -> Sequence[Mapping[str, Any]]:
-    """The first, the last, and rows at even distances between; and the wanted one."""
+    """The first row, the last, rows at even distances between them, and the row of index `wanted`."""
     if len(rows) <= SWEEP_ROWS:
         return rows
     picked = {round(index * (len(rows) - 1) / (SWEEP_ROWS - 1)) for index in range(SWEEP_ROWS)}
@@ -246,7 +256,7 @@ def _evenly_picked(rows: Sequence[Mapping[str, Any]], wanted: int | None) -> Seq
 
 
 def _row_of_config(config: PreTrainedConfig, sweep: Sequence[Mapping[str, Any]]) -> int | None:
-    """Where in the sweep the τ is with which the model is loaded, if it was measured."""
+    """Index of the sweep's row with the configuration's τ; `None` if it was not measured."""
     for index, row in enumerate(sweep if getattr(config, "threshold", None) is not None else ()):
         exits = config.num_stages - 1
         if resolve_thresholds(row["threshold"], exits) == resolve_thresholds(config.threshold, exits):
@@ -255,7 +265,7 @@ def _row_of_config(config: PreTrainedConfig, sweep: Sequence[Mapping[str, Any]])
 
 
 def _eval_results(config: PreTrainedConfig, results: Mapping[str, Any]) -> list[EvalResult]:
-    """For the model index: the whole model, and the model as it is loaded if its τ is in the sweep."""
+    """For the model index: all stages of the model, and the configuration's τ if it is in the sweep."""
     if stages := results.get("stages"):
         measured = [("" if len(stages) == 1 else ", every image through all stages", stages[-1])]
     else:

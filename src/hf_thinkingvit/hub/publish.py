@@ -1,4 +1,4 @@
-"""A model on the Hub in one commit: weights, processor, code, card and results, or nothing."""
+"""Publishing a model to the Hub in one commit: weights, processor, code, card and results."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..auto import FAMILIES
+from ..families import FAMILIES
 from .card import model_card
 from .results import published_calibration, read_results
 
@@ -38,36 +38,36 @@ def push(
     **card_data: Any,
 ) -> CommitInfo | Path:
     """
-    Publish a classifier so that `pipeline("image-classification", model=repo_id)` runs it, also with
-    `trust_remote_code=True` where this package is not installed.
+    Publish a classifier so that `pipeline("image-classification", model=repo_id)` runs it; without this package
+    installed, with `trust_remote_code=True`.
 
-    Everything is written to a temporary folder first and goes up in one commit: a push that is interrupted leaves the
-    repository as it was (a new one, empty). Files of the repository that the push does not write stay, but for a
-    `results.json` of weights that are replaced.
+    Everything is written to a temporary folder first and uploaded in one commit, so an interrupted push leaves the
+    repository as it was (or empty, if it was just created). Files of the repository that the push does not write stay,
+    except the `results.json` of weights that are replaced.
 
     Args:
         model (`PreTrainedModel`): a classifier of this package.
         processor (`BaseImageProcessor`): its image processor.
-        repo_id (`str`): `"organization/name"`. Created if there is none.
+        repo_id (`str`): `"organization/name"`. Created if it does not exist.
         results (`dict` or path, *optional*): measured results, or the JSON file that holds them, in the form that
-            `hf_thinkingvit.hub.results` describes; published with their plot, and the only source of the card's
-            numbers.
-        license (`str`, *optional*): of the weights, as the Hub writes it, such as `"apache-2.0"`.
-        datasets (`str` or `list[str]`, *optional*): Hub ids of what the model was trained on; of local data, the names.
+            `hf_thinkingvit.hub.results` describes. They are published with their plot, and are the only source of the
+            card's numbers.
+        license (`str`, *optional*): license of the weights, as the Hub writes it, such as `"apache-2.0"`.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of the training data; for local data, their names.
         private (`bool`, *optional*, defaults to `False`): whether a repository that is created is private. With `True`,
-            a public one that exists is an error.
-        token (`str`, *optional*): of Hugging Face; by default that of `hf auth login` or `HF_TOKEN`.
-        commit_message (`str`, *optional*): of the commit.
-        dry_run (path, *optional*): write everything to this folder instead, without network.
+            an existing public repository is an error.
+        token (`str`, *optional*): Hugging Face token; by default that of `hf auth login` or `HF_TOKEN`.
+        commit_message (`str`, *optional*): message of the commit.
+        dry_run (path, *optional*): write everything to this folder instead, without network access.
         card_data: further metadata of `ModelCardData`, such as `base_model`.
 
     Returns:
         `CommitInfo` of the commit; the `Path` of the folder for a dry run.
 
     Raises:
-        ValueError: for an id that is none, results that cannot be read or are of another model, a model that is not of
-            this package, a folder that is not empty, or a public repository where a private one was asked for.
-        PermissionError: without a token, or with one that may not write to the repository.
+        ValueError: for an invalid id, results that cannot be read or are of another model, a model that is not of this
+            package, a folder that is not empty, or a public repository where a private one was asked for.
+        PermissionError: without a token, or if the token may not write to the repository.
 
     Example:
 
@@ -85,7 +85,7 @@ def push(
 
     def write(folder: Path) -> None:
         with _published_configuration(model):
-            model.save_pretrained(folder)  # its code as well: the classes are registered for the Auto classes
+            model.save_pretrained(folder)  # with its code, because the classes are registered for the Auto classes
         processor.save_pretrained(folder)
         card.save(folder / "README.md")
         if found is None:
@@ -118,7 +118,7 @@ def push(
 
 @contextmanager
 def _published_configuration(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile the configuration's calibration is what may be published of it."""
+    """Within the context, the configuration holds only the facts of its calibration that may be published."""
     calibration = getattr(model.config, "calibration", None)
     if calibration:
         model.config.calibration = published_calibration(calibration)
@@ -141,8 +141,8 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    # By name: the same class loaded as remote code is another class.
-    names = [classifier.__name__ for _, _, classifier in FAMILIES]
+    # Compared by name, because a model that was loaded as remote code has a class of its own.
+    names = [head.__name__ for family in FAMILIES.values() for head in family.heads.values()]
     if type(model).__name__ not in names:
         raise ValueError(f"`model` must be one of {', '.join(names)}, unwrapped, got {type(model).__name__}.")
 

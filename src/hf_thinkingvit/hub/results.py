@@ -1,5 +1,5 @@
 """
-What a model card may say: measured results, as a mapping or as a JSON file of this form. All but `dataset` is optional.
+Measured results for model cards, as a mapping or as a JSON file of this form. Only `dataset` is required.
 
     {"dataset": "uoft-cs/cifar10", "split": "test", "selected_on": "validation", "images": 10000, "dtype": "float32",
      "criterion": "topk_entropy",
@@ -10,13 +10,13 @@ What a model card may say: measured results, as a mapping or as a JSON file of t
                      "split": "validation", "conditions": {"weights": "...", "dtype": "float32", ...}, ...},
      "training": {"epochs": 100, ...}}
 
-`split` is that of `dataset` on which it was measured, `"all"` of data that have none; `selected_on` the one on which
-the best epoch of the training was chosen; `dtype` what the model computed in. `calibration` is what
-[`~hf_thinkingvit.evaluation.Calibration.to_dict`] gives; without `conditions` nobody can tell whether it is of this
-model. `stages` are of every image answered by that stage, with cumulative GMACs; `threshold` is one number or one per
-exit; `plot` is a picture, its path from the file's folder. Top-1 and top-5 are percentages, exit shares fractions. A
-model without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages`
-and `sweep`.
+`split` is the split of `dataset` that was measured (`"all"` for data without splits), `selected_on` the split by which
+the best epoch of the training was chosen, and `dtype` the dtype of the computation. `calibration` is the result of
+[`~hf_thinkingvit.evaluation.Calibration.to_dict`]; without its `conditions` it cannot be verified that it is of this
+model. Each of `stages` is for every image answered by that stage, with cumulative GMACs; `threshold` is one number or
+one per exit; `plot` is the path of a picture, relative to the file's folder. Top-1 and top-5 are percentages, exit
+shares fractions. A model without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level
+instead of `stages` and `sweep`.
 """
 
 import json
@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..evaluation.macs import stage_macs
 from ..evaluation.statements import exits_early
 from ..models.configuration_checks import check_integer, check_number
+from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import resolve_thresholds
 from ..public_names import public_name, public_text
 
@@ -38,23 +39,18 @@ from ..public_names import public_name, public_text
 PLOT_SUFFIXES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
 
 
-def num_stages(config: PreTrainedConfig) -> int | None:
-    """How many stages a model thinks in; `None` for one that does not think in stages."""
-    return getattr(config, "num_stages", None)
-
-
 def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], dataset: str, **facts: Any) -> dict[str, Any]:
     """
-    What [`~hf_thinkingvit.evaluation.evaluate_accuracy`] found of one model, in the form of a results file.
+    One model's entry of [`~hf_thinkingvit.evaluation.evaluate_accuracy`] in the form of a results file.
 
     Args:
-        model (`PreTrainedModel`): that was measured.
+        model (`PreTrainedModel`): the model that was measured.
         measured (`dict`): its entry.
-        dataset (`str`): what it was measured on; of a path, the name is kept.
+        dataset (`str`): the data it was measured on; a path is reduced to its name.
         facts: further fields, such as `split`, `selected_on` and `training`; those that are `None` are left out.
     """
     results = {"dataset": public_name(dataset), "images": measured["images"]}
-    if num_stages(model.config) is None:
+    if not thinks_in_stages(model):
         results |= {"top1": measured["top1"][-1], "top5": measured["top5"][-1]}
         results |= {name: measured[name] for name in ("mean_depth", "macs") if name in measured}
     else:
@@ -68,19 +64,19 @@ def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], datase
 
 def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrainedConfig) -> dict[str, Any]:
     """
-    Results that fit a model.
+    Results of a model, checked.
 
     Args:
         results (`dict` or path): the mapping, or the JSON file that holds it.
-        config (`PreTrainedConfig`): of the model that they must be of.
+        config (`PreTrainedConfig`): configuration of the model that was measured.
 
     Returns:
-        `dict`, with `plot`, if there is one, as a path from the working directory; and of all paths in other texts,
-        such as those of `split` and `training`, only the names.
+        `dict`, in which `plot` is a path from the working directory, and paths in all other texts are reduced to their
+        names.
 
     Raises:
-        ValueError: if the file cannot be read, a value is not what it should be, or the results are of another model;
-            the message names the field.
+        ValueError: if the file cannot be read, a value is invalid, or the results are of another model; the message
+            names the field.
     """
     folder = Path()
     if not isinstance(results, Mapping):
@@ -97,7 +93,7 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, config: PreTrai
 
 
 def without_paths(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Results or a calibration as they may be shared: names instead of paths, in every text but that of `plot`."""
+    """Results or a calibration for sharing: with names instead of paths, in every text except that of `plot`."""
     return {name: value if name == "plot" else _without_paths(value, name) for name, value in facts.items()}
 
 
@@ -115,11 +111,11 @@ def _without_paths(value: Any, name: str | None = None) -> Any:
 
 def published_calibration(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """
-    A calibration as it may be published: facts alone, without the sentence that former versions saved with them. It
-    could be read beside a model of which it is not true; the card says it where it is.
+    A calibration for publishing: only its facts, without the `statement` that earlier versions saved with them. A
+    statement in a file could be read beside a model for which it is not true; the card states it where it is true.
     """
     facts = {name: value for name, value in without_paths(calibration).items() if name != "statement"}
-    if not exits_early(calibration):  # which may stand in that sentence only
+    if not exits_early(calibration):  # earlier versions saved this in the statement only
         facts["exits_early"] = False
     return facts
 
@@ -127,7 +123,7 @@ def published_calibration(calibration: Mapping[str, Any]) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: no JSON, or no text
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise ValueError(f"Cannot read the results file {path}: {error}. It must be a JSON object.") from error
     if not isinstance(results, dict):
         raise ValueError(f"The results file {path} must hold a JSON object, got a {type(results).__name__}.")
@@ -135,7 +131,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Refuse results that say something impossible, or that are of another model than `config` describes."""
+    """Raise `ValueError` for invalid results, and for those of another model than `config` describes."""
     if not isinstance(results.get("dataset"), str) or not results["dataset"]:
         raise ValueError(f"`dataset` must name what the results were measured on, got {results.get('dataset')!r}.")
     for name in ("split", "selected_on", "dtype"):
@@ -147,7 +143,7 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
         if results.get(name) is not None and (not isinstance(results[name], kind) or isinstance(results[name], str)):
             raise ValueError(f"`{name}` of the results must be a {kind.__name__.lower()}, got {results[name]!r}.")
     _check_figures("results", results)
-    count = num_stages(config)
+    count = config.num_stages if thinks_in_stages(config) else None
     calibrated = (results.get("calibration") or {}).get("threshold")
     if calibrated is not None and count is not None:
         _check_threshold("calibration", calibrated, count)

@@ -13,15 +13,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..models.exit_rules import ExitRule, answer_entropy
-from ..models.staged_loop import State, resolve_max_stages, select_rows
+from ..models.configuration_staged import thinks_in_stages
+from ..models.exit_rules import Verdict, answer_entropy
+from ..models.staged_loop import resolve_stages, step_stage
+from ..models.staged_run import Answer, Memory, State, select_rows
 from .stream import EngineResult, EngineStats, Stream
 
 
 class _WholeModel:
-    """A model that does not think in stages, as one that has a single stage."""
-
-    num_stages = 1
+    """The steps of the one stage of a model that does not think in stages, and its exit rule: every image exits."""
 
     def __init__(self, model: PreTrainedModel, **kwargs):
         self.model, self.kwargs = model, kwargs
@@ -29,8 +29,24 @@ class _WholeModel:
     def begin(self, pixel_values: torch.Tensor, **kwargs) -> State:
         return {"pixel_values": pixel_values}
 
-    def run_stage(self, stage_index: int, state: State, is_last: bool) -> tuple[torch.Tensor, State]:
-        return self.model(**state, **self.kwargs).logits, state
+    def run_stage(self, stage_index: int, state: State, is_last: bool) -> State:
+        return state
+
+    def answer(self, stage_index: int, state: State) -> Answer:
+        return {"logits": self.model(state["pixel_values"], **self.kwargs).logits}
+
+    def judge(self, stage_index: int, answer: Answer, memory: Memory) -> Verdict:
+        entropies = answer_entropy(answer["logits"], self.model.config)
+        return Verdict(entropies, torch.ones_like(entropies, dtype=torch.bool), entropies, {})
+
+
+def _to_host(exits: torch.Tensor, answer: Answer) -> tuple[torch.Tensor, Answer]:
+    """Both on the CPU, floating-point entries as float32: all of these in one copy, and so with one synchronisation."""
+    floats = {name: tensor for name, tensor in answer.items() if tensor.is_floating_point()}
+    columns = [exits[:, None], *(t.flatten(1) if t.dim() > 1 else t[:, None] for t in floats.values())]
+    first, *parts = torch.cat([c.float() for c in columns], dim=1).cpu().split([c.shape[1] for c in columns], dim=1)
+    on_host = {name: part.reshape(floats[name].shape) for name, part in zip(floats, parts)}
+    return first[:, 0] > 0, {name: on_host[name] if name in on_host else answer[name].cpu() for name in answer}
 
 
 class AdaptiveEngine:
@@ -97,18 +113,19 @@ class AdaptiveEngine:
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending
         self.max_stages, self.interpolate_pos_encoding = max_stages, interpolate_pos_encoding
-        if hasattr(model, "run_stage"):
-            self.stages, self.rule = model, ExitRule.from_config(model.config, threshold)
-            self.num_stages = resolve_max_stages(max_stages, model.config.num_stages)
+        if thinks_in_stages(model):
+            self.steps, self.rule = model, model.exit_rule(threshold)
+            self.stages = resolve_stages(model.config.num_stages, max_stages)
         else:
             if threshold is not None or max_stages is not None:
                 raise ValueError(f"{type(model).__name__} does not think in stages: no `threshold`, no `max_stages`.")
             sizes = {} if interpolate_pos_encoding is None else {"interpolate_pos_encoding": interpolate_pos_encoding}
-            self.stages, self.rule, self.num_stages = _WholeModel(model, **sizes), None, 1
+            self.steps = self.rule = _WholeModel(model, **sizes)
+            self.stages = range(1)
         self.stats = self.no_stats()
 
     def no_stats(self) -> EngineStats:
-        return EngineStats([0] * self.num_stages, [0] * self.num_stages, [0] * self.num_stages)
+        return EngineStats(*([0] * len(self.stages) for _ in range(3)))
 
     def __call__(self, inputs: Iterable[Any]) -> Iterator[EngineResult]:
         """
@@ -132,34 +149,23 @@ class AdaptiveEngine:
         return stream.in_order() if self.in_order else stream.as_they_finish()
 
     @torch.no_grad()
-    def step(self, stage: int, state: State) -> tuple[torch.Tensor, State, torch.Tensor]:
+    def step(self, stage: int, state: State) -> tuple[torch.Tensor, Answer, State]:
         """
         Run a stage on waiting images.
 
         Returns:
-            Whether each image exits (1 or 0), its entropy and its logits, `(images, 2 + num_labels)` float32 on the
-            CPU; the state of those that go on; and which these are.
+            Which images exit, bool, and the answers to all of them, float32 where they are floating-point: both on the
+            CPU; and the state of those that go on.
         """
         if stage == 0:
             pixel_values = state["pixel_values"]
             if self.model.device.type == "cuda":
                 pixel_values = pixel_values.pin_memory()
-            pixel_values = pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)
-            state = self.stages.begin(
-                pixel_values, interpolate_pos_encoding=self.interpolate_pos_encoding, max_stages=self.max_stages
-            )
-        else:
-            state = self.stages.recycle(stage - 1, state)
-        is_last = stage == self.num_stages - 1
-        logits, state = self.stages.run_stage(stage, state, is_last=is_last)
-        if self.rule is None:
-            entropies = answer_entropy(logits, self.model.config)
-            exits = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        else:
-            entropies, exits = self.rule.judge(stage, logits)
-        # One copy to the host, and so one synchronisation, for the decision and everything else.
-        answers = torch.cat([(exits | is_last)[:, None], entropies[:, None], logits.float()], dim=1).cpu()
-        going_on = (answers[:, 0] == 0).nonzero().squeeze(1)
-        if 0 < len(going_on) < len(answers):
-            state = select_rows(state, going_on.to(logits.device, non_blocking=True))
-        return answers, state, going_on
+            state = {"pixel_values": pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)}
+        sizes = {"interpolate_pos_encoding": self.interpolate_pos_encoding}
+        step = step_stage(self.steps, self.rule, self.stages, stage, state, **sizes)
+        exits, answer = _to_host(step.exits, step.answer)
+        going_on, state = (~exits).nonzero().squeeze(1), step.state
+        if 0 < len(going_on) < len(exits):
+            state = select_rows(state, going_on.to(step.exits.device, non_blocking=True))
+        return exits, answer, state

@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from transformers.utils import is_onnx_available
 
 from ..models.configuration_checks import as_pair
+from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import ExitRule
-from ..models.staged_loop import State
+from ..models.staged_loop import step_stage
+from ..models.staged_run import State
 
 
 class _StageProgram(nn.Module):
@@ -31,20 +33,17 @@ class _StageProgram(nn.Module):
     def __init__(self, model: PreTrainedModel, stage_index: int):
         super().__init__()
         self.model, self.stage_index = model, stage_index
-        self.is_last = stage_index == model.config.num_stages - 1
+        self.rule, self.stages = model.exit_rule(), range(model.config.num_stages)
 
     def forward(self, state: State, threshold: torch.Tensor) -> dict[str, torch.Tensor | State]:
-        model, config = self.model, self.model.config
-        if self.stage_index == 0:
-            state = model.begin(state["pixel_values"])
-        else:
-            state = model.recycle(self.stage_index - 1, state)
-        logits, state = model.run_stage(self.stage_index, state, is_last=self.is_last)
-        rule = ExitRule(config.exit_criterion, tuple(threshold.unbind()), config.entropy_top_k)
-        entropy, exits = rule.judge(self.stage_index, logits)
+        rule = ExitRule(
+            self.rule.criterion, tuple(threshold.unbind()), self.rule.entropy_top_k, self.rule.reported_entropy
+        )
+        step = step_stage(self.model, rule, self.stages, self.stage_index, state)
         # Contiguous, as rows selected from it will be: programs are for certain strides.
-        state = {} if self.is_last else {name: tensor.contiguous() for name, tensor in state.items()}
-        return {"logits": logits, "entropy": entropy, "exits": exits, "state": state}
+        is_last = self.stage_index == self.stages[-1]
+        state = {} if is_last else {name: tensor.contiguous() for name, tensor in step.state.items()}
+        return {**step.answer, "exits": step.exits, "state": state}
 
 
 class _AdaptiveProgram(nn.Module):
@@ -55,28 +54,34 @@ class _AdaptiveProgram(nn.Module):
         self.stages = nn.ModuleList([_StageProgram(model, index) for index in range(model.config.num_stages)])
 
     def forward(self, pixel_values: torch.Tensor, threshold: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits, exit_stage, entropy = self._run(0, {"pixel_values": pixel_values}, threshold)
-        return {"logits": logits, "exit_stage": exit_stage, "entropy": entropy}
+        names: list[str] = []
+        *answer, exit_stage = self._run(0, {"pixel_values": pixel_values}, threshold, names)
+        answer = dict(zip(names, answer))
+        entropy = answer.pop("entropy")
+        return {**answer, "exit_stage": exit_stage, "entropy": entropy}
 
-    def _run(
-        self, index: int, state: State, threshold: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        answer = self.stages[index](state, threshold)
-        logits, entropy, state = answer["logits"], answer["entropy"], answer["state"]
+    def _run(self, index: int, state: State, threshold: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, ...]:
+        """The entries of the accepted answer, and its stage; the names of the entries go into `names`."""
+        outputs = self.stages[index](state, threshold)
+        exits, state = outputs.pop("exits"), outputs.pop("state")
+        if not names:
+            names.extend(outputs)
         if index == len(self.stages) - 1:
-            return logits, torch.full_like(entropy, index, dtype=torch.long), entropy
-        names = list(state)
+            return *outputs.values(), torch.full_like(outputs["entropy"], index, dtype=torch.long)
+        state_names, num_entries = list(state), len(outputs)
+        entropy_at = list(outputs).index("entropy")
 
-        def accept(logits, entropy, threshold, *tensors):
+        def accept(threshold, *tensors):
             # Copies: a conditional may not return what it was given.
-            return logits.clone(), torch.full_like(entropy, index, dtype=torch.long), entropy.clone()
+            entries = tuple(tensor.clone() for tensor in tensors[:num_entries])
+            return *entries, torch.full_like(entries[entropy_at], index, dtype=torch.long)
 
-        def go_on(logits, entropy, threshold, *tensors):
-            return self._run(index + 1, dict(zip(names, tensors)), threshold)
+        def go_on(threshold, *tensors):
+            return self._run(index + 1, dict(zip(state_names, tensors[num_entries:])), threshold, list(names))
 
         # Copies here as well: nor may two of its arguments share memory, as views of the embeddings do.
-        operands = (logits, entropy, threshold, *(tensor.clone() for tensor in state.values()))
-        return torch.cond(answer["exits"][0], accept, go_on, operands)
+        operands = (threshold, *outputs.values(), *(tensor.clone() for tensor in state.values()))
+        return torch.cond(exits[0], accept, go_on, operands)
 
 
 def export_stages(model: PreTrainedModel) -> list[torch.export.ExportedProgram]:
@@ -157,12 +162,13 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
         raise ValueError(f"`dtype` must be torch.float32 or torch.float16, which onnxruntime computes in, got {dtype}.")
     # Programs share the model's parameters, so they are written before it gets its own dtype back.
     with _plain_attention(model), _in_dtype(model, dtype):
-        programs = {"adaptive.onnx": (export_adaptive(model), ["pixel_values"], ["logits", "exit_stage", "entropy"])}
-        before: list[str] = ["pixel_values"]
-        for index, (program, state_names) in enumerate(_stage_programs(model)):
-            after = [f"stage_{index}.{name}" for name in state_names]
-            programs[f"stage_{index}.onnx"] = (program, before, ["logits", "entropy", "exits", *after])
+        programs, before = {}, ["pixel_values"]
+        for index, (program, outputs) in enumerate(_stage_programs(model)):
+            after = [f"stage_{index}.{name}" for name in outputs.pop("state")]
+            programs[f"stage_{index}.onnx"] = (program, before, [*outputs, *after])
             before = after
+        entries = [name for name in outputs if name not in ("entropy", "exits")]
+        programs["adaptive.onnx"] = (export_adaptive(model), ["pixel_values"], [*entries, "exit_stage", "entropy"])
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, (program, inputs, outputs) in programs.items():
             own_weights = name != "adaptive.onnx"  # there, slices of one weight serve all stages
@@ -172,7 +178,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
 
 
 def _check_stages(model: PreTrainedModel) -> None:
-    if not hasattr(model, "run_stage"):
+    if not thinks_in_stages(model):
         raise ValueError(f"{type(model).__name__} does not think in stages: there are none to export.")
 
 
@@ -213,11 +219,11 @@ def _pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
 
 
 def _default_threshold(model: PreTrainedModel) -> torch.Tensor:
-    return torch.tensor(ExitRule.from_config(model.config).thresholds, dtype=torch.float32, device=model.device)
+    return torch.tensor(model.exit_rule().thresholds, dtype=torch.float32, device=model.device)
 
 
-def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedProgram, list[str]]]:
-    """Each stage's program, and the names in the state that it leaves."""
+def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedProgram, dict]]:
+    """Each stage's program, and what it returns for a batch of two images."""
     _check_stages(model)
     # Of two images: a size of 1 would be taken for a constant.
     state: State = {"pixel_values": _pixel_values(model, 2)}
@@ -226,8 +232,9 @@ def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedP
         batch = {name: {0: torch.export.Dim("batch")} for name in state}
         program = _export(_StageProgram(model, index), (state, threshold), (batch, None))
         with torch.no_grad():
-            state = program.module()(state, threshold)["state"]
-        programs.append((program, list(state)))
+            outputs = program.module()(state, threshold)
+        programs.append((program, outputs))
+        state = outputs["state"]
     return programs
 
 

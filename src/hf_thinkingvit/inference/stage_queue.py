@@ -5,7 +5,7 @@ from collections import deque
 
 import torch
 
-from ..models.staged_loop import State
+from ..models.staged_run import State
 
 
 class StageQueue:

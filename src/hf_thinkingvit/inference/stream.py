@@ -29,17 +29,27 @@ class EngineResult:
 
     Attributes:
         index: place of the image in the input, from 0.
-        logits: `(num_labels,)`, float32, on the CPU; `None` if the image could not be read.
-        exit_stage: where it left, from 0; `None` likewise.
-        entropy: of that answer, in nats; `None` likewise.
+        answer: what the model answered, on the CPU, float32 where it is floating-point: `"logits"` (of a classifier
+            `(num_labels,)`), the `"entropy"` of that, and whatever else its task has; `None` if the image could not be
+            read.
+        exit_stage: where the image left, from 0; `None` if it could not be read.
         error: why the image could not be read, with `on_error="return"`.
     """
 
     index: int
-    logits: torch.Tensor | None = None
+    answer: dict[str, torch.Tensor] | None = None
     exit_stage: int | None = None
-    entropy: float | None = None
     error: Exception | None = None
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """`answer["logits"]`; `None` if the image could not be read."""
+        return None if self.answer is None else self.answer["logits"]
+
+    @property
+    def entropy(self) -> float | None:
+        """Entropy of the answer, in nats; `None` if the image could not be read."""
+        return None if self.answer is None else self.answer["entropy"].item()
 
 
 @dataclass
@@ -71,7 +81,7 @@ class Stream:
     def __init__(self, engine: "AdaptiveEngine", inputs: Iterable[Any]):
         self.engine, self.inputs, self.batch_size = engine, each_image(inputs), engine.batch_size
         self.stats = engine.stats = engine.no_stats()
-        self.queues = [StageQueue() for _ in range(engine.num_stages)]
+        self.queues = [StageQueue() for _ in engine.stages]
 
     def as_they_finish(self) -> Iterator[EngineResult]:
         """Every result as soon as it is there."""
@@ -148,21 +158,22 @@ class Stream:
 
     def _run_queue(self, stage: int) -> list[EngineResult]:
         """Run a stage on a batch of those that wait for it; the results of those that leave."""
-        indices, since, (answers, state, going_on) = self._step(stage)
+        indices, since, (exits, answer, state) = self._step(stage)
+        exits = exits.tolist()
+        going_on = [index for index, exit_ in zip(indices, exits) if not exit_]
         self.stats.rows[stage] += len(indices)
         self.stats.batches[stage] += 1
         self.stats.exits[stage] += len(indices) - len(going_on)
         results = []
-        if len(going_on):
+        if going_on:
             following = self.queues[stage + 1]
             while not following.fits(state):
                 results += self._run_queue(stage + 1)
-            following.put(state, [indices[row] for row in going_on.tolist()], since)
-        exits, entropies = answers[:, 0].tolist(), answers[:, 1].tolist()
-        # Copies: a view would keep, and pickle, the answers of the whole batch.
+            following.put(state, going_on, since)
+        # Copies: a view would hold, and pickle, the answers to the whole batch.
         results += [
-            EngineResult(index, logits.clone(), stage, entropy)
-            for index, exit_, entropy, logits in zip(indices, exits, entropies, answers[:, 2:])
+            EngineResult(index, {name: rows[row].clone() for name, rows in answer.items()}, stage)
+            for row, (index, exit_) in enumerate(zip(indices, exits))
             if exit_
         ]
         return results

@@ -1,10 +1,11 @@
 """A-ViT configuration."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .configuration_checks import check_integer, check_label_smoothing, check_number
-from .configuration_nested_vit import NestedViTConfig, Stage
+from .configuration_nested_vit import NestedViTConfig
+from .sub_networks import SubNetwork
 
 
 class AViTConfig(NestedViTConfig):
@@ -34,8 +35,9 @@ class AViTConfig(NestedViTConfig):
             Centre of the prior, counted in layers.
         prior_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the prior, in layers.
-        distilled (`bool`, *optional*, defaults to `False`):
-            Whether there are a DeiT distillation token and head; the prediction is then the mean of both heads.
+        use_distillation_token (`bool`, *optional*, defaults to `False`):
+            Whether there are a DeiT distillation token and head; the prediction is then the mean of both heads. Earlier
+            versions called it `distilled`, which is still accepted everywhere.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1. Of
             single-label classification only. Use it instead of `TrainingArguments.label_smoothing_factor`, with which
@@ -61,6 +63,7 @@ class AViTConfig(NestedViTConfig):
         "hidden_states",
         "attentions",
     ]
+    attribute_map: ClassVar[dict[str, str]] = {"distilled": "use_distillation_token"}
     remote_code: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_avit.AViTConfig",
         "AutoModel": "modeling_avit.AViTModel",
@@ -76,17 +79,36 @@ class AViTConfig(NestedViTConfig):
     prior_loss_weight: float | int = 1e-3
     target_depth: float | int = 8
     prior_std: float | int = 1.0
-    distilled: bool = False
+    use_distillation_token: bool | None = None
     label_smoothing: float | int = 0.0
+
+    def __post_init__(self, distilled: bool | None = None, **kwargs):
+        # Unset until here, because only so two contradictory values can be told from one.
+        self.use_distillation_token = bool(_one_value(self.use_distillation_token, distilled))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "AViTConfig":
+        """
+        As in Transformers, which sets overrides one after another: of two names for one field the last would win.
+
+        Raises:
+            ValueError: if `distilled` and `use_distillation_token` contradict each other.
+        """
+        if "distilled" in kwargs:
+            value = _one_value(kwargs.get("use_distillation_token"), kwargs.pop("distilled"))
+            if value is not None:
+                kwargs["use_distillation_token"] = value
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_prefix_tokens(self) -> int:
-        return 2 if self.distilled else 1
+        return 2 if self.use_distillation_token else 1
 
     @property
-    def stage(self) -> Stage:
-        """The whole model, as the one stage that it is."""
-        return Stage(self.num_attention_heads, self.hidden_size, self.intermediate_size)
+    def sub_network(self) -> SubNetwork:
+        """The sizes of the layers: those of the whole model."""
+        return SubNetwork(self.num_attention_heads, self.hidden_size, self.intermediate_size)
 
     def validate(self) -> None:
         super().validate()
@@ -103,6 +125,18 @@ class AViTConfig(NestedViTConfig):
             check_number(name, getattr(self, name))
         if not self.prior_std > 0:
             raise ValueError(f"`prior_std` must be above 0, got {self.prior_std!r}.")
+
+
+def _one_value(use_distillation_token: bool | None, distilled: bool | None) -> bool | None:
+    """The value of a field that was given under its present and its former name; `None` where under neither."""
+    if use_distillation_token is None or distilled is None:
+        return distilled if use_distillation_token is None else use_distillation_token
+    if bool(use_distillation_token) != bool(distilled):
+        raise ValueError(
+            f"`distilled` ({distilled}) is the former name of `use_distillation_token` ({use_distillation_token}), and "
+            "the two contradict each other: give `use_distillation_token` alone."
+        )
+    return use_distillation_token
 
 
 def check_halting_epsilon(value: float) -> None:

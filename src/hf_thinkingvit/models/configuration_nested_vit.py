@@ -1,18 +1,10 @@
 """What the configurations of every plain-ViT family share: sizes, and the checks that they can work."""
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
 from .configuration_checks import as_pair, check_backbone_fields, check_integer
-
-
-class Stage(NamedTuple):
-    """One sub-network: how many leading heads and channels of every layer it uses."""
-
-    num_attention_heads: int
-    hidden_size: int
-    intermediate_size: int
 
 
 class NestedViTConfig(PreTrainedConfig):
@@ -50,6 +42,7 @@ class NestedViTConfig(PreTrainedConfig):
             Whether queries, keys and values have biases.
     """
 
+    is_staged: ClassVar[bool] = False
     # The `auto_map` of saved folders. Saving a model adds the code of its own class only; a folder serves them all.
     remote_code: ClassVar[dict[str, str]] = {}
 
@@ -107,4 +100,4 @@ class NestedViTConfig(PreTrainedConfig):
         check_backbone_fields(self)
 
 
-__all__ = ["NestedViTConfig", "Stage"]
+__all__ = ["NestedViTConfig"]

@@ -2,8 +2,9 @@
 
 import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from .configuration_checks import as_plain_numbers, check_label_smoothing
@@ -23,6 +24,24 @@ PIPELINE = {
     "pt": ["AutoModelForImageClassification"],
     "type": "image",
 }
+
+
+def configuration_of(model_or_config: nn.Module | PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a model, also of one that is compiled or wrapped (such as by `DistributedDataParallel`)."""
+    model = model_or_config
+    while isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return getattr(model, "config", model)
+
+
+def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
+    """
+    Whether a model answers after each of several stages, and so has an exit rule.
+
+    Args:
+        model_or_config (`nn.Module` or `PreTrainedConfig`): of any family, also of those in Transformers.
+    """
+    return getattr(configuration_of(model_or_config), "is_staged", False)
 
 
 class StagedConfig(PreTrainedConfig):
@@ -54,6 +73,7 @@ class StagedConfig(PreTrainedConfig):
             `Trainer` computes the loss itself, from the last stage alone.
     """
 
+    is_staged: ClassVar[bool] = True
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
     keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
 
@@ -158,4 +178,4 @@ class StagedConfig(PreTrainedConfig):
         check_label_smoothing(self)
 
 
-__all__ = ["StagedConfig"]
+__all__ = ["StagedConfig", "configuration_of", "thinks_in_stages"]

@@ -4,8 +4,8 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 from .configuration_checks import as_pair, check_backbone_fields, check_integer, check_number
-from .configuration_nested_vit import Stage
 from .configuration_staged import StagedConfig
+from .sub_networks import SubNetwork
 
 
 QKV_SLICINGS = ("leading_rows", "each_projection")
@@ -14,7 +14,7 @@ QKV_SLICINGS = ("leading_rows", "each_projection")
 class SwinRound(NamedTuple):
     """One thinking round: for each hierarchical layer the leading heads, channels and MLP channels that it uses."""
 
-    layers: tuple[Stage, ...]
+    layers: tuple[SubNetwork, ...]
 
     @property
     def num_attention_heads(self) -> tuple[int, ...]:
@@ -176,7 +176,7 @@ class ThinkingSwinConfig(StagedConfig):
         return tuple(
             SwinRound(
                 tuple(
-                    Stage(heads, width, int(self.mlp_ratio * width))
+                    SubNetwork(heads, width, int(self.mlp_ratio * width))
                     for heads, width in (
                         (heads, full // all_heads * heads)
                         for heads, full, all_heads in zip(round_heads, self.hidden_sizes, self.num_heads)
@@ -197,11 +197,9 @@ class ThinkingSwinConfig(StagedConfig):
         check_integer("window_size", self.window_size, minimum=1)
         check_number("mlp_ratio", self.mlp_ratio)
         check_backbone_fields(self)
-        smallest = self.stages[0].layers[0]
-        if smallest.intermediate_size < 1:
-            raise ValueError(
-                f"`mlp_ratio` ({self.mlp_ratio}) leaves no MLP channel for a width of {smallest.hidden_size}: raise it."
-            )
+        width = self.embed_dim // self.num_heads[0] * self.head_rounds[0][0]
+        if int(self.mlp_ratio * width) < 1:
+            raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) leaves no MLP channel for a width of {width}: raise it.")
         if not isinstance(self.use_absolute_embeddings, bool):
             raise ValueError(f"`use_absolute_embeddings` must be true or false, got {self.use_absolute_embeddings!r}.")
         if self.qkv_slicing not in QKV_SLICINGS:

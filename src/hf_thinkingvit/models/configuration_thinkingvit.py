@@ -3,8 +3,9 @@
 from typing import ClassVar
 
 from .configuration_checks import check_integer
-from .configuration_nested_vit import NestedViTConfig, Stage
+from .configuration_nested_vit import NestedViTConfig
 from .configuration_staged import StagedConfig
+from .sub_networks import SubNetwork
 
 
 class ThinkingViTConfig(StagedConfig, NestedViTConfig):
@@ -62,9 +63,9 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
         return len(self.thinking_stages)
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[SubNetwork, ...]:
         return tuple(
-            Stage(heads, heads * self.head_dim, heads * self.intermediate_size // self.num_attention_heads)
+            SubNetwork(heads, heads * self.head_dim, heads * self.intermediate_size // self.num_attention_heads)
             for heads in self.thinking_stages
         )
 

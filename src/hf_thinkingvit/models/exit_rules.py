@@ -1,83 +1,22 @@
-"""When is an answer good enough? Scores of a stage's logits, and the rule that compares them with τ.
+"""
+When is an answer good enough? An exit criterion scores the answers of a stage; an exit rule compares the scores with τ.
 
-A criterion is one function from logits to a score per image, and the side of τ on which the image exits. To add one,
-add a line to `EXIT_CRITERIA`. Every score is computed in float32, whatever the dtype of the logits. Comparisons are
-strict, and a NaN score never passes one: an image with a broken answer goes on to the last stage.
+A criterion is a line in `EXIT_CRITERIA`: in the simplest case a function of a stage's logits. It may also read other
+entries of the answer (a learned halting score) and carry a memory from one stage to the next (the previous answer, a
+counter): whatever runs stages hands the memory on, with one row for each image that goes on. Comparisons are strict,
+and a NaN score never passes one: an image with a broken answer goes on to the last stage.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .configuration_checks import as_plain_numbers, check_integer, check_number, configured_problem_type
-
-
-def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    # clamp: rounding can push a certain answer's entropy below 0, and then τ = 0 would let it exit. NaN stays NaN.
-    # The same numbers as `torch.special.entr`, which torch 2.11 cannot export to ONNX inside a conditional.
-    return (-torch.xlogy(probabilities, probabilities)).sum(dim=-1).clamp(min=0.0)
-
-
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """
-    Shannon entropy of the softmax over all classes, in nats: the formula in the ThinkingViT paper (arXiv 2507.10800).
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., num_classes)`, any floating dtype).
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, float32, between 0 and ln(num_classes).
-    """
-    return _entropy(logits.float().softmax(dim=-1))
-
-
-def topk_entropy(logits: torch.Tensor, top_k: int = 10) -> torch.Tensor:
-    """
-    Entropy of the `top_k` largest probabilities, renormalised to sum to 1, in nats: what the official code computes,
-    and the scale of the published thresholds.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., num_classes)`, any floating dtype).
-        top_k (`int`): how many classes to keep; all of them where there are fewer.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, float32, between 0 and ln(top_k).
-    """
-    # In this order, so that equal logits give the official entropies to the last bit: τ may lie on one of them.
-    largest = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]), dim=-1).values
-    return _entropy(largest / largest.sum(dim=-1, keepdim=True))
-
-
-def max_probability(logits: torch.Tensor) -> torch.Tensor:
-    """Largest softmax probability per image: shape `(...)`, float32, between 0 and 1."""
-    return logits.float().softmax(dim=-1).amax(dim=-1)
-
-
-def margin(logits: torch.Tensor) -> torch.Tensor:
-    """Largest minus second largest softmax probability: shape `(...)`, float32, between 0 and 1 (1 for one class)."""
-    if logits.shape[-1] < 2:
-        return max_probability(logits)
-    largest = logits.float().softmax(dim=-1).topk(2, dim=-1).values
-    return largest[..., 0] - largest[..., 1]
-
-
-def mean_binary_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """
-    Entropy of each label's own yes or no (the sigmoid of its logit), averaged over the labels, in nats: for multi-label
-    classification, where the labels of an image do not exclude one another.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., num_labels)`, any floating dtype).
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, float32, between 0 and ln(2).
-    """
-    # H(sigmoid(z)) is even in z, and with |z| both terms are positive, so that nothing cancels.
-    magnitude = logits.float().abs()
-    entropies = torch.nn.functional.softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
-    return entropies.mean(dim=-1)
+from .exit_scores import entropy, margin, max_probability, mean_binary_entropy, topk_entropy
+from .staged_run import Answer, Memory
 
 
 @dataclass(frozen=True)
@@ -86,23 +25,35 @@ class ExitCriterion:
     A score and its direction.
 
     Attributes:
-        score (`Callable`): `(logits, top_k) -> scores` of shape `(...)`, float32. No score is below 0.
+        score (`Callable`): `(logits, top_k) -> scores` `(images,)`, float32, of the answer's entry `"logits"`. No score
+            is below 0.
         exits_below (`bool`): `True` where a low score means certainty (entropies): exit iff score < τ.
             `False` where a high score does (probabilities): exit iff score > τ.
         maximum (`Callable`): `(num_labels, top_k) -> float`, the greatest score that there is.
         description (`str`): the score in words, for model cards; `{top_k}` stands for `entropy_top_k`.
         default_threshold (`float`, *optional*): τ where a configuration gives none. `None`: it must give one.
-        is_entropy (`bool`): whether the score is itself the entropy to report; else the top-k entropy is reported.
+        is_entropy (`bool`): whether the score is itself the entropy to report.
         multi_label (`bool`): whether it judges each label by itself (sigmoid), instead of all as one choice (softmax).
+        score_with_memory (`Callable`, *optional*): used instead of `score`:
+            `(answer, memory, top_k) -> (scores, memory)`, where `answer` has every entry that the model answers with,
+            and `memory` is what the call for the stage before returned, of the same images (`{}` at the first stage).
+            Its tensors have one row per image. Scores must not depend on τ: then one pass serves every τ.
     """
 
-    score: Callable[[torch.Tensor, int], torch.Tensor]
+    score: Callable[[torch.Tensor, int], torch.Tensor] | None
     exits_below: bool
     maximum: Callable[[int, int], float]
     description: str
     default_threshold: float | None = None
     is_entropy: bool = False
     multi_label: bool = False
+    score_with_memory: Callable[[Answer, Memory, int], tuple[torch.Tensor, Memory]] | None = None
+
+    def __call__(self, answer: Answer, memory: Memory, top_k: int) -> tuple[torch.Tensor, Memory]:
+        """Scores `(images,)`, float32, and the memory for the next stage."""
+        if self.score_with_memory is not None:
+            return self.score_with_memory(answer, memory, top_k)
+        return self.score(answer["logits"], top_k), {}
 
 
 EXIT_CRITERIA: dict[str, ExitCriterion] = {
@@ -146,7 +97,7 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
 
 
 def suits_problem_type(exit_criterion: str, problem_type: str | None) -> bool:
-    """Whether the criterion judges answers of that kind: a softmax, or each label by itself."""
+    """Whether the criterion judges answers to such a problem: one choice (softmax), or each label by itself."""
     criterion = EXIT_CRITERIA.get(exit_criterion) if isinstance(exit_criterion, str) else None
     if criterion is None or problem_type not in ("single_label_classification", "multi_label_classification"):
         return True
@@ -154,7 +105,7 @@ def suits_problem_type(exit_criterion: str, problem_type: str | None) -> bool:
 
 
 def same_threshold(before: str, after: str, threshold: float | Sequence[float] | None) -> bool:
-    """Whether τ means the same to both criteria. To different ones only 0 does, and to entropies: nothing exits."""
+    """Whether τ means the same to both criteria: if they are the same, or are two entropies and τ is 0."""
     if before == after or threshold is None:
         return True
     criteria = [EXIT_CRITERIA.get(name) if isinstance(name, str) else None for name in (before, after)]
@@ -204,7 +155,7 @@ def resolve_thresholds(threshold: float | Sequence[float], num_exits: int) -> tu
     exit): Python's or NumPy's numbers, lists, NumPy arrays or tensors.
 
     Raises:
-        ValueError: if a τ is negative, NaN or no number, or if the list has the wrong length.
+        ValueError: if a τ is negative, NaN or not a number, or if the list has the wrong length.
     """
     threshold = as_plain_numbers(threshold)
     if isinstance(threshold, Sequence) and not isinstance(threshold, str):
@@ -222,13 +173,40 @@ def resolve_thresholds(threshold: float | Sequence[float], num_exits: int) -> tu
     return thresholds
 
 
+class Verdict(NamedTuple):
+    """
+    What a rule says of a stage's answers.
+
+    Attributes:
+        score (`torch.Tensor` of shape `(images,)`): of the criterion, float32.
+        exits (`torch.BoolTensor` of shape `(images,)`): which images exit.
+        entropy (`torch.Tensor` of shape `(images,)`): to report, float32.
+        memory (`dict[str, torch.Tensor]`): for the next stage.
+    """
+
+    score: torch.Tensor
+    exits: torch.Tensor
+    entropy: torch.Tensor
+    memory: Memory
+
+
 @dataclass(frozen=True)
 class ExitRule:
-    """A criterion with its thresholds, ready to judge each stage's logits. Built by `ExitRule.from_config`."""
+    """
+    A criterion with its thresholds, ready to judge each stage's answers. Built by `ExitRule.from_config`.
+
+    Args:
+        criterion (`str`): in `EXIT_CRITERIA`.
+        thresholds (`tuple[float, ...]`): τ of each stage but the last.
+        entropy_top_k (`int`): classes that the top-k entropy counts.
+        reported_entropy (`Callable`, *optional*): `(logits, top_k) -> (images,)`, the entropy to report where the
+            criterion's score is not an entropy; by default `topk_entropy`.
+    """
 
     criterion: str
     thresholds: tuple[float, ...]
     entropy_top_k: int
+    reported_entropy: Callable[[torch.Tensor, int], torch.Tensor] = topk_entropy
 
     @classmethod
     def from_config(cls, config, threshold: float | Sequence[float] | None = None) -> "ExitRule":
@@ -236,7 +214,7 @@ class ExitRule:
         The rule that `config` describes; `threshold`, where given, overrides `config.threshold`.
 
         Raises:
-            ValueError: for a τ that is no number, and for a criterion or τ that the problem type does not allow.
+            ValueError: if τ is not a number, or the problem type does not allow the criterion or τ.
         """
         threshold = config.threshold if threshold is None else threshold
         if threshold is None:
@@ -246,7 +224,7 @@ class ExitRule:
         return rule
 
     def check_problem_type(self, problem_type: str | None) -> None:
-        """`ValueError` if this rule would judge answers to such a problem by what they do not say."""
+        """`ValueError` if the criterion is not defined for answers to such a problem."""
         criterion = EXIT_CRITERIA[self.criterion]
         if not suits_problem_type(self.criterion, problem_type):
             names = sorted(name for name in EXIT_CRITERIA if suits_problem_type(name, problem_type))
@@ -267,20 +245,20 @@ class ExitRule:
                 "saved model takes it on loading: `from_pretrained(..., threshold=0)`."
             )
 
-    def judge(self, stage_index: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(self, stage_index: int, answer: Answer, memory: Memory | None = None) -> Verdict:
         """
         Args:
             stage_index (`int`): the stage that answered, counted from 0.
-            logits (`torch.Tensor` of shape `(images, num_classes)`): its answers.
+            answer (`dict[str, torch.Tensor]`): its answers; `"logits"` and what else the criterion reads.
+            memory (`dict[str, torch.Tensor]`, *optional*): of the verdict on the same images at the stage before.
 
         Returns:
-            The entropy to report, float32, and which images exit here, bool, both of shape `(images,)`. The last stage
-            has no τ: everything exits there.
+            [`Verdict`]. The last stage has no τ: everything exits there.
         """
         criterion = EXIT_CRITERIA[self.criterion]
-        score = criterion.score(logits, self.entropy_top_k)
-        entropies = score if criterion.is_entropy else topk_entropy(logits, self.entropy_top_k)
-        return entropies, self.exits(stage_index, score)
+        score, memory = criterion(answer, memory or {}, self.entropy_top_k)
+        entropies = score if criterion.is_entropy else self.reported_entropy(answer["logits"], self.entropy_top_k)
+        return Verdict(score, self.exits(stage_index, score), entropies, memory)
 
     def exits(self, stage_index: int, score: torch.Tensor) -> torch.Tensor:
         """Which images exit at a stage, bool, from the criterion's scores of its answers, float32, of any shape."""
@@ -291,7 +269,7 @@ class ExitRule:
 
 
 def check_exit_fields(config) -> None:
-    """Refuse exit settings that cannot work: `threshold`, `exit_criterion`, `entropy_top_k`, `stage_loss_weights`."""
+    """`ValueError` for invalid `threshold`, `exit_criterion`, `entropy_top_k` or `stage_loss_weights`."""
     if not isinstance(config.exit_criterion, str) or config.exit_criterion not in EXIT_CRITERIA:
         raise ValueError(f"`exit_criterion` must be one of {sorted(EXIT_CRITERIA)}, got {config.exit_criterion!r}.")
     check_integer("entropy_top_k", config.entropy_top_k, minimum=2)  # the entropy of one class is always 0

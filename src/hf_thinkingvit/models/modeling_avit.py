@@ -1,9 +1,9 @@
 """
 PyTorch A-ViT model (arXiv 2112.07658): a DeiT whose tokens halt.
 
-Two computations with equal results. The dense one masks halted tokens: it is differentiable, and serves training and
-recorded outputs. The sparse one removes them: packed tokens of the whole batch, an image leaves with its class token
-(and distillation token), and the last layer computes only the tokens that are read.
+From pixels to logits: `AViTModel` runs the layers (`nested_vit.run_layers`) with one of two token policies
+(`token_halting.py`) with equal results. `forward` masks halted tokens: it is differentiable, and serves training and
+recorded outputs. `run_sparse` removes them, which the classifier uses for inference.
 """
 
 from dataclasses import dataclass, fields
@@ -18,11 +18,10 @@ from .configuration_checks import check_integer
 from .module_arguments import check_arguments, warn_of_outside_loss
 from .module_recording import wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
-from .nested_vit import NestedViTEmbeddings, NestedViTPreTrainedModel, build_layers
+from .nested_vit import NestedViTEmbeddings, NestedViTPreTrainedModel, build_layers, run_layers
 from .task_classification import check_labels, classification_loss
-from .token_halting import HaltingState, depth_until_answer, halt, halting_scores, sparse_macs
+from .token_halting import DenseHalting, SparseHalting, depth_until_answer, sparse_macs
 from .token_halting_loss import OUTSIDE_LOSS, add_loss, halting_losses
-from .token_packing import PackedTokens
 from .weights_from_vit import ONE_OR_TWO_HEADS, avit_config_from_vit, import_vit, load_classifier
 
 
@@ -112,22 +111,18 @@ class AViTModel(AViTPreTrainedModel):
     def __init__(self, config: AViTConfig):
         super().__init__(config)
         config.validate()
-        self.stage = config.stage
         self.embeddings = NestedViTEmbeddings(config)
         self.layers = build_layers(config)
         self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+    def begin(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+        """The first layer's input `(batch_size, tokens, hidden_size)`."""
         self.embeddings.check(pixel_values, interpolate_pos_encoding)
         return self.embeddings(pixel_values, 0, self.config.hidden_size)
 
-    def halting_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        return halting_scores(hidden_states, config.gate_scale, config.gate_center, config.gate_channel)
-
     def resolve(self, halting_epsilon: float | None, max_depth: int | None) -> tuple[float, int]:
-        """ε and the number of layers for a call; `ValueError` for what cannot work."""
+        """ε and the number of layers for a call; `ValueError` for invalid values."""
         if halting_epsilon is None:
             halting_epsilon = self.config.halting_epsilon
         check_halting_epsilon(halting_epsilon)
@@ -165,37 +160,15 @@ class AViTModel(AViTPreTrainedModel):
         """
         check_arguments(self, kwargs)
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
-        hidden_states = self.embed(pixel_values, interpolate_pos_encoding)
-        shape, device = hidden_states.shape[:2], hidden_states.device
-        state = HaltingState.start(shape, device)
-        active = torch.ones(shape, dtype=torch.bool, device=device)
-        token_depth = torch.zeros(shape, dtype=torch.long, device=device)
-        ponder = torch.zeros(shape, device=device)
-        output, scores = torch.zeros_like(hidden_states), []
-        for index, layer in enumerate(self.layers[:num_layers]):
-            mask = self._mask(active, hidden_states)
-            hidden_states = layer(hidden_states, self.stage, active=active, attention_mask=mask, **kwargs)
-            scores.append(self.halting_scores(hidden_states))
-            last = torch.ones_like(scores[-1]) if index == num_layers - 1 else scores[-1]
-            step, state = halt(state, last, epsilon, active)
-            output = output + step.weight[..., None].to(output.dtype) * hidden_states
-            ponder = ponder + active + torch.where(step.halts, step.weight, 0.0)
-            token_depth = token_depth + active
-            active = active & ~step.halts
+        hidden_states = self.begin(pixel_values, interpolate_pos_encoding)
+        halting = DenseHalting(self.config, epsilon, num_layers, hidden_states)
+        run_layers(self.layers[:num_layers], hidden_states, self.config.sub_network, halting, **kwargs)
         return AViTModelOutput(
-            last_hidden_state=self.layernorm(output),
-            token_depth=token_depth,
-            ponder=ponder,
-            halting_scores=torch.stack(scores),
+            last_hidden_state=self.layernorm(halting.output),
+            token_depth=halting.token_depth,
+            ponder=halting.ponder,
+            halting_scores=torch.stack(halting.scores),
         )
-
-    @staticmethod
-    def _mask(active: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Additive mask of keys (batch, 1, tokens, tokens). Images without active tokens see all: they are not read."""
-        visible = active | ~active.any(dim=1, keepdim=True)
-        mask = torch.zeros(active.shape, dtype=hidden_states.dtype, device=active.device)
-        mask = mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)
-        return mask[:, None, None, :].expand(-1, 1, active.shape[1], -1)
 
     def run_sparse(
         self,
@@ -214,42 +187,12 @@ class AViTModel(AViTPreTrainedModel):
             `output_token_depth` until its image left.
         """
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
-        embeddings = self.embed(pixel_values, interpolate_pos_encoding)
-        batch_size, num_tokens, width = embeddings.shape
-        num_prefix, device = self.config.num_prefix_tokens, embeddings.device
-        output = embeddings.new_zeros(batch_size * num_prefix, width)
-        token_depth = torch.full((batch_size * num_tokens,), num_layers, device=device)
-
-        hidden_states = embeddings.flatten(0, 1)
-        packed = PackedTokens.whole(batch_size, num_tokens, num_prefix, device)
-        state = HaltingState.start((batch_size * num_tokens,), device)
-        for index, layer in enumerate(self.layers[:num_layers]):
-            if packed.prefix.numel() == 0 and not (output_token_depth and packed.position.numel()):
-                break
-            if index == num_layers - 1:
-                # Every token halts here, so that only what is read of this layer's output needs computing.
-                lengths = {"query_lengths": packed.prefix_lengths, "key_lengths": packed.lengths}
-                prefix, *_ = layer(hidden_states[None], self.stage, packed.prefix, **lengths)
-                weight = state.remainder[packed.prefix]
-                output.index_add_(0, packed.prefix_slot, weight[:, None].to(output.dtype) * prefix[0])
-                break
-            lengths = {"query_lengths": packed.lengths, "key_lengths": packed.lengths}
-            hidden_states = layer(hidden_states[None], self.stage, **lengths)[0]
-            step, state = halt(state, self.halting_scores(hidden_states), epsilon)
-            weight = step.weight[packed.prefix]
-            output.index_add_(0, packed.prefix_slot, weight[:, None].to(output.dtype) * hidden_states[packed.prefix])
-            if not step.halts.any():
-                continue
-            keep = ~step.halts
-            if not output_token_depth:  # nothing can change the answer of an image without active prefix tokens
-                unfinished = torch.zeros(batch_size, device=device)
-                unfinished.index_add_(0, packed.image[packed.prefix], keep[packed.prefix].float())
-                keep = keep & (unfinished > 0)[packed.image]
-            token_depth[packed.position[~keep]] = index + 1
-            rows = keep.nonzero().squeeze(1)
-            hidden_states, packed, state = hidden_states[rows], packed.select(rows), state.select(rows)
-        output = output.view(batch_size, num_prefix, width)
-        return self.layernorm(output), token_depth.view(batch_size, num_tokens)
+        hidden_states = self.begin(pixel_values, interpolate_pos_encoding)
+        batch_size, num_tokens, width = hidden_states.shape
+        halting = SparseHalting(self.config, epsilon, num_layers, hidden_states, all_depths=output_token_depth)
+        run_layers(self.layers[:num_layers], hidden_states, self.config.sub_network, halting)
+        output = halting.output.view(batch_size, self.config.num_prefix_tokens, width)
+        return self.layernorm(output), halting.token_depth.view(batch_size, num_tokens)
 
 
 class AViTForImageClassification(AViTPreTrainedModel):
@@ -265,7 +208,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
         self.num_labels = config.num_labels
         self.avit = AViTModel(config)
         self.classifier = NestedLinear(config.hidden_size, config.num_labels)
-        if config.distilled:
+        if config.use_distillation_token:
             self.distillation_classifier = NestedLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -329,7 +272,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
             _, num_layers = self.avit.resolve(halting_epsilon, max_depth)
             outputs.macs = sparse_macs(self.config, depth, num_layers) + self._fixed_macs(depth.shape[1])
         outputs.logits = self.classifier(prefix[:, 0])
-        if self.config.distilled:
+        if self.config.use_distillation_token:
             outputs.cls_logits, outputs.distillation_logits = outputs.logits, self.distillation_classifier(prefix[:, 1])
             outputs.logits = (outputs.cls_logits + outputs.distillation_logits) / 2
         if output_token_depth:
@@ -365,7 +308,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
         vit = load_classifier(source, ONE_OR_TWO_HEADS, config_overrides)
         model = cls(avit_config_from_vit(vit.config, **config_overrides))
         takes_classifier = import_vit(model, vit)
-        if takes_classifier and model.config.distilled and not hasattr(vit, "distillation_classifier"):
+        if takes_classifier and model.config.use_distillation_token and not hasattr(vit, "distillation_classifier"):
             model.distillation_classifier.load_state_dict(model.classifier.state_dict())
         return model
 

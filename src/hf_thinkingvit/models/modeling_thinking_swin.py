@@ -1,10 +1,12 @@
 """
 PyTorch ThinkingSwin model: ThinkingViT (arXiv 2507.10800) on a Swin Transformer.
 
-In the order in which pixels flow: embeddings and layers (`nested_swin.py`), token recycling, the model that runs one
-round at a time, and the classifier, whose loop over rounds is `staged_loop.StagedImageClassifierMixin`.
+From pixels to logits: the classifier's `forward` calls the loop over stages (`staged_loop.py`), which calls `begin`,
+`run_stage` and `recycle` of the model here and `answer` of the classifier; `run_stage` runs the layers of the pyramid
+(`nested_swin.py`, of layers in `nested_layers.py`).
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -21,8 +23,9 @@ from .module_arguments import check_arguments
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
-from .staged_compilation import compilable_step
-from .staged_loop import StagedImageClassifierMixin, State, resolve_max_stages
+from .staged_loop import StagedModelMixin, resolve_stages, run_stages
+from .staged_run import Answer, State
+from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .weights_from_swin import import_swin, load_swin, thinking_swin_config_from_swin
 
 
@@ -88,8 +91,8 @@ class ThinkingSwinPreTrainedModel(PreTrainedModel):
 
 class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
     """
-    The bare ThinkingSwin, without a classifier. It cannot tell when an answer is good enough, so `forward` runs every
-    round for every image; the classifier runs it round by round with `embed`, `run_stage` and `recycle`.
+    The bare ThinkingSwin, without a classifier. `forward` runs every round for every image, since without an answer
+    nothing can exit; a classifier runs it round by round with `begin`, `run_stage` and `recycle`.
     """
 
     def __init__(self, config: ThinkingSwinConfig):
@@ -103,18 +106,26 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
         self.recyclers = nn.ModuleList([ThinkingSwinRecycler(config, *rounds) for rounds in pairwise(self.stages)])
         self.post_init()
 
-    def embed(
+    def begin(
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool | None = None,
-        max_stages: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> State:
-        """The state with which round 0 starts. Raises `ValueError` for images that cannot take all rounds to run."""
+        """
+        The state with which round `start` starts, without recycled tokens.
+
+        Raises:
+            ValueError: for images that do not fit, or, if further rounds up to `stop` (without it) are to run, that
+                tokens cannot be recycled for.
+        """
         self.embeddings.check(pixel_values, interpolate_pos_encoding)
-        if resolve_max_stages(max_stages, self.config.num_stages) > 1:
+        if (self.config.num_stages if stop is None else stop) - start > 1:
             self._check_recycling(tuple(pixel_values.shape[-2:]))
         embeddings = self.embeddings(pixel_values)
-        return {"embeddings": embeddings, "hidden_states": embeddings[..., : self.stages[0].layers[0].hidden_size]}
+        width = self.stages[start].layers[0].hidden_size
+        return {"embeddings": embeddings, "hidden_states": embeddings[..., :width]}
 
     def _check_recycling(self, image_size: tuple[int, int]) -> None:
         side = self.config.downsampling
@@ -127,25 +138,23 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
                 f"multiple of {height} and a width that is a multiple of {width} pixels, or pass `max_stages=1`."
             )
 
-    def run_stage(self, stage_index: int, state: State, **kwargs) -> tuple[torch.Tensor, State]:
+    def run_stage(self, stage_index: int, state: State, all_tokens: bool = True, **kwargs) -> State:
         """
-        Run a round up to its answer.
+        Run the layers of a round. All tokens are computed in any case.
 
         Returns:
-            The mean of the tokens after the final LayerNorm `(images, width of the round)`, and the state: `tokens`,
-            normalised, `(images, rows, columns, width of the round)`, and `embeddings`.
+            The state, with the `tokens` `(images, rows, columns, width of the round)` after the final LayerNorm.
         """
         hidden_states = state["hidden_states"]
         grid = tuple(hidden_states.shape[1:3])
         hidden_states = hidden_states.flatten(1, 2)
-        for layer, stage in zip(self.layers, self.stages[stage_index].layers):
-            hidden_states = layer(hidden_states, grid, stage, **kwargs)
+        for layer, sub_network in zip(self.layers, self.stages[stage_index].layers):
+            hidden_states = layer(hidden_states, grid, sub_network, **kwargs)
             grid = layer.grid_after(grid)
-        tokens = self.layernorm(hidden_states)
-        return tokens.mean(dim=1), {"embeddings": state["embeddings"], "tokens": tokens.unflatten(1, grid)}
+        return {"embeddings": state["embeddings"], "tokens": self.layernorm(hidden_states).unflatten(1, grid)}
 
-    def recycle(self, stage_index: int, state: State) -> State:
-        """The state with which round `stage_index + 1` starts."""
+    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
+        """The state with which round `stage_index + 1` starts, from that in which `run_stage` left this one."""
         hidden_states = self.recyclers[stage_index](state["embeddings"], state["tokens"])
         return {"embeddings": state["embeddings"], "hidden_states": hidden_states}
 
@@ -155,6 +164,7 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         *,
         max_stages: int | None = None,
+        sub_network: int | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
@@ -162,6 +172,7 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
             max_stages (`int`, *optional*): run only this many rounds; all by default.
+            sub_network (`int`, *optional*): run the sub-network of this round alone, without recycled tokens.
             interpolate_pos_encoding (`bool`, *optional*): with `config.use_absolute_embeddings`, accept images of
                 another size than `config.image_size`.
 
@@ -171,20 +182,20 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
             `attentions` hold every layer and every block of every round, in order, as in `StagedImageClassifierOutput`.
 
         Raises:
-            ValueError: for pixel values or `max_stages` that do not fit the model.
+            ValueError: for pixel values, `max_stages` or `sub_network` that do not fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
-        num_stages = resolve_max_stages(max_stages, self.config.num_stages)
-        state = self.embed(pixel_values, interpolate_pos_encoding, num_stages)
-        for index in range(num_stages):
-            _, state = self.run_stage(index, state, **kwargs)
-            if index < num_stages - 1:
-                state = self.recycle(index, state)
+        stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
+        state = self.begin(pixel_values, interpolate_pos_encoding, stages.start, stages.stop)
+        for stage_index in stages:
+            if stage_index > stages.start:
+                state = self.recycle(stage_index - 1, state, **kwargs)
+            state = self.run_stage(stage_index, state, **kwargs)
         return BaseModelOutput(last_hidden_state=state["tokens"].flatten(1, 2))
 
 
-class ThinkingSwinForImageClassification(StagedImageClassifierMixin, ThinkingSwinPreTrainedModel):
+class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMixin, ThinkingSwinPreTrainedModel):
     """
     ThinkingSwin with an image classification head on the mean of the tokens, one head for all rounds, and early exit.
 
@@ -206,24 +217,67 @@ class ThinkingSwinForImageClassification(StagedImageClassifierMixin, ThinkingSwi
         self.classifier = NestedLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @compilable_step
-    def begin(
+    def answer(self, stage_index: int, state: State) -> Answer:
+        return {"logits": self.classifier(state["tokens"].flatten(1, 2).mean(dim=1))}
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
         self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
-        **kwargs,
-    ) -> State:
-        return self.thinking_swin.embed(pixel_values, interpolate_pos_encoding, max_stages)
+        sub_network: int | None = None,
+        output_stage_logits: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StagedImageClassifierOutput:
+        r"""
+        In evaluation mode an image leaves after the first stage whose answer passes τ, and only the others are computed
+        further. In training mode every image runs every stage.
 
-    @compilable_step
-    def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> tuple[torch.Tensor, State]:
-        pooled, state = self.thinking_swin.run_stage(stage_index, state, **kwargs)
-        return self.classifier(pooled), state
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+                Images, as the image processor returns them.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Class indices, of which -100 is ignored. With one label (`config.num_labels == 1`) a float target for
+                regression; with `config.problem_type = "multi_label_classification"` a float tensor
+                `(batch_size, num_labels)`. In training mode without labels a warning says, once, that a loss computed
+                outside should be one of `stage_logits`; `output_stage_logits=True` says that it is.
+            threshold (`float` or `list[float]`, *optional*):
+                τ for this call, instead of `config.threshold`: Python's or NumPy's numbers, an array or a tensor.
+            max_stages (`int`, *optional*):
+                Run at most this many stages, from 1 to the number that the model has; the last of them always answers.
+            sub_network (`int`, *optional*):
+                Run the sub-network of this round alone, from the embeddings and without recycled tokens. It is the
+                `exit_stage` of every image.
+            output_stage_logits (`bool`, *optional*):
+                Return every stage's logits for every image, which makes all of them run.
+            interpolate_pos_encoding (`bool`, *optional*):
+                With `config.use_absolute_embeddings`, accept images of another size than `config.image_size`, and
+                interpolate the position embeddings. Without them, other sizes are accepted in any case.
 
-    @compilable_step
-    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
-        return self.thinking_swin.recycle(stage_index, state)
+        Returns:
+            [`StagedImageClassifierOutput`]
+
+        Raises:
+            ValueError: for pixel values, labels, `threshold`, `max_stages` or `sub_network` that do not fit the model.
+            TypeError: for arguments that neither the model nor Transformers knows.
+        """
+        check_arguments(self, kwargs)
+        stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
+        self.warn_of_outside_loss(labels, stages, output_stage_logits)
+        run = run_stages(
+            self,
+            self.exit_rule(threshold),
+            stages,
+            pixel_values,
+            run_all=bool(output_stage_logits),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        return self.build_output(run, labels, output_stage_logits, **kwargs)
 
     @classmethod
     def from_swin(cls, source, head_rounds=None, **config_overrides) -> "ThinkingSwinForImageClassification":

@@ -1,9 +1,12 @@
 """
 PyTorch ThinkingViT model (arXiv 2507.10800).
 
-In the order in which pixels flow: embeddings and layers (`nested_vit.py`), token recycling, the model that runs one
-stage at a time, and the classifier, whose loop over stages is `staged_loop.StagedImageClassifierMixin`.
+From pixels to logits: the classifier's `forward` calls the loop over stages (`staged_loop.py`), which calls `begin`,
+`run_stage` and `recycle` of the model here and `answer` of the classifier; `run_stage` runs the layers of a sub-network
+(`nested_vit.py`, of layers in `nested_layers.py`).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,10 +16,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_nested_vit import Stage
 from .configuration_thinkingvit import ThinkingViTConfig
 from .module_arguments import check_arguments
-from .module_recording import record, wants_recordings
+from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_vit import (
     NestedViTAttention,
@@ -24,19 +26,23 @@ from .nested_vit import (
     NestedViTLayer,
     NestedViTPreTrainedModel,
     build_layers,
+    finish_layers,
+    run_layers,
 )
-from .staged_compilation import compilable_step
-from .staged_loop import StagedImageClassifierMixin, State, resolve_max_stages
+from .staged_loop import StagedModelMixin, resolve_stages, run_stages
+from .staged_run import Answer, State
+from .sub_networks import SubNetwork
+from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
 class ThinkingViTRecycler(nn.Module):
     """Token Recycling: embeddings + α · Proj(z), with z a stage's normalised tokens. α starts at 0."""
 
-    def __init__(self, config: ThinkingViTConfig, stage: Stage):
+    def __init__(self, config: ThinkingViTConfig, sub_network: SubNetwork):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(1))
-        self.projection = NestedLinear(stage.hidden_size, config.hidden_size)
+        self.projection = NestedLinear(sub_network.hidden_size, config.hidden_size)
 
     def forward(self, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`embeddings` (batch, tokens, next stage's width) and a stage's tokens → the next stage's input, alike."""
@@ -59,8 +65,8 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
 
 class ThinkingViTModel(ThinkingViTPreTrainedModel):
     """
-    The bare ThinkingViT, without a classifier. It cannot tell when an answer is good enough, so `forward` runs every
-    stage for every image; the classifier runs it stage by stage with `embed`, `run_stage` and `recycle`.
+    The bare ThinkingViT, without a classifier. `forward` runs every stage for every image, since without an answer
+    nothing can exit; a classifier runs it stage by stage with `begin`, `run_stage` and `recycle`.
     """
 
     def __init__(self, config: ThinkingViTConfig):
@@ -70,13 +76,22 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         self.embeddings = NestedViTEmbeddings(config)
         self.layers = build_layers(config)
         self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.recyclers = nn.ModuleList([ThinkingViTRecycler(config, stage) for stage in self.stages[:-1]])
+        self.recyclers = nn.ModuleList([ThinkingViTRecycler(config, sub_network) for sub_network in self.stages[:-1]])
         self.post_init()
 
-    def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> State:
-        """The state with which stage 0 starts. Pixels stay in it while a later stage is wider and will need them."""
+    def begin(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> State:
+        """
+        The state with which stage `start` starts, without recycled tokens: its channels of the embeddings, and the
+        pixels while a later stage will read more channels.
+        """
         self.embeddings.check(pixel_values, interpolate_pos_encoding)
-        hidden_states = self.embeddings(pixel_values, 0, self.stages[0].hidden_size)
+        hidden_states = self.embeddings(pixel_values, 0, self.stages[start].hidden_size)
         pixels = {"pixel_values": pixel_values} if self._needs_pixels(hidden_states) else {}
         return {**pixels, "embeddings": hidden_states, "hidden_states": hidden_states}
 
@@ -84,40 +99,28 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         """Whether a later stage reads channels that `embeddings` lacks."""
         return embeddings.shape[-1] < self.stages[-1].hidden_size
 
-    def run_stage(self, stage_index: int, state: State, *, all_tokens: bool, **kwargs) -> tuple[torch.Tensor, State]:
+    def run_stage(self, stage_index: int, state: State, all_tokens: bool = True, **kwargs) -> State:
         """
-        Run a stage up to its answer. Of the last layer only the class token is computed, unless `all_tokens`; what
-        `finish_stage` needs to compute the others stays in the state.
+        Run the layers of a stage. Of the last layer only the class token is computed, unless `all_tokens`; what the
+        other tokens need is in the state then.
 
         Returns:
-            The class token after the final LayerNorm `(images, width of the stage)`, and the state.
+            The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm.
         """
-        stage, hidden_states = self.stages[stage_index], state["hidden_states"]
-        *layers, last_layer = self.layers
-        for layer in layers:
-            hidden_states = layer(hidden_states, stage, **kwargs)
-        if all_tokens:
-            tokens = last_layer(hidden_states, stage, **kwargs)
-            unfinished = {}
-        else:
-            tokens, key, value = last_layer(hidden_states, stage, slice(1), **kwargs)
-            unfinished = {"hidden_states": hidden_states[:, 1:], "key": key, "value": value}
+        num_queries = None if all_tokens else 1
+        tokens, pending = run_layers(
+            self.layers, state["hidden_states"], self.stages[stage_index], num_queries=num_queries, **kwargs
+        )
         inputs = {name: state[name] for name in ("pixel_values", "embeddings") if name in state}
-        return self.layernorm(tokens[:, 0]), {**inputs, "tokens": tokens, **unfinished}
-
-    def finish_stage(self, stage_index: int, state: State, **kwargs) -> torch.Tensor:
-        """All tokens `(images, tokens, width of the stage)` of a stage that has answered, after the final LayerNorm."""
-        tokens = state["tokens"]
-        if "key" in state:
-            stage, last_layer = self.stages[stage_index], self.layers[-1]
-            others = last_layer(state["hidden_states"], stage, None, state["key"], state["value"], **kwargs)
-            tokens = torch.cat([tokens, others], dim=1)
-        return self.layernorm(tokens)
+        return {**inputs, "tokens": self.layernorm(tokens), **pending}
 
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
-        """The state with which stage `stage_index + 1` starts."""
-        tokens = self.finish_stage(stage_index, state, **kwargs)
-        embeddings, width = state["embeddings"], self.stages[stage_index + 1].hidden_size
+        """The state with which stage `stage_index + 1` starts, from that in which `run_stage` left this one."""
+        tokens, embeddings = state["tokens"], state["embeddings"]
+        if "key" in state:
+            others = finish_layers(self.layers, state, self.stages[stage_index], **kwargs)
+            tokens = torch.cat([tokens, self.layernorm(others)], dim=1)
+        width = self.stages[stage_index + 1].hidden_size
         if width > embeddings.shape[-1]:
             wider = self.embeddings(state["pixel_values"], embeddings.shape[-1], width)
             embeddings = torch.cat([embeddings, wider], dim=-1)
@@ -130,6 +133,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         *,
         max_stages: int | None = None,
+        sub_network: int | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
@@ -137,6 +141,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
             max_stages (`int`, *optional*): run only this many stages; all by default.
+            sub_network (`int`, *optional*): run the sub-network of this stage alone, without recycled tokens.
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
@@ -145,20 +150,20 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
             `attentions` hold every layer of every stage, in order, as in `StagedImageClassifierOutput`.
 
         Raises:
-            ValueError: for pixel values or `max_stages` that do not fit the model.
+            ValueError: for pixel values, `max_stages` or `sub_network` that do not fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
-        num_stages = resolve_max_stages(max_stages, self.config.num_stages)
-        state = self.embed(pixel_values, interpolate_pos_encoding)
-        for index in range(num_stages):
-            _, state = self.run_stage(index, state, all_tokens=True, **kwargs)
-            if index < num_stages - 1:
-                state = self.recycle(index, state, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.finish_stage(num_stages - 1, state, **kwargs))
+        stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
+        state = self.begin(pixel_values, interpolate_pos_encoding, stages.start, stages.stop)
+        for stage_index in stages:
+            if stage_index > stages.start:
+                state = self.recycle(stage_index - 1, state, **kwargs)
+            state = self.run_stage(stage_index, state, **kwargs)
+        return BaseModelOutput(last_hidden_state=state["tokens"])
 
 
-class ThinkingViTForImageClassification(StagedImageClassifierMixin, ThinkingViTPreTrainedModel):
+class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixin, ThinkingViTPreTrainedModel):
     """
     ThinkingViT with an image classification head on the class token, one head for all stages, and early exit.
 
@@ -180,21 +185,66 @@ class ThinkingViTForImageClassification(StagedImageClassifierMixin, ThinkingViTP
         self.classifier = NestedLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @compilable_step
-    def begin(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs) -> State:
-        return self.thinkingvit.embed(pixel_values, interpolate_pos_encoding)
+    def answer(self, stage_index: int, state: State) -> Answer:
+        return {"logits": self.classifier(state["tokens"][:, 0])}
 
-    @compilable_step
-    def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> tuple[torch.Tensor, State]:
-        # In training every image goes on, so nothing is gained by computing the last layer in two parts. Recorded
-        # outputs are of all tokens.
-        all_tokens = (self.training and not is_last) or wants_recordings(self.config, kwargs)
-        class_token, state = self.thinkingvit.run_stage(stage_index, state, all_tokens=all_tokens, **kwargs)
-        return self.classifier(class_token), state
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        threshold: float | Sequence[float] | None = None,
+        max_stages: int | None = None,
+        sub_network: int | None = None,
+        output_stage_logits: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StagedImageClassifierOutput:
+        r"""
+        In evaluation mode an image leaves after the first stage whose answer passes τ, and only the others are computed
+        further. In training mode every image runs every stage.
 
-    @compilable_step
-    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
-        return self.thinkingvit.recycle(stage_index, state, **kwargs)
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+                Images, as the image processor returns them.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Class indices, of which -100 is ignored. With one label (`config.num_labels == 1`) a float target for
+                regression; with `config.problem_type = "multi_label_classification"` a float tensor
+                `(batch_size, num_labels)`. In training mode without labels a warning says, once, that a loss computed
+                outside should be one of `stage_logits`; `output_stage_logits=True` says that it is.
+            threshold (`float` or `list[float]`, *optional*):
+                τ for this call, instead of `config.threshold`: Python's or NumPy's numbers, an array or a tensor.
+            max_stages (`int`, *optional*):
+                Run at most this many stages, from 1 to the number that the model has; the last of them always answers.
+            sub_network (`int`, *optional*):
+                Run the sub-network of this stage alone, from the embeddings and without recycled tokens. It is the
+                `exit_stage` of every image.
+            output_stage_logits (`bool`, *optional*):
+                Return every stage's logits for every image, which makes all of them run.
+            interpolate_pos_encoding (`bool`, *optional*):
+                Accept images of another size than `config.image_size`, and interpolate the position embeddings.
+
+        Returns:
+            [`StagedImageClassifierOutput`]
+
+        Raises:
+            ValueError: for pixel values, labels, `threshold`, `max_stages` or `sub_network` that do not fit the model.
+            TypeError: for arguments that neither the model nor Transformers knows.
+        """
+        check_arguments(self, kwargs)
+        stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
+        self.warn_of_outside_loss(labels, stages, output_stage_logits)
+        run = run_stages(
+            self,
+            self.exit_rule(threshold),
+            stages,
+            pixel_values,
+            run_all=bool(output_stage_logits),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        return self.build_output(run, labels, output_stage_logits, **kwargs)
 
     @classmethod
     def from_vit(cls, source, thinking_stages=None, **config_overrides) -> "ThinkingViTForImageClassification":

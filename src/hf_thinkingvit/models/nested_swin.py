@@ -1,8 +1,8 @@
 """
 The parts of a Swin Transformer (arXiv 2103.14030) on their leading channels and heads.
 
-In the order in which pixels flow: embeddings, patch merging, windows, attention, block, layer. A `Stage` says how many
-heads and channels of a layer are used; at full width this is Transformers' Swin.
+In the order in which pixels flow: embeddings, patch merging, windows, attention, block, layer. A `SubNetwork`
+gives the numbers of heads and channels of a layer; at full width this is Transformers' Swin.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_checks import as_pair
-from .configuration_nested_vit import Stage
 from .configuration_thinking_swin import ThinkingSwinConfig
 from .module_caches import ModuleCacheMixin, is_plain_tensor
 from .nested_layers import (
@@ -24,6 +23,7 @@ from .nested_layers import (
     add_residual,
 )
 from .nested_vit import attend, check_pixel_values
+from .sub_networks import SubNetwork
 
 
 # Added to the attention scores of tokens that the cyclic shift brought into one window from opposite ends of the image:
@@ -208,10 +208,10 @@ class NestedQKV(LeadingSliceMixin, nn.Linear):
 class NestedSwinAttention(nn.Module):
     """Self-attention within windows, with the leading heads and their relative position bias."""
 
-    def __init__(self, config: ThinkingSwinConfig, full: Stage):
+    def __init__(self, config: ThinkingSwinConfig, full: SubNetwork):
         super().__init__()
         self.config = config
-        self.head_dim = full.hidden_size // full.num_attention_heads
+        self.head_dim = full.head_dim
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
@@ -238,14 +238,14 @@ class NestedSwinAttention(nn.Module):
         batch_size = len(hidden_states) * windows.size**2 // len(windows.order)
         if len(attention_mask) > 1 and batch_size != 1:
             attention_mask = attention_mask.expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
-        attn_output, attn_weights = attend(self, query, key, value, attention_mask, **kwargs)
+        attn_output, attn_weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
         return self.o_proj(attn_output.reshape(hidden_states.shape), hidden_states.shape[-1]), attn_weights
 
 
 class NestedSwinBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block with attention in windows."""
 
-    def __init__(self, config: ThinkingSwinConfig, full: Stage, drop_path_rate: float):
+    def __init__(self, config: ThinkingSwinConfig, full: SubNetwork, drop_path_rate: float):
         super().__init__()
         self.attention = NestedSwinAttention(config, full)
         self.layernorm_before = NestedLayerNorm(full.hidden_size, eps=config.layer_norm_eps)
@@ -253,13 +253,13 @@ class NestedSwinBlock(GradientCheckpointingLayer):
         self.mlp = NestedMLP(full.hidden_size, full.intermediate_size, config.hidden_act)
         self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
 
-    def forward(self, hidden_states: torch.Tensor, stage: Stage, windows: Windows, **kwargs) -> torch.Tensor:
-        """`hidden_states` (batch, rows, columns, stage.hidden_size) → the same."""
+    def forward(self, hidden_states: torch.Tensor, sub_network: SubNetwork, windows: Windows, **kwargs) -> torch.Tensor:
+        """`hidden_states` (batch, rows, columns, sub_network.hidden_size) → the same."""
         normed = windows.cut(self.layernorm_before(hidden_states))
         mlp, dropout = self.mlp, self.dropout
         attn_output, _ = self.attention(normed, windows, **kwargs)
         hidden_states = add_residual(hidden_states, dropout(windows.join(attn_output)), dropout)
-        mlp_output = mlp(self.layernorm_after(hidden_states), stage.intermediate_size)
+        mlp_output = mlp(self.layernorm_after(hidden_states), sub_network.intermediate_size)
         return add_residual(hidden_states, dropout(mlp_output), mlp.fc2, mlp, dropout)
 
 
@@ -274,22 +274,24 @@ class NestedSwinLayer(ModuleCacheMixin, nn.Module):
     def __init__(self, config: ThinkingSwinConfig, index: int, drop_path_rates: list[float]):
         super().__init__()
         width = config.hidden_sizes[index]
-        full = Stage(config.num_heads[index], width, int(config.mlp_ratio * width))
+        full = SubNetwork(config.num_heads[index], width, int(config.mlp_ratio * width))
         self.window_size = config.window_size
         self.downsample = NestedSwinPatchMerging(config.hidden_sizes[index - 1], width) if index else None
         self.blocks = nn.ModuleList([NestedSwinBlock(config, full, rate) for rate in drop_path_rates])
 
-    def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int], stage: Stage, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, grid: tuple[int, int], sub_network: SubNetwork, **kwargs
+    ) -> torch.Tensor:
         """
         `hidden_states` (batch, rows * columns of the `grid`, width of the layer before) → (batch, tokens of this layer,
-        stage.hidden_size), where the grid of this layer is half as long on each side if there is a `downsample`.
+        sub_network.hidden_size), where the grid of this layer is half as long on each side if there is a `downsample`.
         """
         hidden_states = hidden_states.unflatten(1, grid)
         if self.downsample is not None:
-            hidden_states = self.downsample(hidden_states, stage.hidden_size)
+            hidden_states = self.downsample(hidden_states, sub_network.hidden_size)
         for index, block in enumerate(self.blocks):
             windows = self.windows(hidden_states, self.window_size // 2 if index % 2 else 0)
-            hidden_states = block(hidden_states, stage, windows, **kwargs)
+            hidden_states = block(hidden_states, sub_network, windows, **kwargs)
         return hidden_states.flatten(1, 2)
 
     def grid_after(self, grid: tuple[int, int]) -> tuple[int, int]:

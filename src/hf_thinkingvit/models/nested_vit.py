@@ -1,8 +1,9 @@
 """
 The transformer block and embeddings of every plain-ViT family here, on their leading channels and heads.
 
-A `Stage` says how many; at full width this is Transformers' ViT (with a distillation token: DeiT), name by name. Read
-in the order in which pixels flow.
+A `SubNetwork` gives their numbers. At full width this is Transformers' ViT (with a distillation token: DeiT), name by
+name. In the order in which pixels flow: embeddings, attention, layer, and `run_layers`, which runs the layers of a
+sub-network.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_checks import as_pair
-from .configuration_nested_vit import NestedViTConfig, Stage
+from .configuration_nested_vit import NestedViTConfig
 from .nested_layers import (
     NestedConv2d,
     NestedLayerNorm,
@@ -25,10 +26,12 @@ from .nested_layers import (
     add_residual,
     owns_output,
 )
+from .sub_networks import SubNetwork
+from .token_policies import TokenPolicy
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
-    """`ValueError` for what is no batch of images with `num_channels` channels."""
+    """`ValueError` unless `pixel_values` is a batch of images with `num_channels` channels."""
     if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != num_channels:
         got = None if pixel_values is None else tuple(pixel_values.shape)
         raise ValueError(
@@ -118,23 +121,22 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """By the backend that the configuration of `module` names; shapes as in `eager_attention_forward`."""
+    """Attention by the backend that the configuration of `module` names; shapes as in `eager_attention_forward`."""
     attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention_forward
     )
     if query.shape[0] == 0:  # not every backend can shape an empty batch
         attention_interface = eager_attention_forward
     dropout = module.attention_dropout if module.training else 0.0
-    return attention_interface(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
-    )
+    return attention_interface(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 @owns_output
 class NestedViTAttention(nn.Module):
-    """Multi-head self-attention with the leading `stage.num_attention_heads` heads."""
+    """Multi-head self-attention with the leading heads of a sub-network."""
 
     def __init__(self, config: NestedViTConfig):
         super().__init__()
@@ -143,25 +145,30 @@ class NestedViTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        # Three matrices rather than one: each is then its own leading slice, which no layout of a fused one gives.
+        # Three matrices instead of a fused one: a leading slice of a fused matrix has no keys or values in it.
         self.q_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.k_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = NestedLinear(config.hidden_size, config.hidden_size)
 
-    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        batch_size, num_tokens, width = projected.shape
-        return projected.view(batch_size, num_tokens, width // self.head_dim, self.head_dim).transpose(1, 2)
+    def _project(self, projection: NestedLinear, hidden_states: torch.Tensor, sub_network: SubNetwork) -> torch.Tensor:
+        """(batch, tokens, width) → (batch, heads, tokens, head_dim)."""
+        batch_size, num_tokens, _ = hidden_states.shape
+        heads, head_dim = sub_network.num_attention_heads, sub_network.head_dim
+        projected = projection(hidden_states, heads * head_dim)
+        return projected.view(batch_size, num_tokens, heads, head_dim).transpose(1, 2)
 
-    def project_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_key_value(
+        self, hidden_states: torch.Tensor, sub_network: SubNetwork
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` (batch, tokens, width), normalised → key and value (batch, heads, tokens, head_dim)."""
-        width = hidden_states.shape[-1]
-        key = self._split_heads(self.k_proj(hidden_states, width))
-        return key, self._split_heads(self.v_proj(hidden_states, width))
+        key = self._project(self.k_proj, hidden_states, sub_network)
+        return key, self._project(self.v_proj, hidden_states, sub_network)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
+        sub_network: SubNetwork,
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -174,23 +181,24 @@ class NestedViTAttention(nn.Module):
         the batch is one row in which images lie packed one after another (`packed_attention`).
         """
         width = hidden_states.shape[-1]
-        query = self._split_heads(self.q_proj(hidden_states, width))
+        scaling = self.scaling if sub_network.head_dim == self.head_dim else sub_network.head_dim**-0.5
+        query = self._project(self.q_proj, hidden_states, sub_network)
         if query_lengths is not None:
-            from .token_packing import packed_attention  # of A-ViT alone
+            from .token_packing import packed_attention  # only policies that remove tokens need it
 
-            attn_output = packed_attention(query, key, value, query_lengths, key_lengths, self.scaling)
+            attn_output = packed_attention(query, key, value, query_lengths, key_lengths, scaling)
             return self.o_proj(attn_output.flatten(2), width), None
-        attn_output, attn_weights = attend(self, query, key, value, attention_mask, **kwargs)
-        attn_output = attn_output.reshape(*hidden_states.shape).contiguous()
+        attn_output, attn_weights = attend(self, query, key, value, attention_mask, scaling, **kwargs)
+        attn_output = attn_output.reshape(*hidden_states.shape[:2], sub_network.attention_size).contiguous()
         return self.o_proj(attn_output, width), attn_weights
 
 
-def _keep(hidden_states: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
+def _zero_inactive(hidden_states: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
     return hidden_states if active is None else torch.where(active[..., None], hidden_states, 0.0)
 
 
 class NestedViTLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block, on the leading channels and heads of a stage."""
+    """A pre-norm transformer block, on the leading channels and heads of a sub-network."""
 
     def __init__(self, config: NestedViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
@@ -203,7 +211,7 @@ class NestedViTLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        stage: Stage,
+        sub_network: SubNetwork,
         queries: slice | torch.Tensor | None = None,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
@@ -215,33 +223,89 @@ class NestedViTLayer(GradientCheckpointingLayer):
         with the other tokens and the `key` and `value` that the first call returned.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, stage.hidden_size)`): the tokens.
-            stage (`Stage`): the sub-network.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, sub_network.hidden_size)`): the tokens.
+            sub_network (`SubNetwork`): the sizes, with one `intermediate_size`.
             queries (`slice` or `torch.LongTensor`, *optional*):
                 Compute only these of the tokens; the others are their keys and values.
             key, value (`torch.Tensor` of shape `(batch, heads, all tokens, head_dim)`, *optional*):
                 Keys and values of all tokens, where `hidden_states` are only some.
             active (`torch.BoolTensor` of shape `(batch, tokens)`, *optional*):
-                The other tokens enter as zeros, and enter attention and MLP as zeros again after the norms: what the
-                official A-ViT computes for halted tokens. That nobody attends to them is for the attention mask to say.
+                Inactive tokens are set to zero on entry and again after each norm, as the official A-ViT computes
+                halted tokens. The caller must also mask them as keys.
 
         Returns:
-            The computed tokens `(batch, tokens or queries, stage.hidden_size)`; with `queries`, a tuple of them, the
-            keys and the values.
+            The computed tokens `(batch, tokens or queries, sub_network.hidden_size)`; with `queries`, a tuple of them,
+            the keys and the values.
         """
-        hidden_states = _keep(hidden_states, active)
-        normed = _keep(self.layernorm_before(hidden_states), active)
+        hidden_states = _zero_inactive(hidden_states, active)
+        normed = _zero_inactive(self.layernorm_before(hidden_states), active)
         if key is None:
-            key, value = self.attention.project_key_value(normed)
+            key, value = self.attention.project_key_value(normed, sub_network)
         if queries is not None:
             hidden_states, normed = hidden_states[:, queries], normed[:, queries]
         attention, mlp, dropout = self.attention, self.mlp, self.dropout
-        attn_output, _ = attention(normed, key, value, **kwargs)
+        attn_output, _ = attention(normed, sub_network, key, value, **kwargs)
         hidden_states = add_residual(hidden_states, dropout(attn_output), attention.o_proj, attention, dropout)
-        normed = _keep(self.layernorm_after(hidden_states), active)
-        mlp_output = mlp(normed, stage.intermediate_size)
+        normed = _zero_inactive(self.layernorm_after(hidden_states), active)
+        mlp_output = mlp(normed, sub_network.intermediate_size)
         hidden_states = add_residual(hidden_states, dropout(mlp_output), mlp.fc2, mlp, dropout)
         return hidden_states if queries is None else (hidden_states, key, value)
+
+
+def build_layers(config: NestedViTConfig) -> nn.ModuleList:
+    """The layers, with stochastic depth that rises linearly to `config.drop_path_rate`."""
+    rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+    return nn.ModuleList([NestedViTLayer(config, rate) for rate in rates])
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    hidden_states: torch.Tensor,
+    sub_network: SubNetwork,
+    policy: TokenPolicy | None = None,
+    num_queries: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    Run the layers of a sub-network.
+
+    Args:
+        layers (`nn.ModuleList`): all layers of the model.
+        hidden_states (`torch.Tensor` of shape `(batch, tokens, sub_network.hidden_size)`): the first layer's input.
+        sub_network (`SubNetwork`): which layers run, and their sizes.
+        policy (`TokenPolicy`, *optional*): what happens to the tokens between layers; nothing by default.
+        num_queries (`int`, *optional*): compute only so many leading tokens of the last layer; all by default.
+        kwargs: for the layers.
+
+    Returns:
+        The output of the last layer; and what `finish_layers` needs for the other tokens of the last layer, which is
+        empty where all of them were computed.
+    """
+    numbers, pending = sub_network.layer_numbers(len(layers)), {}
+    for number in numbers:
+        layer, sizes, arguments = layers[number], sub_network.at_layer(number), {}
+        if policy is not None:
+            if policy.is_done:
+                break
+            hidden_states, arguments = policy.before_layer(number, hidden_states)
+        if num_queries is None or number != numbers[-1]:
+            hidden_states = layer(hidden_states, sizes, **arguments, **kwargs)
+        else:
+            others = hidden_states[:, num_queries:]
+            hidden_states, key, value = layer(hidden_states, sizes, slice(num_queries), **arguments, **kwargs)
+            pending = {"hidden_states": others, "key": key, "value": value}
+        if policy is not None:
+            hidden_states = policy.after_layer(number, hidden_states)
+    return hidden_states, pending
+
+
+def finish_layers(
+    layers: nn.ModuleList, pending: dict[str, torch.Tensor], sub_network: SubNetwork, **kwargs
+) -> torch.Tensor:
+    """The tokens of the last layer that `run_layers` left out: `(batch, tokens - num_queries, width)`."""
+    number = sub_network.layer_numbers(len(layers))[-1]
+    hidden_states, key, value = pending["hidden_states"], pending["key"], pending["value"]
+    return layers[number](hidden_states, sub_network.at_layer(number), None, key, value, **kwargs)
 
 
 class NestedViTPreTrainedModel(PreTrainedModel):
@@ -264,9 +328,3 @@ class NestedViTPreTrainedModel(PreTrainedModel):
             for name in ("cls_token", "distillation_token", "position_embeddings"):
                 if hasattr(module, name):
                     init.trunc_normal_(getattr(module, name), mean=0.0, std=self.config.initializer_range)
-
-
-def build_layers(config: NestedViTConfig) -> nn.ModuleList:
-    """The layers, with stochastic depth that rises linearly to `config.drop_path_rate`."""
-    rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
-    return nn.ModuleList([NestedViTLayer(config, rate) for rate in rates])

@@ -19,15 +19,11 @@ from .module_recording import RECORDINGS, recording_off, wants_recordings
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:
-    """Ascending, without repetition; `ValueError` for what is no list of positive integers."""
+    """`batch_sizes` ascending and unique; `ValueError` unless it is a non-empty list of positive integers."""
     valid = isinstance(batch_sizes, Sequence) and not isinstance(batch_sizes, str) and len(batch_sizes) > 0
     if not valid or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in batch_sizes):
         raise ValueError(f"`batch_sizes` must be a list of positive integers, got {batch_sizes!r}.")
     return sorted(set(batch_sizes))
-
-
-# Arguments that some steps have, and the same step of another model does not read.
-STEP_OPTIONS = frozenset({"interpolate_pos_encoding", "is_last", "max_stages"})
 
 
 def compilable_step(step: Callable) -> Callable:
@@ -53,8 +49,7 @@ def compilable_step(step: Callable) -> Callable:
         state = arguments.get(state_name)
         # Programs are made for the step's own arguments, each given once and a plain value. Anything else runs as
         # before, a call that records outputs for example; or fails as before.
-        known = set(names) <= arguments.keys() <= {*names, *STEP_OPTIONS}
-        fits = known and len(args) == len(positional) and not positional.keys() & given.keys()
+        fits = set(names) == arguments.keys() and len(args) == len(positional) and not positional.keys() & given.keys()
         constants = {name: value for name, value in arguments.items() if name != state_name}
         fits = fits and _is_batch(state) and all(isinstance(value, int | None) for value in constants.values())
         if not fits or wants_recordings(self.config, kwargs):

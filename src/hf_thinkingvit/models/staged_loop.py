@@ -1,226 +1,192 @@
 """
 Run a stage, decide, go on: the one loop of every model that thinks in stages.
 
-A staged classifier provides three steps, each on a *state*, a dict of tensors whose first dimension is the image:
+A staged model provides four steps on a *state*, a dict of tensors whose first dimension is the image:
 
-* `begin(pixel_values)`: what is computed once per image; it refuses images that the stages to run cannot take;
-* `run_stage(index, state)`: the stage's logits, and the state as the stage leaves it;
-* `recycle(index, state)`: for the images that go on, the state with which stage `index + 1` starts.
+* `begin(pixel_values)`: the state with which the first stage starts; refuses images that the stages cannot take;
+* `run_stage(stage_index, state)`: the state as the stage leaves it;
+* `answer(stage_index, state)`: what the stage answers, a dict of tensors whose first dimension is the image;
+* `recycle(stage_index, state)`: for the images that go on, the state with which stage `stage_index + 1` starts.
 
-The loop here knows nothing of layers or heads; the steps know nothing of thresholds. Whoever schedules stages in
-another way (one batch at a time here, queues per stage elsewhere) uses the same three steps and the same `ExitRule`.
+`step_stage` runs one stage of them and asks an exit rule; `run_stages` runs one stage after another for a batch. Other
+schedules (a queue per stage in the engine, a program per stage in an export) call `step_stage` themselves. Nothing here
+knows layers, heads, labels, losses or output types.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.output_capturing import capture_outputs
 
 from .exit_rules import ExitRule
-from .module_arguments import check_arguments, warn_of_outside_loss
-from .staged_compilation import CompiledStagesMixin
-from .task_classification import check_labels, classification_loss, loss_arguments, weights_of_stages
+from .module_recording import wants_recordings
+from .staged_compilation import CompiledStagesMixin, compilable_step
+from .staged_run import StagedRun, StageStep, State, select_rows
+from .tasks import Task
 
 
-State = dict[str, torch.Tensor]
-
-OUTSIDE_LOSS = (
-    "A loss that is computed from `logits` trains the last stage only, which is what `Trainer` does with "
-    "`label_smoothing_factor` or `compute_loss_func`. For label smoothing, set `label_smoothing` in the model's "
-    "configuration instead. A loss of your own should be computed from every entry of `stage_logits`; call the model "
-    "with `output_stage_logits=True` to say so."
-)
+# Entries of a state that belong to the exit rule: they pass from stage to stage beside those of the model.
+MEMORY_PREFIX = "memory."
 
 
-@dataclass
-class StagedImageClassifierOutput(ModelOutput):
+def resolve_stages(
+    num_stages: int,
+    max_stages: int | None = None,
+    sub_network: int | None = None,
+    threshold: float | Sequence[float] | None = None,
+) -> range:
     """
-    Output of a classifier that answers in stages. Each image has its own exit: its *accepted* stage is the first whose
-    answer passes τ, or the last one that may run.
+    Which of `num_stages` stages run: all, the first `max_stages`, or the sub-network of one stage alone.
 
-    Args:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` are given):
-            In training mode, the sum over the stages that run of `stage_loss_weights[i]` times the loss of stage i,
-            with `label_smoothing`; with `max_stages`, the weights are scaled to keep their sum. In evaluation mode, the
-            loss of the accepted logits, without smoothing.
-        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            Logits of each image's accepted stage, before softmax. In training mode: of the last stage.
-        exit_stage (`torch.LongTensor` of shape `(batch_size,)`):
-            The accepted stage, counted from 0.
-        entropy (`torch.FloatTensor` of shape `(batch_size,)`):
-            Entropy in nats of the accepted stage's answer, float32 whatever the model's dtype: over all classes where
-            `exit_criterion` is `"entropy"`, of each label averaged over the labels where it is `"mean_binary_entropy"`,
-            over the `entropy_top_k` most probable classes otherwise.
-        stage_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_stage_logits=True` or in training mode):
-            Logits `(batch_size, num_labels)` of every stage for every image, also of stages after its exit: asking for
-            them makes all images run all stages. The other fields do not change.
-        hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
-            The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
-            stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
-            `exit_stage >= i`, in batch order. On Swin tokens and width are those of the layer of the hierarchy.
-        attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
-            Attention probabilities `(images, heads of stage i, tokens, tokens)`, one per layer and stage that ran, for
-            the same images as in `hidden_states`. On Swin one per block and stage: `(images * windows, heads,
-            tokens of a window, tokens of a window)`, each image's windows side by side.
+    Raises:
+        ValueError: unless `max_stages` is an integer from 1 to `num_stages`, or `sub_network` one from 0 to
+            `num_stages` - 1; if `sub_network` is given with `max_stages` or `threshold`.
     """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    exit_stage: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    stage_logits: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def select_rows(state: State, rows: torch.Tensor) -> State:
-    """The state of the images `rows` (int64 indices), as a smaller batch."""
-    return {name: tensor.index_select(0, rows) for name, tensor in state.items()}
-
-
-def resolve_max_stages(max_stages: int | None, num_stages: int) -> int:
-    """How many of `num_stages` may run; `ValueError` for what is no integer from 1 to that."""
+    if sub_network is not None:
+        if max_stages is not None or threshold is not None:
+            raise ValueError(
+                "`sub_network` runs one sub-network alone, without exits: it cannot be combined with `max_stages` or "
+                "`threshold`."
+            )
+        if isinstance(sub_network, bool) or not isinstance(sub_network, int) or not 0 <= sub_network < num_stages:
+            raise ValueError(
+                f"`sub_network` must be an integer from 0 to {num_stages - 1}, a stage of this model, got "
+                f"{sub_network!r}."
+            )
+        return range(sub_network, sub_network + 1)
     if max_stages is None:
-        return num_stages
+        return range(num_stages)
     if isinstance(max_stages, bool) or not isinstance(max_stages, int) or not 1 <= max_stages <= num_stages:
         raise ValueError(
             f"`max_stages` must be an integer from 1 to {num_stages}, the number of stages of this model, "
             f"got {max_stages!r}."
         )
-    return max_stages
+    return range(max_stages)
 
 
-class StagedImageClassifierMixin(CompiledStagesMixin):
+def step_stage(
+    model: "StagedModelMixin",
+    rule: ExitRule,
+    stages: range,
+    stage_index: int,
+    state: State,
+    interpolate_pos_encoding: bool | None = None,
+    **kwargs,
+) -> StageStep:
     """
-    `forward` of an image classifier that thinks in stages, for a `PreTrainedModel` with `begin`, `run_stage` and
-    `recycle` (see this module's opening), which `compilable_step` marks as steps that `compile_stages` compiles.
+    Run a stage, with what leads to it, and decide which images exit.
+
+    Args:
+        model (`StagedModelMixin`): provides the steps.
+        rule (`ExitRule`): decides.
+        stages (`range`): the stages that run for this input.
+        stage_index (`int`): one of them.
+        state (`dict[str, torch.Tensor]`): for the first of `stages` `{"pixel_values": ...}`, for the others the state
+            of the [`StageStep`] before, of the images that go on.
+        interpolate_pos_encoding (`bool`, *optional*), kwargs: arguments of the model's `forward`.
+    """
+    memory = {name.removeprefix(MEMORY_PREFIX): state[name] for name in state if name.startswith(MEMORY_PREFIX)}
+    if stage_index == stages[0]:
+        state = model.begin(
+            state["pixel_values"],
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            start=stages.start,
+            stop=stages.stop,
+            **kwargs,
+        )
+    else:
+        state = {name: state[name] for name in state if not name.startswith(MEMORY_PREFIX)} if memory else state
+        state = model.recycle(stage_index - 1, state, **kwargs)
+    is_last = stage_index == stages[-1]
+    state = model.run_stage(stage_index, state, is_last=is_last, **kwargs)
+    answer = model.answer(stage_index, state)
+    verdict = rule.judge(stage_index, answer, memory)
+    if verdict.memory:
+        state = {**state, **{MEMORY_PREFIX + name: tensor for name, tensor in verdict.memory.items()}}
+    exits = torch.ones_like(verdict.exits) if is_last else verdict.exits
+    return StageStep({**answer, "entropy": verdict.entropy}, verdict.score, exits, state)
+
+
+def run_stages(
+    model: "StagedModelMixin",
+    rule: ExitRule,
+    stages: range,
+    pixel_values: torch.Tensor,
+    run_all: bool = False,
+    **kwargs,
+) -> StagedRun:
+    """
+    Run one stage after another. In evaluation mode an image's accepted answer is that of its exit, and later stages
+    compute only the images that go on. In training mode every stage runs for every image, and the last is accepted.
+
+    Args:
+        model, rule, stages, kwargs: as in `step_stage`.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
+        run_all (`bool`): run every stage for every image in evaluation mode as well.
+    """
+    run_all = run_all or model.training
+    state: State = {"pixel_values": pixel_values}
+    run = rows = undecided = None  # rows: places in the batch of the images still running; None for all of them
+    for stage_index in stages:
+        step = step_stage(model, rule, stages, stage_index, state, **kwargs)
+        answer, state = step.answer, step.state
+        if run is None:
+            exit_stage = torch.full(step.exits.shape, stage_index, dtype=torch.long, device=step.exits.device)
+            run = StagedRun(answer, exit_stage, stage_index)
+            undecided = torch.ones_like(step.exits)
+        elif run_all:
+            run.accepted = model.merge_answers(run.accepted, answer, undecided)
+            run.exit_stage = torch.where(undecided, stage_index, run.exit_stage)
+        elif rows is None:
+            run.accepted, run.exit_stage = answer, torch.full_like(run.exit_stage, stage_index)
+        else:
+            run.accepted = model.merge_answers(run.accepted, answer, rows)
+            run.exit_stage = run.exit_stage.index_fill(0, rows, stage_index)
+        run.steps.append(step._replace(state={}))
+        if stage_index == stages[-1]:
+            break
+        if run_all:
+            if not model.training:
+                undecided = undecided & ~step.exits
+            continue
+        going_on = (~step.exits).nonzero().squeeze(1)  # the one host synchronisation per exit
+        if going_on.numel() == 0:
+            break
+        if going_on.numel() < step.exits.shape[0]:
+            state = select_rows(state, going_on)
+            rows = going_on if rows is None else rows[going_on]
+    return run
+
+
+class StagedModelMixin(CompiledStagesMixin, Task):
+    """
+    The steps of a model that thinks in stages: those of its backbone (`base_model`), and a task's `answer`. The first
+    three are `compilable_step`s, which `compile_stages` compiles.
     """
 
-    _loss_function = staticmethod(classification_loss)  # behind `loss_function`, which users may set
-
-    def begin(self, pixel_values: torch.Tensor, **kwargs) -> State:
-        raise NotImplementedError
-
-    def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> tuple[torch.Tensor, State]:
-        raise NotImplementedError
-
-    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
-        raise NotImplementedError
-
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    @compilable_step
+    def begin(
         self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        *,
-        threshold: float | Sequence[float] | None = None,
-        max_stages: int | None = None,
-        output_stage_logits: bool | None = None,
+        pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> StagedImageClassifierOutput:
-        r"""
-        In evaluation mode an image leaves after the first stage whose answer passes τ, and only the others are computed
-        further. In training mode every image runs every stage.
+        start: int = 0,
+        stop: int | None = None,
+        **kwargs,
+    ) -> State:
+        """The state with which stage `start` starts, where the stages before `stop` are to run (`None`: all others)."""
+        return self.base_model.begin(pixel_values, interpolate_pos_encoding, start, stop)
 
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-                Images, as the image processor returns them.
-            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Class indices, of which -100 is ignored. With one label (`config.num_labels == 1`) a float target for
-                regression; with `config.problem_type = "multi_label_classification"` a float tensor
-                `(batch_size, num_labels)`. In training mode without labels a warning says, once, that a loss computed
-                outside should be one of `stage_logits`; `output_stage_logits=True` says that it is.
-            threshold (`float` or `list[float]`, *optional*):
-                τ for this call, instead of `config.threshold`: Python's or NumPy's numbers, an array or a tensor.
-            max_stages (`int`, *optional*):
-                Run at most this many stages, from 1 to the number that the model has; the last of them always answers.
-            output_stage_logits (`bool`, *optional*):
-                Return every stage's logits for every image, which makes all of them run.
-            interpolate_pos_encoding (`bool`, *optional*):
-                Accept images of another size than `config.image_size`, and interpolate the position embeddings. Where
-                there are none (Swin, unless `config.use_absolute_embeddings`), other sizes are accepted anyway.
+    @compilable_step
+    def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> State:
+        """The state as the stage leaves it; `is_last` if no other stage follows."""
+        # In training every image goes on, so computing the last layer in two parts gains nothing. Recorded outputs are
+        # of all tokens.
+        all_tokens = self.reads_all_tokens or (self.training and not is_last) or wants_recordings(self.config, kwargs)
+        return self.base_model.run_stage(stage_index, state, all_tokens=all_tokens, **kwargs)
 
-        Returns:
-            [`StagedImageClassifierOutput`]
+    @compilable_step
+    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
+        """The state with which stage `stage_index + 1` starts."""
+        return self.base_model.recycle(stage_index, state, **kwargs)
 
-        Raises:
-            ValueError: for pixel values, labels, `threshold` or `max_stages` that do not fit the model.
-            TypeError: for arguments that neither the model nor Transformers knows.
-        """
-        check_arguments(self, kwargs)
-        rule = ExitRule.from_config(self.config, threshold)
-        num_stages = resolve_max_stages(max_stages, self.config.num_stages)
-        # Every stage for every image, with the accepted answer picked afterwards, where all answers are wanted.
-        run_all = self.training or bool(output_stage_logits)
-        if labels is None and num_stages > 1 and not output_stage_logits:
-            warn_of_outside_loss(self, OUTSIDE_LOSS)
 
-        state = self.begin(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, max_stages=max_stages, **kwargs
-        )
-        if labels is not None:
-            check_labels(labels, pixel_values.shape[0], self.config)
-        logits = exit_stage = entropy = None
-        stage_logits: list[torch.Tensor] = []
-        rows = None  # indices in the batch of the images still running; None: all of them
-        undecided = None  # for run_all: images whose answer has not been accepted yet
-
-        for index in range(num_stages):
-            is_last = index == num_stages - 1
-            answer, state = self.run_stage(index, state, is_last=is_last, **kwargs)
-            answer_entropy, exits = rule.judge(index, answer)
-            stage_logits.append(answer)
-
-            if index == 0:
-                logits, entropy = answer, answer_entropy
-                exit_stage = torch.zeros(answer.shape[0], dtype=torch.long, device=answer.device)
-                undecided = torch.ones_like(exit_stage, dtype=torch.bool)
-            elif run_all:
-                logits = torch.where(undecided[:, None], answer, logits)
-                entropy = torch.where(undecided, answer_entropy, entropy)
-                exit_stage = torch.where(undecided, index, exit_stage)
-            elif rows is None:
-                logits, entropy = answer, answer_entropy
-                exit_stage = torch.full_like(exit_stage, index)
-            else:
-                logits = logits.index_copy(0, rows, answer)
-                entropy = entropy.index_copy(0, rows, answer_entropy)
-                exit_stage = exit_stage.index_fill(0, rows, index)
-
-            if is_last:
-                break
-            if run_all:
-                if not self.training:
-                    undecided = undecided & ~exits
-            else:
-                going_on = (~exits).nonzero().squeeze(1)  # the one host synchronisation per exit
-                if going_on.numel() == 0:
-                    break
-                if going_on.numel() < answer.shape[0]:
-                    state = select_rows(state, going_on)
-                    rows = going_on if rows is None else rows[going_on]
-            state = self.recycle(index, state, **kwargs)
-
-        loss = None
-        if labels is not None and self.training:
-            loss = self._training_loss(labels, stage_logits, **kwargs)
-        elif labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **loss_arguments(self, kwargs))
-        return StagedImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            exit_stage=exit_stage,
-            entropy=entropy,
-            stage_logits=tuple(stage_logits) if run_all else None,
-        )
-
-    def _training_loss(self, labels: torch.Tensor, stage_logits: Sequence[torch.Tensor], **kwargs) -> torch.Tensor:
-        """Weighted sum of the stages' losses (ThinkingViT paper, training objective)."""
-        weights = weights_of_stages(self.config.stage_loss_weights, len(stage_logits))
-        kwargs = loss_arguments(self, kwargs)
-        losses = [self.loss_function(labels, logits, self.config, **kwargs) for logits in stage_logits]
-        return sum(weight * loss for weight, loss in zip(weights, losses))
+__all__ = ["StagedModelMixin", "resolve_stages", "run_stages", "step_stage"]

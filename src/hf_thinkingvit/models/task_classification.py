@@ -1,23 +1,76 @@
 """
-The loss of every classifier here: of one answer, of several stages' answers, and of a part of a batch.
+Image classification: the output of staged classifiers, the checks of labels, and the loss of one answer, of several
+stages' answers, and of a part of a batch.
 
 `Trainer` with gradient accumulation calls a model on parts of a batch, and tells it how many labels the whole batch has
 (`num_items_in_batch`). It then adds the gradients up and divides nothing. So each part's loss, which is a mean, must be
-scaled by the part's share of the batch; `share_of_batch` is that share, for whatever a model adds to its loss.
+scaled by the part's share of the batch; `share_of_batch` is that share, also for what a model adds to this loss.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .configuration_checks import configured_problem_type
 from .exit_rules import EXIT_CRITERIA
+from .module_arguments import warn_of_outside_loss
+from .staged_run import Answer, StagedRun
+from .tasks import Task
 
 
 IGNORE_INDEX = -100
+
+OUTSIDE_LOSS = (
+    "A loss that is computed from `logits` trains the last stage only, which is what `Trainer` does with "
+    "`label_smoothing_factor` or `compute_loss_func`. For label smoothing, set `label_smoothing` in the model's "
+    "configuration instead. A loss of your own should be computed from every entry of `stage_logits`; call the model "
+    "with `output_stage_logits=True` to say so."
+)
+
+
+@dataclass
+class StagedImageClassifierOutput(ModelOutput):
+    """
+    Output of a classifier that answers in stages. Each image has its own exit: its *accepted* stage is the first whose
+    answer passes τ, or the last one that may run.
+
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` are given):
+            In training mode, the sum over the stages that run of `stage_loss_weights[i]` times the loss of stage i,
+            with `label_smoothing`; with `max_stages`, the weights are scaled to keep their sum. In evaluation mode, the
+            loss of the accepted logits, without smoothing.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            Logits of each image's accepted stage, before softmax. In training mode: of the last stage.
+        exit_stage (`torch.LongTensor` of shape `(batch_size,)`):
+            The accepted stage, counted from 0.
+        entropy (`torch.FloatTensor` of shape `(batch_size,)`):
+            Entropy in nats of the accepted stage's answer, float32 whatever the model's dtype: over all classes where
+            `exit_criterion` is `"entropy"`, of each label averaged over the labels where it is `"mean_binary_entropy"`,
+            over the `entropy_top_k` most probable classes otherwise.
+        stage_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_stage_logits=True` or in training mode):
+            Logits `(batch_size, num_labels)` of every stage for every image, also of stages after its exit: asking for
+            them makes all images run all stages. The other fields do not change.
+        hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+            The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
+            stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
+            `exit_stage >= i`, in batch order. On Swin tokens and width are those of the layer of the hierarchy.
+        attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
+            Attention probabilities `(images, heads of stage i, tokens, tokens)`, one per layer and stage that ran, for
+            the same images as in `hidden_states`. On Swin one per block and stage: `(images * windows, heads,
+            tokens of a window, tokens of a window)`, each image's windows side by side.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    exit_stage: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    stage_logits: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def problem_type_of(labels: torch.Tensor, config) -> str:
@@ -146,20 +199,51 @@ def loss_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, 
     return {**kwargs, "label_smoothing": smoothing} if smoothing else kwargs
 
 
-def weights_of_stages(weights: Sequence[float] | None, num_stages: int) -> list[float]:
+class ImageClassificationTask(Task):
     """
-    The weights of the first `num_stages` stages' losses, with the same sum as those of all stages, so that the size of
-    the loss does not depend on how many stages run. Equal weights that sum to 1 where `weights` is `None`.
+    One answer per image, `{"logits": (images, num_labels)}`: of a classification, single-label or multi-label, or of a
+    regression. Models say in `answer` from which features their classifier reads it.
+    """
 
-    Raises:
-        ValueError: if all of these stages have weight 0.
-    """
-    if weights is None:
-        return [1.0 / num_stages] * num_stages
-    used = list(weights[:num_stages])
-    if not sum(used) > 0:
-        raise ValueError(
-            f"`stage_loss_weights` ({list(weights)}) has weight 0 for all of the {num_stages} stages that `max_stages` "
-            "lets run: there is nothing to train. Raise `max_stages`, or set other weights."
+    _loss_function = staticmethod(classification_loss)  # behind `loss_function`, which users may set
+
+    def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
+        check_labels(labels, batch_size, self.config)
+
+    def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
+        return self.loss_function(labels, answer["logits"], self.config, **loss_arguments(self, kwargs))
+
+    def warn_of_outside_loss(
+        self, labels: torch.Tensor | None, stages: range, output_stage_logits: bool | None
+    ) -> None:
+        """Warn, once, of training several stages without labels, where the loss may be of the last stage alone."""
+        if labels is None and len(stages) > 1 and not output_stage_logits:
+            warn_of_outside_loss(self, OUTSIDE_LOSS)
+
+    def build_output(
+        self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
+    ) -> StagedImageClassifierOutput:
+        """The output of a run, with the loss if there are `labels`. The arguments are those of `forward`."""
+        with_stage_logits = self.training or output_stage_logits
+        loss = None
+        if labels is not None:
+            self.check_labels(labels, len(run.exit_stage))
+            loss = self.run_loss(labels, run, **kwargs)
+        return StagedImageClassifierOutput(
+            loss=loss,
+            logits=run.accepted["logits"],
+            exit_stage=run.exit_stage,
+            entropy=run.accepted["entropy"],
+            stage_logits=tuple(step.answer["logits"] for step in run.steps) if with_stage_logits else None,
         )
-    return [weight * sum(weights) / sum(used) for weight in used]
+
+
+__all__ = [
+    "ImageClassificationTask",
+    "StagedImageClassifierOutput",
+    "check_labels",
+    "classification_loss",
+    "loss_arguments",
+    "problem_type_of",
+    "share_of_batch",
+]

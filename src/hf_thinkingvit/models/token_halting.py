@@ -1,24 +1,27 @@
 """
-When does a token stop? The bookkeeping of A-ViT (arXiv 2112.07658, section 3, algorithm 1), after each layer.
+A-ViT's halting (arXiv 2112.07658, section 3, algorithm 1) as two token policies with equal results.
 
-Shared by the dense computation, where halted tokens are masked, and the sparse one, where they are gone: the state has
-one entry per token, whatever the tokens' shape is.
+`DenseHalting` masks halted tokens: every step is differentiable. `SparseHalting` removes them: the tokens of the batch
+are packed one after another, an image leaves with its class token (and distillation token), and the last layer computes
+only the tokens that are read. Both use the same bookkeeping, which has one entry per token in whatever shape.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .configuration_avit import AViTConfig
+from .token_packing import PackedTokens
+from .token_policies import TokenPolicy
 
 
 class HaltingState(NamedTuple):
     """
-    Of each token: float32 tensors of one shape, which is the caller's.
+    What has been accumulated for each token: float32 tensors of the same shape.
 
     Attributes:
-        cumulative: sum of its halting scores so far.
-        remainder: what is left of 1 for its last output.
+        cumulative: sum of the token's halting scores so far.
+        remainder: 1 minus that sum, the weight of the token's last output.
     """
 
     cumulative: torch.Tensor
@@ -34,7 +37,7 @@ class HaltingState(NamedTuple):
 
 class HaltingStep(NamedTuple):
     """
-    What a layer did to the tokens that were active in it.
+    The outcome of one layer.
 
     Attributes:
         halts: bool, which tokens halt after this layer.
@@ -70,8 +73,124 @@ def halt(
     if active is not None:
         halts = halts & active
     weight = torch.where(halts, state.remainder, scores)
-    # What a halted token's remainder becomes is never read.
+    # The remainder of a token that has halted is never read again.
     return HaltingStep(halts, weight), HaltingState(cumulative, state.remainder - scores)
+
+
+class DenseHalting(TokenPolicy):
+    """
+    Halted tokens are masked and set to zero; nothing is removed.
+
+    Args:
+        config (`AViTConfig`): for the halting score.
+        epsilon (`float`): ε.
+        num_layers (`int`): tokens still active in the last of so many layers halt there.
+        hidden_states (`torch.Tensor` of shape `(batch, tokens, width)`): the input of the first layer.
+
+    Attributes:
+        output (`torch.Tensor` of shape `(batch, tokens, width)`): halting-weighted sum of each token's outputs.
+        token_depth (`torch.LongTensor` of shape `(batch, tokens)`): layers that each token ran.
+        ponder (`torch.Tensor` of shape `(batch, tokens)`): ρ, float32.
+        scores (`list[torch.Tensor]`): halting scores `(batch, tokens)` of each layer's output.
+    """
+
+    def __init__(self, config: AViTConfig, epsilon: float, num_layers: int, hidden_states: torch.Tensor):
+        self.config, self.epsilon, self.last_layer = config, epsilon, num_layers - 1
+        shape, device = hidden_states.shape[:2], hidden_states.device
+        self.active = torch.ones(shape, dtype=torch.bool, device=device)
+        self.state = HaltingState.start(shape, device)
+        self.output = torch.zeros_like(hidden_states)
+        self.token_depth = torch.zeros(shape, dtype=torch.long, device=device)
+        self.ponder = torch.zeros(shape, device=device)
+        self.scores: list[torch.Tensor] = []
+
+    def before_layer(self, layer: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        return hidden_states, {"active": self.active, "attention_mask": self._mask(hidden_states)}
+
+    def _mask(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Additive mask of keys (batch, 1, tokens, tokens). Images without active tokens see all: they are not read."""
+        visible = self.active | ~self.active.any(dim=1, keepdim=True)
+        mask = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=visible.device)
+        mask = mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)
+        return mask[:, None, None, :].expand(-1, 1, visible.shape[1], -1)
+
+    def after_layer(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        config, active = self.config, self.active
+        scores = halting_scores(output, config.gate_scale, config.gate_center, config.gate_channel)
+        self.scores.append(scores)
+        last = torch.ones_like(scores) if layer == self.last_layer else scores
+        step, self.state = halt(self.state, last, self.epsilon, active)
+        self.output = self.output + step.weight[..., None].to(output.dtype) * output
+        self.ponder = self.ponder + active + torch.where(step.halts, step.weight, 0.0)
+        self.token_depth = self.token_depth + active
+        self.active = active & ~step.halts
+        return output
+
+
+class SparseHalting(TokenPolicy):
+    """
+    Halted tokens are removed. For inference: nothing here is differentiable.
+
+    Args:
+        config (`AViTConfig`): for the halting score and the number of prefix tokens (class, distillation).
+        epsilon (`float`): ε.
+        num_layers (`int`): tokens still active in the last of so many layers halt there.
+        hidden_states (`torch.Tensor` of shape `(batch, tokens, width)`): the input of the first layer.
+        all_depths (`bool`): run images until all their tokens have halted, for their depths; otherwise an image leaves
+            as soon as its prefix tokens have halted, after which nothing can change its answer.
+
+    Attributes:
+        output (`torch.Tensor` of shape `(batch * prefix tokens, width)`): halting-weighted sum of their outputs.
+        token_depth (`torch.LongTensor` of shape `(batch * tokens,)`): layers that each token ran, as far as it was run.
+    """
+
+    def __init__(
+        self, config: AViTConfig, epsilon: float, num_layers: int, hidden_states: torch.Tensor, all_depths: bool
+    ):
+        self.config, self.epsilon, self.last_layer, self.all_depths = config, epsilon, num_layers - 1, all_depths
+        batch_size, num_tokens, width = hidden_states.shape
+        num_prefix, device = config.num_prefix_tokens, hidden_states.device
+        self.output = hidden_states.new_zeros(batch_size * num_prefix, width)
+        self.token_depth = torch.full((batch_size * num_tokens,), num_layers, device=device)
+        self.packed = PackedTokens.whole(batch_size, num_tokens, num_prefix, device)
+        self.state = HaltingState.start((batch_size * num_tokens,), device)
+
+    @property
+    def is_done(self) -> bool:
+        return self.packed.prefix.numel() == 0 and not (self.all_depths and self.packed.position.numel())
+
+    def before_layer(self, layer: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        packed = self.packed
+        if layer == 0:
+            hidden_states = hidden_states.flatten(0, 1)[None]
+        if layer < self.last_layer:
+            return hidden_states, {"query_lengths": packed.lengths, "key_lengths": packed.lengths}
+        # Every token halts here, so that only what is read of this layer's output needs computing.
+        lengths = {"query_lengths": packed.prefix_lengths, "key_lengths": packed.lengths}
+        return hidden_states, {"queries": packed.prefix, **lengths}
+
+    def after_layer(self, layer: int, output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        config, packed = self.config, self.packed
+        if layer == self.last_layer:
+            prefix, weight = output[0][0], self.state.remainder[packed.prefix]
+            self.output.index_add_(0, packed.prefix_slot, weight[:, None].to(self.output.dtype) * prefix)
+            return prefix[None]
+        hidden_states = output[0]
+        scores = halting_scores(hidden_states, config.gate_scale, config.gate_center, config.gate_channel)
+        step, self.state = halt(self.state, scores, self.epsilon)
+        weight, prefix = step.weight[packed.prefix], hidden_states[packed.prefix]
+        self.output.index_add_(0, packed.prefix_slot, weight[:, None].to(self.output.dtype) * prefix)
+        if not step.halts.any():
+            return output
+        stays = ~step.halts
+        if not self.all_depths:
+            unfinished = torch.zeros(packed.batch_size, device=stays.device)
+            unfinished.index_add_(0, packed.image[packed.prefix], stays[packed.prefix].float())
+            stays = stays & (unfinished > 0)[packed.image]
+        self.token_depth[packed.position[~stays]] = layer + 1
+        rows = stays.nonzero().squeeze(1)
+        self.packed, self.state = packed.select(rows), self.state.select(rows)
+        return hidden_states[rows][None]
 
 
 def depth_until_answer(token_depth: torch.Tensor, num_prefix: int) -> torch.Tensor:
@@ -95,26 +214,3 @@ def sparse_macs(config: AViTConfig, depth: torch.Tensor, num_layers: int) -> tor
     key_value = 2 * num_tokens * width**2
     per_query = 2 * width**2 + 2 * num_tokens * width + 2 * width * config.intermediate_size
     return (key_value + num_queries * per_query).sum(dim=0)
-
-
-def depth_prior(num_layers: int, target_depth: float, std: float, mass: float = 0.98) -> torch.Tensor:
-    """
-    The target of the distributional prior: a Gaussian density over the layer indices 0 to `num_layers` - 1, centred at
-    `target_depth`, scaled so that its first `target_depth` entries sum to `mass`. Float32 `(num_layers,)`.
-    """
-    density = torch.exp(-0.5 * ((torch.arange(num_layers, dtype=torch.float64) - target_depth) / std) ** 2)
-    before = density[: max(int(target_depth), 1)].sum()
-    return (density * (mass / before)).float()
-
-
-def prior_loss(mean_scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """
-    Divergence of the layers' share of halting from `target`: Σ target · (log target - log share) / layers.
-
-    Args:
-        mean_scores (`torch.Tensor` of shape `(layers,)`): halting scores, averaged over tokens and images.
-        target (`torch.Tensor` of shape `(layers,)`): from `depth_prior`.
-    """
-    # Scores may all underflow to 0: then every share is 0, not NaN, and nothing is learnt from the prior yet.
-    share = (mean_scores / mean_scores.sum().clamp(min=1e-20)).clamp(0.01, 0.99)
-    return torch.nn.functional.kl_div(share.log(), target, reduction="sum") / len(target)

@@ -5,7 +5,6 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .task_classification import loss_arguments, share_of_batch
-from .token_halting import depth_prior, prior_loss
 
 
 OUTSIDE_LOSS = (
@@ -15,6 +14,29 @@ OUTSIDE_LOSS = (
     "`prior_loss` of the outputs, times their weights in the configuration; call the model with "
     "`output_halting_losses=True` to say so."
 )
+
+
+def depth_prior(num_layers: int, target_depth: float, std: float, mass: float = 0.98) -> torch.Tensor:
+    """
+    The target of the distributional prior: a Gaussian density over the layer indices 0 to `num_layers` - 1, centred at
+    `target_depth`, scaled so that its first `target_depth` entries sum to `mass`. Float32 `(num_layers,)`.
+    """
+    density = torch.exp(-0.5 * ((torch.arange(num_layers, dtype=torch.float64) - target_depth) / std) ** 2)
+    before = density[: max(int(target_depth), 1)].sum()
+    return (density * (mass / before)).float()
+
+
+def prior_loss(mean_scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """
+    Divergence of the layers' share of halting from `target`: Σ target · (log target - log share) / layers.
+
+    Args:
+        mean_scores (`torch.Tensor` of shape `(layers,)`): halting scores, averaged over tokens and images.
+        target (`torch.Tensor` of shape `(layers,)`): from `depth_prior`.
+    """
+    # Scores may all underflow to 0: then every share is 0, not NaN, and nothing is learnt from the prior yet.
+    share = (mean_scores / mean_scores.sum().clamp(min=1e-20)).clamp(0.01, 0.99)
+    return torch.nn.functional.kl_div(share.log(), target, reduction="sum") / len(target)
 
 
 def halting_losses(halting_scores: torch.Tensor, ponder: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +71,7 @@ def add_loss(model: PreTrainedModel, outputs: ModelOutput, labels: torch.Tensor,
         kwargs: of the model's `forward`.
     """
     config, heads = model.config, [outputs.logits]
-    if model.training and config.distilled:  # without a teacher, both heads learn from the labels
+    if model.training and config.use_distillation_token:  # without a teacher, both heads learn from the labels
         heads = [outputs.cls_logits, outputs.distillation_logits]
     arguments = loss_arguments(model, kwargs)
     losses = [model.loss_function(labels, logits, config, **arguments) for logits in heads]

@@ -96,7 +96,7 @@ FIXED_FIELDS = (
     "num_channels",
     "qkv_bias",
     "use_distillation_token",
-    "distilled",
+    "distilled",  # the former name of A-ViT's `use_distillation_token`
 )
 
 
@@ -167,7 +167,8 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     check_overrides(overrides)
     names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
     fields = {name: getattr(config, name) for name in names}
-    return AViTConfig(**override_fields({**fields, "distilled": isinstance(config, DeiTConfig)}, overrides))
+    fields["use_distillation_token"] = isinstance(config, DeiTConfig)
+    return AViTConfig(**override_fields(fields, overrides))
 
 
 def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -232,7 +233,8 @@ def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
         else (ViTConfig, ViTForImageClassification)
     )
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
-    vit = vit_class(config_class(**fields, **stage._asdict()))
+    sizes = {name: getattr(stage, name) for name in ("num_attention_heads", "hidden_size", "intermediate_size")}
+    vit = vit_class(config_class(**fields, **sizes))
     vit.to(device=model.device, dtype=model.dtype)
     for _, nested, parameter in _pairs(model, vit):
         parameter.copy_(_leading(nested, parameter.shape))

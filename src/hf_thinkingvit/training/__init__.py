@@ -1,7 +1,7 @@
 """
-Training: objectives beyond those that the models compute themselves, and runs on Accelerate.
+Training runs on Accelerate, and distillation losses that also work in a training loop of your own.
 
-`train` and `parse_config` need the packages of the extra `hf-thinkingvit[train]` (timm among them).
+`train` and `parse_config` need the extra `hf-thinkingvit[train]` (timm among others).
 """
 
 from .distillation import DistillationLoss, Teacher, teacher_loss

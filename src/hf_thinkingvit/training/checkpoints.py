@@ -1,9 +1,9 @@
 """
-Checkpoints that a killed run can trust: written beside, checked, and moved into place in one step.
+Checkpoints that survive a kill at any moment: written to a temporary folder, then renamed.
 
-A checkpoint is a folder `step-00001234`, complete as soon as it has that name. `manifest.json` in it lists each file's
-size and SHA-256, so that what a disk lost afterwards is seen as well. `evaluated.json` is added to it once the model of
-that step has been evaluated.
+A checkpoint is a folder `step-00001234`; under that name it is complete. Its `manifest.json` lists the size and SHA-256
+of each file, so that later damage is detected as well. `evaluated.json` is added once the model of that step has been
+evaluated.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def _read(file) -> str:  # Python 3.10
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold what was written."""
+    """fsync `path`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,7 +57,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; `None` if it is as it was written."""
+    """A description of the first damage found in a checkpoint; `None` if there is none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -78,14 +78,14 @@ def _step(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, the newest first."""
+    """The complete checkpoints in `folder`, newest first."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and _COMPLETE.fullmatch(path.name)]
     return sorted(found, key=_step, reverse=True)
 
 
 def checkpoints_of(resume: str, own: Path) -> list[Path]:
     """
-    The checkpoints that a run may resume from, the newest first.
+    The checkpoints that a run may resume from, newest first.
 
     Args:
         resume (`str`): `"auto"`, or the folder of a checkpoint, of a run, or of a run's checkpoints.
@@ -100,7 +100,7 @@ def checkpoints_of(resume: str, own: Path) -> list[Path]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that at any moment it is the old one or the new one, whole."""
+    """Replace the file `path` atomically: readers see the old text or the new one."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
@@ -111,11 +111,11 @@ def replace_file(path: Path, text: str) -> None:
 @contextmanager
 def replacing_folder(final: Path) -> Iterator[Path]:
     """
-    A new folder to write, which takes the place of `final` when the context ends without an error. After an error, such
-    as a full disk, it is deleted, `final` is as it was, and an `OSError` says so.
+    Yields an empty temporary folder, which replaces `final` when the context ends without an error. After an error,
+    such as a full disk, the temporary folder is deleted, `final` is unchanged, and an `OSError` is raised.
 
-    No portable call exchanges two folders, so there is a moment with `final` moved aside: `recover_folder` mends what a
-    run that is killed in it leaves behind.
+    No portable call exchanges two folders, so `final` is renamed for a moment. If the run is killed in it,
+    `recover_folder` moves the folder back.
     """
     temporary, old = _partial(final), _set_aside(final)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -124,7 +124,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
         yield temporary
         for path in (*_files(temporary), temporary):
             _sync(path)
-    except Exception as error:  # of a full disk, torch says no more than "iostream error"
+    except Exception as error:  # any, because torch reports a full disk as a plain "iostream error"
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(temporary.parent).free
         raise OSError(
@@ -147,7 +147,7 @@ def _set_aside(final: Path) -> Path:
 
 
 def recover_folder(final: Path) -> None:
-    """Move a folder back that `replacing_folder` had set aside when it was killed."""
+    """Move the old folder back if the process was killed while `replacing_folder` replaced it."""
     final = Path(os.path.abspath(final))  # "." has no name
     if not final.name:
         return
@@ -168,10 +168,10 @@ class Checkpoints:
     The checkpoints of a run. Every process calls every method.
 
     Args:
-        folder (`Path`): where they lie; on several machines, a folder that all of them share.
-        accelerator (`Accelerator`): which has prepared model and optimizer.
-        ema (`nn.Module`, *optional*): weights that it does not know of.
-        keep (`int`): newest ones to keep.
+        folder (`Path`): where they are saved; for several machines, on a shared file system.
+        accelerator (`Accelerator`): has prepared model and optimizer.
+        ema (`nn.Module`, *optional*): the moving average of the weights, which the accelerator does not save.
+        keep (`int`): number of checkpoints to keep; older ones are deleted.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, ema: nn.Module | None, keep: int):
@@ -180,8 +180,8 @@ class Checkpoints:
 
     def save(self, step: int, progress: dict) -> Path:
         """
-        Write everything that the run needs to go on from optimizer step `step`. After an error, such as a full disk,
-        the checkpoints are those that there were.
+        Save all that the run needs to resume after optimizer step `step`. After an error, such as a full disk, the
+        checkpoints are the same as before.
         """
         final, main = self.folder / f"step-{step:08d}", self.accelerator.is_main_process
         with replacing_folder(final) if main else nullcontext(_partial(final)) as temporary:
@@ -199,7 +199,7 @@ class Checkpoints:
                 (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
                 _sync(temporary / MANIFEST)
         if main:
-            # Later steps can only be of a run that went on from before them; they are no reason to delete this one.
+            # Checkpoints of later steps can only be there if this run resumed from an earlier one: they do not count.
             until_now = [path for path in list_checkpoints(self.folder) if _step(path) <= step]
             for old in (*until_now[self.keep :], *self.folder.glob(".step-*.partial")):
                 shutil.rmtree(old, ignore_errors=True)
@@ -208,23 +208,26 @@ class Checkpoints:
         return final
 
     def holds_last_good(self) -> bool:
-        """Whether the checkpoint that a run resumed from, if any, is one of its own."""
+        """False if the run resumed from a checkpoint in the folder of another run."""
         return self.last_good is None or self.last_good.parent.resolve() == self.folder.resolve()
 
     def add_evaluation(self, progress: dict) -> None:
-        """Record in the newest checkpoint how far its run is once the model of that step has been evaluated."""
+        """Add to the newest checkpoint the progress after the evaluation of its model."""
         if self.accelerator.is_main_process:
             replace_file(self.last_good / EVALUATED, json.dumps(progress, indent=1))
         self.accelerator.wait_for_everyone()
 
     def find(self, resume: str) -> Path | None:
         """
-        The checkpoint to resume from, of one of three: `"auto"` for the newest undamaged one of this run, or `None`
-        where there is none yet; the folder of a checkpoint; the folder of a run or of its checkpoints, for its newest
-        undamaged one.
+        The checkpoint to resume from.
+
+        Args:
+            resume (`str`):
+                `"auto"` for the newest undamaged checkpoint of this run, or `None` if it has no checkpoints yet; the
+                folder of a checkpoint; or the folder of a run or of its checkpoints, for the newest undamaged one.
 
         Raises:
-            ValueError: if what was asked for does not exist, or is damaged.
+            ValueError: if there is no such checkpoint, or all of them are damaged.
         """
         found: list = [None, None]  # checkpoint, error
         if self.accelerator.is_main_process:
@@ -261,14 +264,14 @@ class Checkpoints:
         return f"; there are {', '.join(there)}" if there else f", nor any in {self.folder}"
 
     def read(self, path: Path) -> dict:
-        """The progress that was saved with a checkpoint."""
+        """The `progress` that was given to `save`, or to `add_evaluation`, for this checkpoint."""
         try:
             return json.loads((path / EVALUATED).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not evaluated, or not read well: it will be evaluated (again)
+        except (OSError, ValueError):  # not evaluated yet, or the file is damaged: the run evaluates again
             return json.loads((path / PROGRESS).read_text(encoding="utf-8"))
 
     def load(self, path: Path) -> None:
-        """Restore model, optimizer, scaler and moving average."""
+        """Load model, optimizer, gradient scaler and moving average."""
         self.accelerator.load_state(str(path))
         if self.ema is not None:
             self.ema.load_state_dict(load_file(path / EMA))

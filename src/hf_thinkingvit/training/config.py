@@ -18,11 +18,9 @@ import yaml
 from PIL import Image
 from transformers import HfArgumentParser
 
-from ..auto import FAMILIES
+from ..families import FAMILIES
 from .labels import LABEL_MAPS
-
-
-MODEL_CONFIGS = {config_class.model_type: config_class for config_class, _, _ in FAMILIES}
+from .stage_samplers import STAGE_SAMPLERS
 
 
 def _help(text: str, default: Any = None, **metadata) -> Any:
@@ -45,7 +43,7 @@ class TrainingConfig:
     dataset: str = _help("Hub id, folder (images or Parquet), Parquet file, or sklearn-digits", "ILSVRC/imagenet-1k")
     output_dir: str = _help("checkpoints, logs, and the best and last model", "outputs/train")
 
-    model_type: str = _help("architecture to train", "thinkingvit", choices=sorted(MODEL_CONFIGS))
+    model_type: str = _help("architecture to train", "thinkingvit", choices=sorted(FAMILIES))
     model: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
     from_pretrained: str | None = _help("start from a model of this package: folder or Hub id; `model` overrides it")
     from_vit: str | None = _help("start from a plain ViT or DeiT, for thinking_swin a Swin: folder or Hub id")
@@ -115,7 +113,7 @@ class TrainingConfig:
     stage_sampling: str = _help(
         "all stages' losses in each step, or those of the first, the last and random ones between",
         "all",
-        choices=["all", "sandwich"],
+        choices=list(STAGE_SAMPLERS),
     )
     sandwich_samples: int = _help("random stages between, with stage_sampling sandwich", 1)
     inplace_distillation: float = _help("share of the last stage's answer in the earlier stages' targets", 0.0)
@@ -179,14 +177,12 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be two numbers, got {getattr(self, name)!r}.")
         if self.from_pretrained and self.from_vit:
             raise ValueError("`from_pretrained` and `from_vit` are two ways to start: give one of them.")
-        if self.model_type == "avit" and self.uses_mixup:
-            raise ValueError(
-                "A-ViT is trained without mixup and cutmix (arXiv 2112.07658, section 4): set `mixup` and `cutmix` to "
-                "0."
-            )
-        known = [entry.name for entry in dataclasses.fields(MODEL_CONFIGS[self.model_type])]
+        family = FAMILIES[self.model_type]
+        if family.without_mixup and self.uses_mixup:
+            raise ValueError(f"{family.without_mixup}: set `mixup` and `cutmix` to 0.")
+        known = [entry.name for entry in dataclasses.fields(family.config_class)]
         for name in self.model:
-            if name not in known:
+            if name not in known and name not in family.config_class.attribute_map:  # names of earlier versions
                 raise ValueError(_unknown(f"model.{name}", [f"model.{entry}" for entry in known]))
         if "label_smoothing" in self.model:
             raise ValueError("`model.label_smoothing` is of the model's own loss: set `label_smoothing` of the run.")

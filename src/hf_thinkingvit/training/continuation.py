@@ -1,4 +1,4 @@
-"""What a run that continues another takes over from it."""
+"""The settings that a resumed run takes over from its checkpoint."""
 
 import dataclasses
 import json
@@ -8,17 +8,16 @@ from .checkpoints import PROGRESS, checkpoints_of
 from .config import TrainingConfig
 
 
-# Filled in from the starting point when a run begins.
+# Fields that a run fills in from its starting point if they are not given.
 FILLED_IN = ("image_mean", "image_std", "crop_pct", "interpolation")
-# What runs of versions before a field did, where that is not its default.
+# For fields that older versions did not have: the value that describes what those versions did, if not the default.
 OLDER_RUNS = {"validation_fraction": 0.0, "interpolation": "bicubic"}
 
 
 def as_begun(config: TrainingConfig) -> TrainingConfig:
     """
-    `config` with what the run that it resumes has filled in for fields that are not given. A run of a version that held
-    no images out, or that always interpolated alike, goes on so. Checkpoints that cannot be read are left to
-    `Checkpoints.find` to report.
+    `config` with the values that the resumed run has filled in for fields that are not given, and for runs of older
+    versions with `OLDER_RUNS`. Unreadable checkpoints are skipped here; `Checkpoints.find` reports them.
     """
     own = Path(config.output_dir) / "checkpoints"
     for folder in [] if config.resume is None else checkpoints_of(config.resume, own):
@@ -28,7 +27,7 @@ def as_begun(config: TrainingConfig) -> TrainingConfig:
             continue
         taken = {name: saved.get(name) for name in FILLED_IN if getattr(config, name) is None}
         older = {name: value for name, value in OLDER_RUNS.items() if name not in saved}
-        # A field that is filled in is known to be configured where it has a value: left to `changed_fields` to report.
+        # If the user has set a field of `FILLED_IN`, the value stays, and `changed_fields` reports the difference.
         taken |= {name: value for name, value in older.items() if name not in FILLED_IN or name in taken}
         return dataclasses.replace(config, **taken)
     return config

@@ -1,9 +1,9 @@
 """
-Training images: their order, their augmentation, and who reads which.
+Training images: their order, their augmentation, and their distribution over processes and workers.
 
-The order of the images is a function of the seed and the epoch, and each image's augmentation one of the seed, the
-epoch and its place in that order. So a run that resumes in the middle of an epoch sees what it would have seen, and two
-processes see what one would have seen.
+The order of the images is a function of the seed and the epoch; each image's augmentation is a function of the seed,
+the epoch and its position in that order. So a run that resumes in the middle of an epoch reads the same batches as an
+uninterrupted one, and two processes together read the same images as one.
 """
 
 import logging
@@ -31,8 +31,11 @@ logger = logging.getLogger(__name__)
 
 def load_data(config: TrainingConfig) -> TrainingData:
     """
+    The splits that a run reads.
+
     Raises:
-        ValueError: if the data, a split or a column cannot be found; the message says what there is, or how to log in.
+        ValueError: if the data, a split or a column cannot be found (the message lists those that exist, or says how to
+            log in), or if the labels cannot be trained on.
     """
     splits = load_splits(config.dataset, config.streaming)
     find_split(splits, config.train_split, config.dataset)
@@ -71,7 +74,7 @@ def load_data(config: TrainingConfig) -> TrainingData:
 
 
 def _with_named_labels(splits: dict[str, ImageSplit]) -> dict[str, ImageSplit]:
-    """Labels that are words or numbers as indices, named by what they were, in the order of the training split's."""
+    """The splits with strings or numbers as labels converted to indices of the training split's sorted labels."""
     train = splits["train"]
     column = train.label_column
     if isinstance(train.rows, datasets.IterableDataset):
@@ -93,14 +96,14 @@ def _with_named_labels(splits: dict[str, ImageSplit]) -> dict[str, ImageSplit]:
 @dataclass(frozen=True)
 class Place:
     """
-    Where a process reads an epoch.
+    The part of an epoch that a process reads.
 
     Attributes:
         batch_size: images of one process in one forward pass.
-        rank, world_size: which process of how many.
-        seed, epoch: of the order and the augmentation.
-        start: first batch to read.
-        stop: the batch after the last one; every process has equally many.
+        rank, world_size: index and number of processes.
+        seed, epoch: for the order and the augmentation.
+        start: index of the first batch to read.
+        stop: index after the last batch; the same for all processes.
     """
 
     batch_size: int
@@ -112,7 +115,7 @@ class Place:
     stop: int
 
     def position(self, batch: int, row: int) -> int:
-        """In the epoch's order over all processes."""
+        """The position of an image of this process in the order of the epoch."""
         return (batch * self.world_size + self.rank) * self.batch_size + row
 
 
@@ -143,12 +146,12 @@ class EpochBatches(Sampler):
 @dataclass
 class TrainImages(torch.utils.data.Dataset):
     """
-    Augmented training images. One that cannot be decoded is replaced by the next that can, and counted.
+    Augmented training images. An image that cannot be decoded is replaced by the next one that can, and counted.
 
     Args:
-        data: what to read.
+        data: the images and labels.
         transform: from a PIL image to a tensor.
-        place: for the seeds.
+        place: for the seeds of the augmentation.
     """
 
     data: ImageSplit
@@ -169,9 +172,10 @@ class TrainImages(torch.utils.data.Dataset):
 @dataclass
 class StreamedTrainImages(torch.utils.data.IterableDataset):
     """
-    The same from a stream: each process and each of its workers reads a share of its own, again from the beginning
-    where it has fewer images than its batches need. Batches before `place.start` are passed over undecoded; so an image
-    that stands in for one that cannot be decoded keeps its own turn, or the images after it would move up.
+    As `TrainImages`, from a stream. Each process and each of its workers reads its own shards, from the beginning again
+    if they hold fewer images than its batches need. Batches before `place.start` are skipped without decoding, so it is
+    unknown which of their images can be decoded; therefore an image that replaces one that cannot be decoded is also
+    read at its own position, so that the positions of all later images do not depend on it.
     """
 
     data: ImageSplit
@@ -206,7 +210,7 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
                 yield {**example, "skipped": skipped}
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
-        """The images with the number of their lap over the stream, without end."""
+        """The images of the stream over and over, each with the number of the pass."""
         lap = 0
         while True:
             self.stream.set_epoch(self.place.epoch + lap)
@@ -223,11 +227,11 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
 
 
 def augment(row: dict, images: TrainImages | StreamedTrainImages, position: int, name: str) -> dict | None:
-    """The augmented image and its label; `None`, and a warning that names it, if it cannot be decoded."""
+    """The augmented image and its label; `None`, with a warning, if the image cannot be decoded."""
     data, place = images.data, images.place
     try:
         image = decode(row[data.image_column])
-    except Exception as error:  # Pillow raises whatever its decoders do
+    except Exception as error:  # Pillow's decoders raise many types
         path = (row[data.image_column] or {}).get("path") or name
         logger.warning("skipping image %s of `%s`, which cannot be decoded: %s", path, data.name, error)
         return None
@@ -244,7 +248,11 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def train_batches(config: TrainingConfig, data: ImageSplit, transform: Any, place: Place) -> Iterable[dict]:
-    """The batches of one process from `place.start` to `place.stop`: `pixel_values`, `labels`, `skipped`."""
+    """
+    The batches of one process from `place.start` to `place.stop`: `pixel_values` (float32 of shape `(batch_size,
+    channels, height, width)`), `labels` (int64 of shape `(batch_size,)`) and `skipped`, the number of images that could
+    not be decoded.
+    """
     options = {
         "num_workers": config.num_workers,
         "collate_fn": collate,
@@ -254,7 +262,8 @@ def train_batches(config: TrainingConfig, data: ImageSplit, transform: Any, plac
     if not config.streaming:
         sampler = EpochBatches(len(data.rows), place, config.shuffle)
         return DataLoader(TrainImages(data, transform, place), batch_sampler=sampler, **options)
-    # Workers take turns, a batch each; so a run that resumes begins with a whole turn, of which it drops what it had.
+    # Workers deliver one batch each in turn, so a resumed run starts at the first worker's turn and drops the batches
+    # that it has already trained on.
     num_readers = min(config.num_workers, data.rows.num_shards // place.world_size) or 1
     dropped = place.start % num_readers
     shuffle_buffer = config.shuffle_buffer if config.shuffle else 1
@@ -264,7 +273,7 @@ def train_batches(config: TrainingConfig, data: ImageSplit, transform: Any, plac
 
 
 def num_train_images(config: TrainingConfig, data: ImageSplit) -> int:
-    """Raises `ValueError` for a stream that does not say how long it is, without `images_per_epoch`."""
+    """The length of an epoch in images; `ValueError` for a stream of unknown length without `images_per_epoch`."""
     if config.images_per_epoch is not None:
         return config.images_per_epoch
     if isinstance(data.rows, datasets.Dataset):

@@ -1,4 +1,4 @@
-"""Learning from a teacher: DeiT's distillation (arXiv 2012.12877, section 4) for models with a distillation head."""
+"""Distillation from a teacher (DeiT, arXiv 2012.12877, section 4), and the preprocessing and labels of the teacher."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -23,10 +23,14 @@ def teacher_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, kind: Literal["hard", "soft"], temperature: float = 1.0
 ) -> torch.Tensor:
     """
-    How far `logits` are from the teacher's answer, both `(batch_size, num_labels)`.
+    The distillation loss of `logits` and `teacher_logits`, both of shape `(batch_size, num_labels)`: a scalar.
 
     `"hard"`: cross-entropy with the teacher's most probable class. `"soft"`: Kullback-Leibler divergence from the
-    teacher's distribution, both softened by `temperature`, times its square so that gradients keep their size.
+    teacher's distribution, both softened by `temperature`, times `temperature`², so that the size of the gradients does
+    not depend on it.
+
+    Raises:
+        ValueError: for another `kind`.
     """
     if kind == "hard":
         return F.cross_entropy(logits, teacher_logits.argmax(dim=-1))
@@ -39,28 +43,28 @@ def teacher_loss(
 
 class Teacher(nn.Module):
     r"""
-    A teacher that is asked with the student's batches: pixels are normalised and resized as the teacher's own image
-    processor does, and its logits come in the order of the student's labels. In evaluation mode and frozen.
+    A frozen image classifier in evaluation mode that takes the student's batches: it normalises and resizes pixels as
+    its own image processor does, and orders its logits as the student's labels.
 
     Args:
         model (`PreTrainedModel`):
             Any Transformers image classifier.
         image_processor (`BaseImageProcessor`, *optional*):
-            The teacher's, such as `AutoImageProcessor` loads. Without it the teacher gets the student's pixels as they
-            are, which is right only if both are preprocessed alike.
+            The teacher's, as `AutoImageProcessor` loads it. Without it, the teacher gets the student's pixels
+            unchanged, which is right only if both models expect the same preprocessing.
         image_mean, image_std (`list[float]`, *optional*):
             The student's normalisation, for pixel values between 0 and 1. Needed with `image_processor`.
         image_size (`int` or `(height, width)`, *optional*):
-            Of the student's batches, in pixels. Needed with `image_processor`: the teacher gets the size that it makes
-            of images of this size, by resizing alone (bilinear or bicubic, antialiased): a training crop is not cropped
-            again.
+            Size of the student's images in pixels. Needed with `image_processor`. The teacher gets the size that its
+            processor makes of such images, by resizing (bilinear or bicubic, antialiased) without cropping: a training
+            crop is not cropped again.
         id2label (`dict[int, str]`, *optional*):
-            The student's labels. Without them both must number the same labels alike.
+            The student's labels. Without them, both models must have the same labels in the same order.
         label_map (`str`, *optional*, defaults to `"name"`):
-            How labels are paired, by name or by `"index"`; see `match_labels`.
+            How labels are paired, by `"name"` or by `"index"`; see `match_labels`.
 
     Raises:
-        ValueError: if the teacher has other labels, or its processor does more than to resize, crop, scale and shift.
+        ValueError: if the teacher has other labels, or its processor does more than resize, crop, scale and shift.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Teacher(nn.Module):
                 )
             own = read_preprocessing(image_processor, image_size, model.name_or_path or type(model).__name__)
             self.size, self.resample = own.image_size, own.resample
-            # (x · std + mean − own mean) / own std, as one scale and one shift of each channel.
+            # (x · std + mean − own_mean) / own_std as one scale and one shift per channel.
             mean, std, own_mean, own_std = (
                 torch.tensor(values, dtype=torch.float64)[:, None, None]
                 for values in (image_mean, image_std, own.image_mean, own.image_std)
@@ -97,7 +101,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
 
     def _order_of(self, names: list[str], label_map: str) -> torch.Tensor | None:
-        """The teacher's class of each label; `None` if they are in the same order."""
+        """The teacher's class index of each label, int64 `(num_labels,)`; `None` if both orders are the same."""
         own = label_names(self.model.config.id2label)
         if len(own) != len(names):
             raise ValueError(f"The teacher has {len(own)} labels, the student {len(names)}: they must be the same.")
@@ -112,17 +116,17 @@ class Teacher(nn.Module):
         return None if match.same_order else torch.tensor(match.order)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """It stays in evaluation mode."""
+        """Does nothing: a teacher stays in evaluation mode."""
         return self
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values` (batch, channels, height, width) as the student gets them → its logits (batch, num_labels)."""
+        """Logits `(batch_size, num_labels)` of the student's `pixel_values` `(batch_size, channels, height, width)`."""
         logits = self.model(self.preprocess(pixel_values)).logits
         return logits if self.order is None else logits[:, self.order]
 
     def preprocess(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The student's pixels as the teacher expects them, in the teacher's dtype."""
+        """Normalise and resize the student's pixels as the teacher expects them, and cast them to its dtype."""
         if self.scale is not None:
             pixel_values = pixel_values.float() * self.scale + self.shift
             if pixel_values.shape[-2:] != self.size:
@@ -135,15 +139,15 @@ def load_teacher(
     config: "TrainingConfig", model_config: PreTrainedConfig, device: torch.device, report: Callable[[str], None]
 ) -> Teacher | None:
     """
-    The teacher of a run on `device`; `None` if it has none.
+    Load `config.teacher` to `device`; `None` if the run has no teacher.
 
     Args:
         config (`TrainingConfig`): of the run, with the student's normalisation.
         model_config (`PreTrainedConfig`): of the student.
-        report (`Callable`): told in words what follows from the teacher's settings.
+        report (`Callable`): called with a message if labels are paired by number or reordered.
 
     Raises:
-        ValueError: if it has other labels, or no image processor that says what it expects.
+        ValueError: if the teacher has other labels, or no image processor.
     """
     if config.teacher is None:
         return None
@@ -172,28 +176,28 @@ def load_teacher(
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
-    """A bare model as a teacher that is preprocessed as the student and numbers its labels alike."""
+    """`teacher` as a `Teacher`; a bare model gets the student's pixels and must have its labels in the same order."""
     return teacher if isinstance(teacher, Teacher) else Teacher(teacher)
 
 
 class DistillationLoss(nn.Module):
     r"""
     The training loss of a distilled model with a teacher: the class head learns from the labels, the distillation head
-    from the teacher. What else the model's own loss holds (A-ViT's ponder and prior losses) stays in it.
+    from the teacher. Other terms of the model's own loss (A-ViT's ponder and prior losses) are added unchanged.
 
     Args:
         teacher (`Teacher` or `PreTrainedModel`):
             Any Transformers image classifier, in a `Teacher` that knows its image processor and its labels. A bare
-            model gets the student's pixels as they are, and must number the same labels alike: of that only their
-            number can be checked here. Put into evaluation mode and frozen.
+            model gets the student's pixels unchanged, and must have the same labels in the same order, of which only
+            the number can be checked here. It is put into evaluation mode and frozen.
         kind (`"hard"` or `"soft"`, *optional*, defaults to `"hard"`):
             See `teacher_loss`.
         weight (`float`, *optional*, defaults to 0.5):
-            Share of the teacher in the task loss, from 0 to 1.
+            Weight of the teacher's loss in the task loss, from 0 to 1; that of the labels' loss is 1 - `weight`.
         temperature (`float`, *optional*, defaults to 3.0):
-            Of soft distillation.
+            Temperature of soft distillation.
         label_smoothing (`float`, *optional*, defaults to 0.0):
-            Share of the labels' part that is spread over all labels.
+            Label smoothing of the labels' loss.
 
     Example:
 
@@ -239,6 +243,8 @@ class DistillationLoss(nn.Module):
 
     def forward(self, outputs: ModelOutput, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
+        The model's own loss with `task_loss` in place of its task loss, a scalar.
+
         Args:
             outputs (`ModelOutput`): the student's, called with `labels` in training mode.
             pixel_values (`torch.Tensor`): the images, for the teacher.
@@ -247,6 +253,11 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: if the student has no distillation head, or other labels than the teacher.
         """
+        task_loss = self.task_loss(outputs, pixel_values, labels)
+        return outputs.loss - outputs.task_loss + task_loss
+
+    def task_loss(self, outputs: ModelOutput, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The weighted mean of the class head's loss and the distillation head's. Arguments as of `forward`."""
         if outputs.get("distillation_logits") is None or outputs.get("task_loss") is None:
             raise ValueError("`outputs` must be of a distilled model, called with `labels` in training mode.")
         teacher_logits = self.teacher(pixel_values)
@@ -257,5 +268,4 @@ class DistillationLoss(nn.Module):
             )
         from_labels = F.cross_entropy(outputs.cls_logits, labels, label_smoothing=self.label_smoothing)
         from_teacher = teacher_loss(outputs.distillation_logits, teacher_logits, self.kind, self.temperature)
-        task_loss = (1.0 - self.weight) * from_labels + self.weight * from_teacher
-        return outputs.loss - outputs.task_loss + task_loss
+        return (1.0 - self.weight) * from_labels + self.weight * from_teacher

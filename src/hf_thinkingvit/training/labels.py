@@ -1,4 +1,4 @@
-"""Whether two models number the same classes, and in which order: of the data, a starting point and a teacher."""
+"""Matches the labels of the data with those of a starting point or of a teacher."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ LABEL_MAPS = ("name", "index")
 class LabelMatch(NamedTuple):
     """
     Attributes:
-        order: for each label, the other model's class of that meaning.
-        by_number: whether the numbers alone say so, because names are missing or were not to be compared.
+        order: for each label, the index of the matching class of the other model.
+        by_number: whether labels were matched by index, because names are missing or were not to be compared.
     """
 
     order: tuple[int, ...]
@@ -24,26 +24,26 @@ class LabelMatch(NamedTuple):
 
 
 def label_names(id2label: Mapping[int, str]) -> list[str]:
-    """Names by index."""
+    """The names, in the order of their indices."""
     return [id2label[index] for index in sorted(id2label)]
 
 
 def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "name") -> LabelMatch | None:
     """
-    Find for each label the class of another model that means the same.
+    Find the class of another model for each label.
 
-    Names agree whatever their case, underscores and further synonyms ("tench" and "Tench, Tinca tinca"), as long as
-    each could be the name of one class only. Names such as `LABEL_3`, which Transformers gives where there are none,
-    say nothing: such classes are taken by number, and a label that is called by a number then means the class of that
-    number, as in [`~hf_thinkingvit.evaluation.LabelMap`] (folders "0", "1", "10" are labels 0, 1, 2, but not classes).
+    Names match regardless of case, underscores and further synonyms ("tench" and "Tench, Tinca tinca"), as long as each
+    matches one class only. Names such as `LABEL_3`, which Transformers makes up for models without names, carry no
+    information: such classes are matched by index, and a label whose name is a number is then the class of that
+    index, as in [`~hf_thinkingvit.evaluation.LabelMap`] (folders "0", "1", "10" are labels 0, 1, 2, but not classes).
 
     Args:
-        names, other (`list[str]`): by index, of the labels and of the other model's classes.
-        label_map (`str`): `"name"`, or `"index"` to take them by number whatever they are called, unless that is a
-            number.
+        names, other (`list[str]`): the names of the labels and of the other model's classes, in order.
+        label_map (`str`): `"name"`, or `"index"` to match by index whatever the names are, except names that are
+            numbers.
 
     Returns:
-        `LabelMatch`; `None` if they are not the same classes, or there are more of one than of the other.
+        `LabelMatch`; `None` if the classes are not the same, or their numbers differ.
     """
     count = len(names)
     if count != len(other):
@@ -66,15 +66,15 @@ def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "n
 
 def _order_by_name(names: list[str], other: list[str]) -> tuple[int, ...] | None:
     """
-    For each name the index of the only one of `other` that it can mean: the equal one, else, of those that are left,
-    the only one with a synonym in common. Several such (ImageNet's "maillot" and "maillot, tank suit", of which short
-    lists make two "maillot") are told apart by their places, if the others, which are more, are in the same order.
-    `None` if there is no such pairing. Both are normalised, and equally many.
+    The index in `other` that each name matches: of the equal name, else of the only remaining name with a common
+    synonym. If several remain (ImageNet has "maillot" and "maillot, tank suit", and lists of short names have "maillot"
+    twice), the one at the same index is taken, provided that all names are in the same order and at least half of them
+    match without it. `None` if there is no such pairing. Both lists are normalised and equally long.
     """
     places, places_other = _places(names), _places(other)
     order: dict[int, int] = {}
     by_place = 0
-    repeated = False  # equal names of several classes, which only their places tell apart
+    repeated = False  # several classes have the same name and are matched by their indices
     for name, indices in places.items():
         if indices == places_other.get(name) or len(indices) == len(places_other.get(name, [])) == 1:
             order.update(zip(indices, places_other[name]))
@@ -109,8 +109,8 @@ def _places(names: list[str]) -> dict[str, list[int]]:
 
 def first_difference(names: Sequence[str], other: Sequence[str]) -> tuple[int, str, str]:
     """
-    The first label that the two do not call alike: its index, and both names. If they have synonyms in common all
-    along, the first whose names are not the same.
+    The first label whose two names have no synonym in common, else the first whose names differ: its index and both
+    names.
     """
     pairs = list(enumerate(zip(names, other)))
     differences = [

@@ -1,4 +1,4 @@
-"""What models expect of their pixels: read from image processors of any kind, and the processor of a run."""
+"""The preprocessing that a model expects, read from its image processor, and the image processor of a run."""
 
 import dataclasses
 import os
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Preprocessing(NamedTuple):
     """
     Attributes:
-        image_mean, image_std: of each channel, for pixel values between 0 and 1.
-        image_size: (height, width) that an image gets.
+        image_mean, image_std: per channel, for pixel values between 0 and 1.
+        image_size: (height, width) of the processed image.
         resample: the interpolation.
     """
 
@@ -39,7 +39,7 @@ def load_image_processor(source: str | os.PathLike, **overrides: Any) -> BaseIma
     The image processor saved with a model; `None` if there is none.
 
     Raises:
-        OSError, ValueError: if there is one that cannot be loaded, or the Hub cannot be asked.
+        OSError, ValueError: if there is one that cannot be loaded, or the Hub cannot be reached.
     """
     try:
         return AutoImageProcessor.from_pretrained(source, **overrides)
@@ -51,16 +51,16 @@ def load_image_processor(source: str | os.PathLike, **overrides: Any) -> BaseIma
 
 def read_preprocessing(processor: BaseImageProcessor, image_size: int | tuple[int, int], name: str) -> Preprocessing:
     """
-    What a processor makes of an image of `image_size`, (height, width): measured on images of one colour, since every
-    kind of processor has settings of its own.
+    The preprocessing of an image of `image_size`. It is measured on images of one colour, because the settings of image
+    processors differ from class to class.
 
     Args:
-        processor (`BaseImageProcessor`): of any model.
+        processor (`BaseImageProcessor`): the image processor of any model.
         image_size (`int` or `(height, width)`): in pixels.
-        name (`str`): of the model, for messages.
+        name (`str`): of the model, for error messages.
 
     Raises:
-        ValueError: if it does more to colours than to scale and shift each channel, or pads.
+        ValueError: if the processor does more to colours than scale and shift each channel, or pads.
     """
     height, width = as_pair(image_size)
     colours = torch.tensor([(0, 0, 0), (255, 255, 255), (51, 102, 204)], dtype=torch.float64)
@@ -85,7 +85,7 @@ def read_preprocessing(processor: BaseImageProcessor, image_size: int | tuple[in
     if resample is None and isinstance(settings := getattr(processor, "data_config", None), dict):  # of timm's models
         resample = getattr(Image.Resampling, str(settings.get("interpolation")).upper(), None)
     return Preprocessing(
-        # Rounded, so that 0.485 is 0.485 again.
+        # Rounded, because 0.485 is measured in float32.
         image_mean=tuple(round(value, 6) for value in (-black * std).tolist()),
         image_std=tuple(round(value, 6) for value in std.tolist()),
         image_size=(pixels.shape[2], pixels.shape[3]),
@@ -97,20 +97,20 @@ def run_image_processor(
     config: "TrainingConfig", model_config: PreTrainedConfig, report: Callable[[str], None]
 ) -> tuple[BaseImageProcessor, "TrainingConfig"]:
     """
-    The image processor of a run, saved with its models: that of the model it starts from, with what the configuration
-    says otherwise; ImageNet's normalisation where it starts from none.
+    The image processor of a run, which is saved with its models: that of the model the run starts from, with the
+    configured changes; without such a model, one with ImageNet's normalisation.
 
     Args:
         config (`TrainingConfig`): of the run.
         model_config (`PreTrainedConfig`): of the model to train.
-        report (`Callable`): told in words which it is.
+        report (`Callable`): called with a message that describes the processor.
 
     Returns:
         The processor, and `config` with `image_mean`, `image_std` and `interpolation` (and without a source,
         `crop_pct`) filled in.
 
     Raises:
-        ValueError: for a processor of a kind that cannot interpolate as configured.
+        ValueError: if the processor cannot interpolate as configured.
     """
     source = config.from_vit or config.from_pretrained
     size = as_pair(model_config.image_size)

@@ -7,7 +7,7 @@ from .config import TrainingConfig
 from .continuation import OLDER_RUNS
 
 
-# What may differ between a run and its continuation without making it another run.
+# Fields that may differ from those of the checkpoint that a run resumes from.
 FREE_TO_CHANGE = {
     *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
     *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
@@ -27,18 +27,29 @@ class Progress:
     best_top1: float = -1.0
     best_step: int | None = None
 
+    def finish_step(self, steps_per_epoch: int) -> None:
+        """Count a step, and the epoch if it was the last of one."""
+        self.step += 1
+        self.step_in_epoch += 1
+        if self.step_in_epoch == steps_per_epoch:
+            self.start_next_epoch()
+
+    def start_next_epoch(self) -> None:
+        self.epoch += 1
+        self.step_in_epoch = 0
+
 
 def changed_fields(saved: dict, config: TrainingConfig) -> list[str]:
     """
-    What makes a run another one than that of a checkpoint: fields, with their values then and now.
+    The fields that a run must not change when it resumes and that differ, with their values in the checkpoint and now.
 
     Args:
-        saved (`dict`): the checkpoint's configuration, from JSON. Fields younger than the checkpoint had their
-            default, or what runs did before there was the field.
-        config (`TrainingConfig`): the run's.
+        saved (`dict`): the checkpoint's configuration, from JSON. Fields that it lacks, because it is of an older
+            version, count as their default or as in `OLDER_RUNS`.
+        config (`TrainingConfig`): of the resumed run.
     """
     then = TrainingConfig().to_dict() | OLDER_RUNS | saved
-    now = json.loads(json.dumps(config.to_dict()))  # as JSON gives it back
+    now = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in `saved`
     changed = []
     for name in now:
         if name == "model":

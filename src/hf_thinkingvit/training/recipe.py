@@ -1,6 +1,6 @@
 """
-What a training step consists of, from the library that defines the recipe: timm's augmentation, mixup, parameter
-groups, schedule and moving average.
+The parts of the DeiT recipe that timm defines: augmentation, mixup, parameter groups, learning rate schedule and moving
+average of the weights.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from ..models.configuration_checks import as_pair
 from .config import TrainingConfig
 
 
-# Added to every token or to attention scores, or a token themselves: none of them is a weight that decay should shrink.
+# Tokens, and what is added to tokens or attention scores, are no weights of a product: weight decay leaves them out.
 NO_WEIGHT_DECAY = ("*cls_token", "*distillation_token", "*position_embeddings", "*relative_position_bias_table")
 
 
 def train_transform(config: TrainingConfig, image_size: int | tuple[int, int]) -> Any:
-    """From a PIL image to a normalised float32 tensor `(channels, height, width)`."""
+    """The augmentation: a callable from a PIL image to a normalised float32 tensor `(channels, height, width)`."""
     transform = create_transform(
         as_pair(image_size),
         is_training=True,
@@ -58,11 +58,11 @@ def _augment_operations(steps: Any) -> Iterator[AugmentOp]:
 
 def posterize_to_any_depth(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
     """
-    timm's posterize, also for 0 bits: a black image, as Pillow returned in its earlier versions (11.3).
+    timm's posterize, also for 0 bits, of which it makes a black image as Pillow did up to version 11.3.
 
-    timm's increasing scale (`inc1`) keeps 4 bits at level 0 and none at level 10, and with a standard deviation
-    (`mstd0.5`) the published level 9 reaches 10 in 2 % of the draws. The published models were trained so;
-    Pillow 13 refuses fewer than 1 bit.
+    With timm's increasing scale (`inc1`), 4 bits remain at level 0 and none at level 10, and with a standard deviation
+    (`mstd0.5`), 2 % of the draws around the published level 9 reach level 10. The published models were trained with
+    these black images; Pillow 13 raises an error for fewer than 1 bit.
     """
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
@@ -89,7 +89,7 @@ def build_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Ada
 
 
 def build_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
-    """Warm-up, cosine and cooldown, of the number of optimizer steps done (`step_update`)."""
+    """Warm-up, cosine and cooldown, as a function of the number of optimizer steps done (`step_update`)."""
     return CosineLRScheduler(
         optimizer,
         t_initial=config.epochs * steps_per_epoch,

@@ -1,4 +1,4 @@
-"""What a run leaves for use: models with processor and card, and the figures of images that are measured once."""
+"""What a run saves for use: models with image processor and model card, and their accuracy on the test split."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from .setup import TrainingSetup
 from .stop_signals import ignore_stop_signals
 
 
-# Says which step a saved model is of: a folder may hold models of another run, or of steps that its run went back from.
+# The step of a saved model. `output_dir` may contain models of another run, or of steps after the checkpoint that this
+# run resumed from.
 MODEL_STEP = "training_step.json"
 
 
@@ -28,16 +29,16 @@ def save_model(
     folder: Path, model: PreTrainedModel, measured: Mapping[str, Any], setup: TrainingSetup, progress: Progress
 ) -> None:
     """
-    Replace `folder` by the model as it is, with its image processor and card. Its configuration records the images that
-    made it as `training_data`.
+    Replace `folder` by the model with its image processor and model card. The configuration records as `training_data`
+    which images the model was trained on and chosen by.
 
     Args:
-        folder (`Path`): where the model of an earlier step may be.
+        folder (`Path`): may contain the model of an earlier step.
         model (`PreTrainedModel`): not wrapped.
         measured (`dict`): its entry of `evaluate_accuracy` on the images that choose the best epoch.
         setup (`TrainingSetup`), progress (`Progress`): of the run.
     """
-    # For whoever measures this model: which images are not new to it. Also over what a starting point had recorded.
+    # An evaluation can warn of images that the model was trained on. Overwrites the record of the starting point.
     model.config.training_data = {
         "dataset": public_name(setup.config.dataset),
         "split": setup.config.train_split,
@@ -52,7 +53,7 @@ def save_model(
 
 
 def say_accuracy(setup: TrainingSetup, progress: Progress, results: Mapping[str, Mapping], seconds: float) -> None:
-    """Tell the console and the trackers what `evaluate_accuracy` found after an epoch."""
+    """Print and track what `evaluate_accuracy` has returned after an epoch."""
     say = setup.accelerator.print
     for name, result in results.items():
         stages = ", ".join(f"{value:.2f}" for value in result["top1"])
@@ -68,14 +69,14 @@ def say_accuracy(setup: TrainingSetup, progress: Progress, results: Mapping[str,
 
 def continue_models(setup: TrainingSetup, history: list[dict], progress: Progress, checkpoint: Path | None) -> None:
     """
-    Have the best and the last model of a resumed run in its `output_dir`: those that are there if they are of the run,
-    or else copied from where the checkpoint lies. Where neither has such a model, the run chooses its best model anew
-    (`best_top1` is reset), and evaluates the checkpoint again if it had been evaluated. Every process calls it.
+    Make sure that the best and the last model of a resumed run are in its `output_dir`: one that is missing is copied
+    from the run of the checkpoint. If it is missing there as well, the run chooses its best model among later epochs
+    (`best_top1` is reset), and if the checkpoint had been evaluated, evaluates it again. Every process calls it.
 
     Args:
         setup (`TrainingSetup`): of the run.
-        history (`list[dict]`), progress (`Progress`): of the checkpoint; changed in place.
-        checkpoint (`Path`, *optional*): that the run resumed from.
+        history (`list[dict]`), progress (`Progress`): those of the checkpoint; changed in place.
+        checkpoint (`Path`, *optional*): the one that the run resumed from.
     """
     if checkpoint is None or not history:
         return
@@ -96,11 +97,11 @@ def continue_models(setup: TrainingSetup, history: list[dict], progress: Progres
 
 
 def _wanted(history: list[dict], progress: Progress) -> dict[str, dict]:
-    """The entries of the history that the models saved as `best` and `last` must be of."""
+    """By `"best"` and `"last"`, the entries of the history that describe these models."""
     wanted = {"last": history[-1]}
     if progress.best_step is not None:
         wanted["best"] = next(entry for entry in history if entry["step"] == progress.best_step)
-    elif progress.best_top1 >= 0:  # of a version that did not record the step
+    elif progress.best_top1 >= 0:  # saved by a version that did not record the step
         wanted["best"] = _most_accurate(history)
     return wanted
 
@@ -111,7 +112,7 @@ def _most_accurate(history: list[dict]) -> dict:
 
 
 def _step_of(folder: Path) -> int | None:
-    """Of a saved model; `None` if it is of a version that did not record it."""
+    """The step of a saved model; `None` if it was saved by a version that did not record it."""
     try:
         return json.loads((folder / MODEL_STEP).read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, KeyError):
@@ -119,7 +120,7 @@ def _step_of(folder: Path) -> int | None:
 
 
 def _measured_in(folder: Path) -> dict[int, dict]:
-    """The history of the last run in a folder, by step; empty if there is none that can be read."""
+    """The history of the last run in a folder, by step; empty if there is no readable one."""
     try:
         history = json.loads((folder / "results.json").read_text(encoding="utf-8"))["history"]
         return {entry["step"]: entry for entry in history if entry["chosen"] in entry["results"]}
@@ -128,24 +129,27 @@ def _measured_in(folder: Path) -> dict[int, dict]:
 
 
 def _holds(folder: Path, name: str, wanted: Mapping[str, dict], recorded: bool) -> bool:
-    """Whether the model `name` in the folder of a run is the wanted one, among those that record their step or not."""
+    """
+    Whether the model `name` in the folder of a run is that of `wanted[name]`. With `recorded`, only a model that
+    records its step counts; else only one that does not.
+    """
     step, measured = _step_of(folder / name), _measured_in(folder)
     entry, newest = wanted[name], wanted["last"]["step"]
     if not (folder / name).is_dir() or (step is not None) != recorded:
         return False
-    if measured.get(entry["step"], entry)["results"] != entry["results"]:  # another run, whose epochs have these steps
+    if measured.get(entry["step"], entry)["results"] != entry["results"]:  # another run with the same steps
         return False
     if recorded:
         return step == entry["step"]
-    # A run that went on from the checkpoint may have replaced it since.
+    # If the run in this folder has gone on after the checkpoint, it may have replaced the model.
     later = max(measured, default=0) if name == "last" else _most_accurate(list(measured.values()) or [entry])["step"]
     return later <= newest
 
 
 def _bring(output_dir: Path, name: str, wanted: Mapping[str, dict], checkpoint: Path) -> bool:
-    """Whether the model that `wanted[name]` was measured of is in `output_dir`, after copying it there if need be."""
+    """Copy the model of `wanted[name]` to `output_dir` if it is not there; `False` if it cannot be found."""
     own = output_dir.resolve()
-    # The checkpoint may be a copy of one of this run; and a run's folder of checkpoints may be a link to another disk.
+    # The checkpoint may be a copy of one of this run, and the folder of checkpoints a link to another disk.
     runs = (checkpoint.absolute().parent.parent.resolve(), checkpoint.resolve().parent.parent)
     folders = dict.fromkeys((own, *runs))
     found = [folder for recorded in (True, False) for folder in folders if _holds(folder, name, wanted, recorded)]
@@ -156,7 +160,7 @@ def _bring(output_dir: Path, name: str, wanted: Mapping[str, dict], checkpoint: 
 
 
 def _saved(folder: Path, history: list[dict], progress: Progress) -> tuple[dict[str, dict], list[str]]:
-    """Of the models saved in the run's `folder` the entries of the history, and in words what is not there."""
+    """By name, the entries of the history for the models saved in `folder`; and messages about missing ones."""
     entries, problems = {}, []
     measured = {entry["step"]: entry for entry in history}
     for name, wanted in _wanted(history, progress).items():
@@ -182,17 +186,17 @@ def report_test(
     setup: TrainingSetup, history: list[dict], progress: Progress, each: Callable[[Iterable[dict]], Iterable[dict]]
 ) -> dict[str, dict] | None:
     """
-    Measure the best and the last model of a finished run on the test split, and say so in their cards. Every process
+    Measure the best and the last model of a finished run on the test split, and update their model cards. Every process
     calls it.
 
     Args:
         setup (`TrainingSetup`): of the run.
-        history (`list[dict]`): what was measured after epochs.
+        history (`list[dict]`): the evaluations after epochs.
         progress (`Progress`): of the run.
-        each (`Callable`): goes through the batches, and may stop.
+        each (`Callable`): iterates over the batches it is given, and may raise to stop.
 
     Returns:
-        For each of the two that is saved what `evaluate_accuracy` found, and the `step` it is of. `None` without a test
+        For each of the two that exists, what `evaluate_accuracy` returned and the model's `step`. `None` without a test
         split.
     """
     data, accelerator, folder = setup.data, setup.accelerator, setup.output_dir
@@ -230,7 +234,7 @@ def _save_card(
     step: int,
     split: str,
 ) -> None:
-    """The card of a model saved in `folder`, with its entry of `evaluate_accuracy` on the images called `split`."""
+    """Write the card of the model in `folder`, with its entry of `evaluate_accuracy` on the images named `split`."""
     config, data = setup.config, setup.data
     dataset = public_name(config.dataset)
     training = {

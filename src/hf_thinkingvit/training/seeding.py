@@ -1,4 +1,4 @@
-"""Randomness as a function of where a run stands, rather than of how it came there."""
+"""Random numbers that depend on the position in a run only, so that no generator state has to be saved or shared."""
 
 import random
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import torch
 @contextmanager
 def seeded(*place: int) -> Iterator[None]:
     """
-    Python's, NumPy's and torch's (CPU) random numbers seeded by `place`, such as (seed, epoch, position), and as they
-    were again afterwards. A run that resumes needs no record of them; processes and workers need not agree on one.
+    Seed Python's, NumPy's and torch's (CPU) random numbers with `place`, such as (seed, epoch, position), and restore
+    their state at the end of the context.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(place).generate_state(3)

@@ -1,4 +1,4 @@
-"""What a run is made of: processes, data, model, losses, optimizer, schedule, and what it is evaluated with."""
+"""The parts of a run: processes, data, model, loss, optimizer, schedule and evaluation batches."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ from .starting_point import build_model
 from .stop_signals import ignore_stop_signals
 
 
-# The environment variables in which `accelerate launch` asks for what these runs cannot do.
+# Environment variables in which `accelerate launch` requests what is not supported here.
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -30,14 +30,14 @@ UNSUPPORTED = {
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
-    """Raises `ValueError` where the launcher asks to shard the model."""
-    # Before Accelerate, which asks for a missing package first.
+    """The `Accelerator` of a run; `ValueError` if the launcher requests to shard the model."""
+    # Checked before Accelerate is built, which would first report the missing package.
     for variable, name in UNSUPPORTED.items():
         if parse_flag_from_env(variable):
             raise _unsupported(name)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        # As a plugin, because a plain number gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -61,7 +61,7 @@ def _unsupported(name: str) -> ValueError:
 
 class TrainingSetup:
     """
-    Everything that a run needs before its first step.
+    The parts of a run, ready for its first step.
 
     Args:
         config (`TrainingConfig`): checked.
@@ -89,7 +89,7 @@ class TrainingSetup:
             raise ValueError(
                 f"mixup and cutmix pair images: {self.batch_of_process} images a process cannot be paired."
             )
-        with self.accelerator.local_main_process_first():  # one process downloads, the others find it there
+        with self.accelerator.local_main_process_first():  # one process downloads, the others read its cache
             self.data = load_data(config)
         self.num_images = num_train_images(config, self.data.train)
         self.steps_per_epoch = self.num_images // config.batch_size
@@ -125,7 +125,7 @@ class TrainingSetup:
         self.evaluation = self.accelerator.prepare(evaluation)
 
     def _check_output_dir(self) -> None:
-        """Never write a new run over an old one. Mends what a run left that was killed while it replaced a folder."""
+        """Refuse to overwrite another run, and complete replacements of folders that a kill has interrupted."""
         checkpoints = self.output_dir / "checkpoints"
         if self.accelerator.is_main_process:
             recover_checkpoints(checkpoints)

@@ -1,8 +1,8 @@
 """
-Which images a run learns from, which choose its best epoch, and which are reported.
+The images that a run is trained on, those that its best epoch is chosen by, and those that are reported.
 
-Choosing among epochs by the images that are then reported makes the report optimistic. So images are held out of the
-training split for choosing where a data set has no validation split, and its test split is measured once, at the end.
+Accuracy on the images that the best epoch was chosen by is optimistic. So for data without a validation split, images
+are held out of the training split to choose by, and the test split is measured once, at the end.
 """
 
 import math
@@ -16,8 +16,8 @@ from ..data import ImageSplit, Rows, find_split
 from .config import TrainingConfig
 
 
-# Not the run's seed: runs of several seeds compare, and of runs that start from one another each can choose by images
-# that none has learned.
+# Not the run's seed: runs with different seeds are then comparable, and a run that starts from the model of another one
+# holds out the same images, which neither was trained on.
 HOLD_OUT_SEED = 0
 VALIDATION_SPLITS = ("validation", "val")
 
@@ -25,13 +25,15 @@ VALIDATION_SPLITS = ("validation", "val")
 @dataclass(frozen=True)
 class TrainingData:
     """
-    What a run reads: splits with the same labels, named by `id2label`.
+    The splits that a run reads, with the same labels.
 
     Attributes:
-        train: to learn from.
+        train: to train on.
         evaluation: measured after epochs; the best epoch is chosen by it.
-        test: measured once, at the end; `None` where `evaluation` is what is reported.
-        selected_on, split: what the images are called that choose the best epoch, and those that are reported.
+        id2label: names of the labels.
+        test: measured once, at the end; `None` if `evaluation` is reported instead.
+        selected_on: name of the images in `evaluation`, for reports.
+        split: name of the images that are reported.
     """
 
     train: ImageSplit
@@ -50,7 +52,7 @@ class TrainingData:
 
 def selection_split(config: TrainingConfig, splits: Mapping[str, Rows]) -> str | None:
     """
-    Name of the split that chooses the best epoch; `None` if images are to be held out of the training split.
+    Name of the split to choose the best epoch by; `None` if images are to be held out of the training split.
 
     Raises:
         ValueError: if there is no such split, or the data are a stream and have no validation split.
@@ -76,7 +78,8 @@ def selection_split(config: TrainingConfig, splits: Mapping[str, Rows]) -> str |
 
 def reported_split(config: TrainingConfig, splits: Mapping[str, Rows], selected_on: str | None) -> str | None:
     """
-    Name of the split to measure once, at the end, if it has labels; `None` if what chooses is what is reported.
+    Name of the split to measure once, at the end, if it has labels; `None` to report the images that the best epoch is
+    chosen by.
 
     Raises:
         ValueError: if there is no such split, or it is the one that images are held out of.
@@ -93,7 +96,7 @@ def reported_split(config: TrainingConfig, splits: Mapping[str, Rows], selected_
 
 
 def is_labelled(split: ImageSplit) -> bool:
-    """Whether images have labels: published test splits often have -1. Of a stream, its first image tells."""
+    """Whether images have labels; published test splits often have -1 instead. Of a stream, only the first is read."""
     column = split.label_column
     if isinstance(split.rows, datasets.IterableDataset):
         labels = [row[column] for row in split.rows.take(1)]
@@ -103,19 +106,19 @@ def is_labelled(split: ImageSplit) -> bool:
 
 
 def held_out_from(train_split: str) -> str:
-    """What images held out of the training split are called."""
+    """The name of images held out of the training split."""
     return f"held out from {train_split}"
 
 
 def hold_out(split: ImageSplit, fraction: float, most: int | None = None) -> tuple[ImageSplit, ImageSplit]:
     """
-    Two parts of a split in its order: the rest, and a random `fraction` of each label's images (at least one image in
-    all), always the same. A smaller fraction's images are among those of a greater one.
+    Divide a split into training images and held out images: a random `fraction` of each label's images, at least one
+    image in all, and the same ones in every run. Smaller fractions give subsets. Both parts are in the split's order.
 
     Args:
-        split (`ImageSplit`): downloaded.
+        split (`ImageSplit`): not a stream.
         fraction (`float`): above 0 and below 1.
-        most (`int`, *optional*): how many of the images held out to return: a random part of each label's again.
+        most (`int`, *optional*): return at most so many of the held out images, again spread over the labels.
 
     Raises:
         ValueError: if nothing would be left to train on.
@@ -134,13 +137,13 @@ def hold_out(split: ImageSplit, fraction: float, most: int | None = None) -> tup
 
 def stratified_ranking(labels: np.ndarray) -> np.ndarray:
     """
-    All indices in a random order, always the same, whose every beginning has each label about as often as all of them
-    have: of a label with n images, the i-th (from 0) stands at (i + 1/2) / n of the order.
+    All indices in a fixed random order of which every prefix has about the same shares of labels as the whole: the i-th
+    (from 0) of the n images of a label is placed at (i + 1/2) / n of the order.
 
     Args:
-        labels (`np.ndarray` of shape `(num_images,)`): of each image.
+        labels (`np.ndarray` of shape `(num_images,)`): the label of each image.
     """
-    # The stream of `RandomState` is frozen; that of newer generators may change with NumPy's version.
+    # NumPy guarantees that the numbers of `RandomState` never change; those of newer generators may.
     shuffled = np.random.RandomState(HOLD_OUT_SEED).permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, first, counts = np.unique(labels[by_label], return_index=True, return_counts=True)

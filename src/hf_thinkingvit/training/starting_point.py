@@ -1,4 +1,4 @@
-"""The model that a run begins with: fresh, from a plain ViT or Swin, or from a model of this package."""
+"""The model that a run begins with: freshly initialised, from a plain ViT or Swin, or from a model of this package."""
 
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -7,50 +7,39 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..auto import FAMILIES
-from ..models import weights_from_swin, weights_from_vit
+from ..families import FAMILIES, Family
 from ..models.configuration_checks import as_pair
 from ..models.configuration_labels import label2id_of
-from .config import MODEL_CONFIGS, TrainingConfig
+from .config import TrainingConfig
 from .labels import first_difference, label_names, match_labels
 
 
-CLASSIFIERS = {config_class.model_type: classifier for config_class, _, classifier in FAMILIES}
 HEADS = ("classifier", "distillation_classifier")
-# How a model trains and when it stops computing: every weight means the same whatever they are.
-FREE_FIELDS = frozenset(
-    {
-        *("threshold", "exit_criterion", "entropy_top_k", "stage_loss_weights", "label_smoothing", "halting_epsilon"),
-        *("ponder_loss_weight", "prior_loss_weight", "target_depth", "prior_std"),
-        *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range"),
-    }
-)
-# Which parts of the same weights are used, and when: another function, which training can go on from.
-SCHEDULE_FIELDS = frozenset({"thinking_stages", "head_rounds", "gate_scale", "gate_center"})
 
 
 def build_model(
     config: TrainingConfig, id2label: dict[int, str], report: Callable[[str], None] = print
 ) -> PreTrainedModel:
     """
-    The model to train, for these labels, in float32.
+    The model to train, with a classifier for the labels of the data, in float32.
 
     Args:
         config (`TrainingConfig`): of the run.
         id2label (`dict[int, str]`): the data's labels.
-        report (`Callable`): told in words what of the starting point is replaced or used otherwise.
+        report (`Callable`): called with a message for each part of the starting point that is replaced or used
+            in another way.
 
     Raises:
-        ValueError: for fields that do not fit, and for a starting point of which anything but its classifier would have
+        ValueError: for fields that do not fit the starting point, and if weights other than the classifier would have
             to be replaced.
     """
-    classifier = CLASSIFIERS[config.model_type]
+    family = FAMILIES[config.model_type]
     if config.from_vit:
-        model = _from_plain(config, classifier)
+        model = _from_plain(config, family)
     elif config.from_pretrained:
-        model = _from_pretrained(config, classifier, report)
+        model = _from_pretrained(config, family, report)
     else:
-        model = classifier(MODEL_CONFIGS[config.model_type](**config.model, **_labels(id2label)))
+        model = family.classifier(family.config_class(**config.model, **_labels(id2label)))
     if config.from_vit or config.from_pretrained:
         # Half precision, as checkpoints are stored in, would train with rounded updates.
         model = with_labels(model.float(), id2label, config.label_map, report)
@@ -68,35 +57,29 @@ def build_model(
     return model
 
 
-def _from_plain(config: TrainingConfig, classifier: type[PreTrainedModel]) -> PreTrainedModel:
-    """From a plain ViT, DeiT or Swin. What its weights were trained with stays as it is."""
-    weights, start = weights_from_vit, getattr(classifier, "from_vit", None)
-    if hasattr(classifier, "from_swin"):
-        weights, start = weights_from_swin, classifier.from_swin
-    fixed = {*weights.FIXED_FIELDS, *weights.SHARED_FIELDS} - FREE_FIELDS
-    model = start(config.from_vit, **{name: value for name, value in config.model.items() if name not in fixed})
+def _from_plain(config: TrainingConfig, family: Family) -> PreTrainedModel:
+    """From a plain ViT, DeiT or Swin. Fields that its weights were trained with must not change."""
+    fixed = family.plain.fixed_fields - family.free_fields
+    free = {name: value for name, value in config.model.items() if name not in fixed}
+    model = family.from_plain(config.from_vit, **free)
     _check_unchanged(config.from_vit, model.config, {name: config.model[name] for name in config.model.keys() & fixed})
     return model
 
 
-def _from_pretrained(
-    config: TrainingConfig, classifier: type[PreTrainedModel], report: Callable[[str], None]
-) -> PreTrainedModel:
+def _from_pretrained(config: TrainingConfig, family: Family, report: Callable[[str], None]) -> PreTrainedModel:
     """From a model of this package, with all of its weights."""
     source = config.from_pretrained
     saved = AutoConfig.from_pretrained(source)
     if saved.model_type != config.model_type:
         raise ValueError(f"`from_pretrained` is a {saved.model_type} model, but `model_type` is {config.model_type}.")
-    allowed = FREE_FIELDS | SCHEDULE_FIELDS
-    if saved.model_type == "thinking_swin":
-        allowed |= {"image_size"}  # its windows have the same size whatever the image's
+    allowed = family.free_fields | family.announced_fields
     _check_unchanged(source, saved, {name: value for name, value in config.model.items() if name not in allowed})
     changed = [
         f"`{name}` {getattr(saved, name)} → {value}"
         for name, value in config.model.items()
-        if name not in FREE_FIELDS and _comparable(getattr(saved, name)) != _comparable(value)
+        if name not in family.free_fields and _comparable(getattr(saved, name)) != _comparable(value)
     ]
-    model, loading = classifier.from_pretrained(
+    model, loading = family.classifier.from_pretrained(
         source, **config.model, ignore_mismatched_sizes=True, output_loading_info=True
     )
     mismatched = [f"{name} {tuple(there)} → {tuple(here)}" for name, there, here in loading["mismatched_keys"]]

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop, which every process of a run sees at the same step boundary."""
+"""SIGTERM and Ctrl-C as requests to stop, on which all processes of a run agree at the end of a step."""
 
 import logging
 import os
@@ -19,8 +19,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def ignore_stop_signals(worker: int = 0) -> None:
     """
-    `worker_init_fn` of a `DataLoader`. Ctrl-C and launchers send their signal to the whole process group; a worker that
-    died of it would end the training process in the middle of a step. Workers end when their `DataLoader` does.
+    `worker_init_fn` of a `DataLoader`. Ctrl-C and launchers signal the whole process group; a worker ended by the
+    signal would end the training process in the middle of a step. Workers end with their `DataLoader` instead.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -28,10 +28,10 @@ def ignore_stop_signals(worker: int = 0) -> None:
 
 class StopSignals:
     """
-    The signals that ask a run to save and stop.
+    Records the signals that ask a run to save and stop.
 
     Args:
-        accelerator (`Accelerator`): whose processes must agree.
+        accelerator (`Accelerator`): its processes agree on when to stop.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -39,17 +39,18 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._group = None
         if accelerator.num_processes > 1 and torch.distributed.is_initialized():
-            # Agreeing on the CPU does not wait for what the device still has to compute.
+            # On the CPU, so that agreeing need not wait for the device.
             try:
                 self._group = torch.distributed.new_group(backend="gloo")
-            except RuntimeError as error:  # a network that it finds no interface of
+            except RuntimeError as error:  # gloo finds no network interface
                 logger.warning("processes agree on stop signals on their devices, every step: %s", error)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """
-        Record signals instead of being ended by them. Python lets only the main thread do so; in another thread, and
-        for a signal that this process was started to ignore (`nohup`, a shell's background jobs), nothing changes.
+        A context in which the signals are recorded instead of ending the process. Python allows handlers in the main
+        thread only: in other threads nothing changes, nor for signals that the process was started to ignore (`nohup`,
+        background jobs of a shell).
         """
         previous = {}
         if threading.current_thread() is threading.main_thread():
@@ -66,16 +67,16 @@ class StopSignals:
         self.received = signal.Signals(number)
         how = ""
         if number == signal.SIGINT:
-            # The operating system's own handling ends the process even while it waits in native code.
+            # The default handler ends the process at the second Ctrl-C, even while native code runs.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             how = "; press Ctrl-C again to end at once, without saving"
-        if self.accelerator.is_main_process:  # `print` may be what the signal interrupted
+        if self.accelerator.is_main_process:  # not `print`, which is not re-entrant
             os.write(2, f"\n{self.received.name}: saving and stopping at the end of this step{how}\n".encode())
 
     def agreed(self) -> signal.Signals | None:
         """
-        The signal that any process has received, or `None`: the same answer for all processes, which must all call it.
-        Costs about 0.1 ms between two processes on one machine.
+        The signal that any process has received, or `None`; the same on all processes. Every process calls it. Takes
+        about 0.1 ms for two processes on one machine.
         """
         if self.accelerator.num_processes == 1:
             return self.received

@@ -1,19 +1,18 @@
-"""The official ThinkingSwin state dict: which tensor each of our parameters is, and what the tensors and files tell."""
+"""ThinkingViT on Swin (arXiv 2507.10800): its record, and its official checkpoints."""
 
 import re
 
 import torch
 
+from ..models import weights_from_swin
 from ..models.configuration_thinking_swin import ThinkingSwinConfig
-from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification
-from .checkpoint import Checkpoint
-from .deit import one_if_equal
-from .labels import label_fields
+from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification, ThinkingSwinModel
+from . import costs_swin
+from .official import Checkpoint, OfficialFormat, rename
+from .official_deit import one_if_equal
+from .record import EXIT_FIELDS, IMAGE_CLASSIFICATION, TRAINING_FIELDS, CardText, Costs, Family, PlainSource
+from .thinkingvit import STAGED_LIMITS, THINKINGVIT_PAPER
 
-
-__all__ = ["MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name", "prepare"]
-
-MODEL_CLASS = ThinkingSwinForImageClassification
 
 # Names in our state dicts, without the base model's prefix → the official ones.
 RENAMES = (
@@ -38,12 +37,12 @@ REQUIRED = {
     "head.fc.weight": 2,
 }
 
-# Buffers that follow from the sizes; some versions save them.
+# Buffers that are computed from the sizes; some versions save them.
 IGNORED = re.compile(r"^layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)$")
 
 
 def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
-    """The state dict without the buffers that follow from the configuration."""
+    """The state dict without the buffers that are computed from the configuration."""
     return {name: tensor for name, tensor in checkpoint.state_dict.items() if not IGNORED.match(name)}
 
 
@@ -57,11 +56,7 @@ def official_name(name: str) -> str:
             return f"alpha.{index}"
         rest = "upsample.weight" if rest == "upsample" else f"proj.{rest}"
         return f"proj_layer{index + 1 if index else ''}.{rest}"
-    for pattern, replacement in RENAMES:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    raise KeyError(name)
+    return rename(name, RENAMES)
 
 
 def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -70,11 +65,11 @@ def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:, 0].permute(1, 2, 0).contiguous()
     if ".recyclers." in name and name.endswith(".weight") and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
-    return tensor  # what has another shape is left as it is, for the check of shapes to name
+    return tensor  # a tensor of another shape fails the check of shapes, which names it
 
 
 def matches(checkpoint: Checkpoint, overrides: dict) -> bool:
-    """Whether this is a ThinkingViT on Swin: Swin's names, with recycling weights or rounds that somebody states."""
+    """Whether this is a ThinkingViT on Swin: Swin's names, and recycling weights or stated rounds."""
     return "layers.0.blocks.0.attn.relative_position_bias_table" in checkpoint.state_dict and (
         "alpha.0" in checkpoint.state_dict or "head_rounds" in {**checkpoint.model_args, **overrides}
     )
@@ -82,11 +77,11 @@ def matches(checkpoint: Checkpoint, overrides: dict) -> bool:
 
 def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
     """
-    The configuration that belongs to an official checkpoint. Sizes and heads come from the tensors, rounds from the
-    files or from `overrides`, which win.
+    The configuration of an official checkpoint. Sizes and heads come from the tensors, rounds from the files or from
+    `overrides`, which win.
 
     Raises:
-        ValueError: if nothing says how many heads the rounds have.
+        ValueError: if neither files nor overrides state the heads of the rounds.
     """
     state_dict, stated = checkpoint.state_dict, checkpoint.model_args
     embed_dim, num_channels, *patch_size = state_dict["patch_embed.proj.weight"].shape
@@ -114,12 +109,11 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
         "num_labels": state_dict["head.fc.weight"].shape[0],
         "qkv_slicing": "leading_rows",
     }
-    fields.update(label_fields(checkpoint, fields["num_labels"], overrides))
     return ThinkingSwinConfig(**{**fields, **overrides})
 
 
 def _bias_tables(checkpoint: Checkpoint) -> list[torch.Tensor]:
-    """Each layer's first table of relative position biases, `(offsets, heads)`."""
+    """The first table of relative position biases of each layer, `(offsets, heads)`."""
     names = [
         f"layers.{layer}.blocks.0.attn.relative_position_bias_table"
         for layer in range(_count(checkpoint.state_dict, r"layers\.(\d+)\."))
@@ -133,5 +127,26 @@ def _bias_tables(checkpoint: Checkpoint) -> list[torch.Tensor]:
 
 
 def _count(state_dict: dict[str, torch.Tensor], pattern: str) -> int:
-    """One more than the greatest number that the names match `pattern` with."""
+    """One more than the greatest number in the group of `pattern`, over all names that match it."""
     return 1 + max((int(match[1]) for name in state_dict if (match := re.match(pattern, name))), default=-1)
+
+
+FAMILY = Family(
+    name="ThinkingSwin",
+    config_class=ThinkingSwinConfig,
+    model_class=ThinkingSwinModel,
+    heads={IMAGE_CLASSIFICATION: ThinkingSwinForImageClassification},
+    costs=Costs(stages=costs_swin.stage_macs, published_stages=costs_swin.published_stage_macs),
+    plain=PlainSource("from_swin", frozenset({*weights_from_swin.FIXED_FIELDS, *weights_from_swin.SHARED_FIELDS})),
+    free_fields=TRAINING_FIELDS | EXIT_FIELDS,
+    announced_fields=frozenset({"head_rounds", "image_size"}),  # the windows are the same size at every image size
+    card=CardText(
+        description="""\
+A ThinkingViT ([arXiv 2507.10800](https://arxiv.org/abs/2507.10800)) on a Swin Transformer: a few leading attention
+heads answer first, and images whose answer is not certain enough go on to a wider stage, a further round through the
+whole hierarchy, which starts from the recycled tokens.""",
+        limits=STAGED_LIMITS,
+    ),
+    paper=THINKINGVIT_PAPER,
+    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
+)

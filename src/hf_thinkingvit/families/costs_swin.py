@@ -1,6 +1,6 @@
 """
-Multiply-accumulates of a ThinkingSwin, from its configuration alone: the Swin part of `macs.py`, which says what is
-counted.
+Multiply-accumulates in matrix products on a Swin backbone, from a configuration alone. `evaluation/macs.py` says what
+is counted.
 """
 
 from collections.abc import Sequence

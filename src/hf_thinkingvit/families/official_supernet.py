@@ -1,8 +1,8 @@
 """
 The first release of ThinkingViT: checkpoints as wide as a 12-head supernet, whatever stages were trained.
 
-A stage reads the leading heads and channels of every tensor, so what lies beyond the widest stage is never read. Cut to
-that stage, the tensors are those of the later releases.
+A stage reads the leading heads and channels of every tensor, so everything beyond the widest stage is unused. Cut to
+the widest stage, the tensors are those of the later releases.
 """
 
 import re
@@ -10,8 +10,8 @@ import re
 import torch
 
 
-# Which dimensions of a tensor grow with the number of heads, by its name. In `qkv` each third of the rows by itself;
-# the columns of `proj_layer*` are as wide as the stage that is recycled, which needs no cut.
+# Dimensions that grow with the number of heads, by the tensor's name. The rows of `qkv` are cut in each third; the
+# columns of `proj_layer*` have the width of the recycled stage and are not cut.
 SCALED_DIMENSIONS = (
     (r"^(cls_token|pos_embed)$", (2,)),
     (r"^patch_embed\.proj\.(weight|bias)$", (0,)),
@@ -25,8 +25,8 @@ SCALED_DIMENSIONS = (
 
 def is_supernet(state_dict: dict[str, torch.Tensor], num_heads: int, num_stages: int) -> bool:
     """
-    Whether these are the weights of a supernet of `num_heads` heads: the first release has an α for each head, the
-    later ones have one for each stage but the last.
+    Whether these are the weights of a supernet of `num_heads` heads: the first release has an α for each head, later
+    releases have one for each stage but the last.
 
     Args:
         state_dict: under its official names.
@@ -40,7 +40,7 @@ def cut_supernet(
     state_dict: dict[str, torch.Tensor], num_heads: int, thinking_stages: list[int]
 ) -> dict[str, torch.Tensor]:
     """
-    Cut the weights of a supernet to its widest stage, and drop the α that no stage reads. Logits stay the same.
+    Cut the weights of a supernet to its widest stage, and drop the unused α. The logits stay the same.
 
     Args:
         state_dict: under its official names; it is not changed.
@@ -48,11 +48,11 @@ def cut_supernet(
         thinking_stages (`list[int]`): heads of each stage.
 
     Returns:
-        A new dict, whose tensors share memory with the given ones where they are not cut within. What has an unknown
-        name or too few dimensions is left as it is, for the check of names and shapes to refuse.
+        A new dict. Its tensors share memory with the given ones wherever a slice suffices. Tensors of an unknown name
+        or with too few dimensions are returned unchanged; the check of names and shapes refuses them.
 
     Raises:
-        ValueError: if a stage has more heads than the supernet, or a tensor cannot be shared out among the heads.
+        ValueError: if a stage has more heads than the supernet, or a dimension is not a multiple of the heads.
     """
     if max(thinking_stages) > num_heads:
         raise ValueError(

@@ -1,11 +1,10 @@
-"""What official checkpoints on a DeiT backbone have in common: timm's names of its tensors, and its sizes."""
+"""What official checkpoints on a DeiT backbone have in common: timm's names of the tensors, and the sizes."""
 
 import re
 
 import torch
 
-from .checkpoint import Checkpoint
-from .labels import label_fields
+from .official import Checkpoint, rename
 
 
 DEIT_HEAD_DIM = 64
@@ -30,18 +29,14 @@ RENAMES = (
 
 def deit_name(name: str) -> str:
     """timm's name of the tensor that holds our parameter `name` (for queries, keys and values: a third of it)."""
-    for pattern, replacement in RENAMES:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    raise KeyError(name)
+    return rename(name, RENAMES)
 
 
 def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Our parameter `name` from the official tensor that holds it."""
     projection = re.search(r"\.([qkv])_proj\.", name)
     if projection is None or tensor.dim() == 0 or tensor.shape[0] % 3:
-        return tensor  # what is no stack of three is left as it is, for the check of shapes to name
+        return tensor  # a tensor that is no stack of three fails the check of shapes, which names it
     return tensor.chunk(3)["qkv".index(projection[1])].clone()
 
 
@@ -49,14 +44,14 @@ def convert_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
 REQUIRED = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2, "head.weight": 2}
 
 
-def deit_fields(checkpoint: Checkpoint, overrides: dict, num_prefix_tokens: int = 1) -> dict:
-    """Fields of a configuration that the tensors tell, and the names of the classes."""
+def deit_fields(checkpoint: Checkpoint, num_prefix_tokens: int = 1) -> dict:
+    """Fields of a configuration that follow from the shapes of the tensors."""
     state_dict = checkpoint.state_dict
     hidden_size, num_channels, *patch_size = state_dict["patch_embed.proj.weight"].shape
     layers = {int(match[1]) for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))}
-    fields = {
+    return {
         "hidden_size": hidden_size,
-        # Published configurations leave the depth to the architecture; a bare file has only its layers to tell.
+        # Published configurations imply the depth by the architecture's name; in a bare file the layers are counted.
         "num_hidden_layers": checkpoint.model_args.get("depth")
         or (DEIT_DEPTH if checkpoint.config else max(layers) + 1),
         "intermediate_size": state_dict["blocks.0.mlp.fc1.weight"].shape[0],
@@ -66,7 +61,6 @@ def deit_fields(checkpoint: Checkpoint, overrides: dict, num_prefix_tokens: int 
         "num_labels": state_dict["head.weight"].shape[0],
         "image_size": _image_size(checkpoint, patch_size, num_prefix_tokens),
     }
-    return {**fields, **label_fields(checkpoint, fields["num_labels"], overrides)}
 
 
 def _image_size(checkpoint: Checkpoint, patch_size: list[int], num_prefix_tokens: int) -> int | tuple[int, int]:
@@ -79,5 +73,5 @@ def _image_size(checkpoint: Checkpoint, patch_size: list[int], num_prefix_tokens
 
 
 def one_if_equal(sides: list[int]) -> int | tuple[int, int]:
-    """A size as configurations have it: one number where the sides are equal."""
+    """A size as configurations store it: one number where the sides are equal."""
     return sides[0] if len(set(sides)) == 1 else tuple(sides)

@@ -1,20 +1,27 @@
-"""The official ThinkingViT state dict: which tensor each of our parameters is, and how many heads its stages have."""
+"""ThinkingViT on ViT (arXiv 2507.10800): its record, and its official checkpoints."""
 
 import operator
 import re
 
 import torch
 
+from ..models import weights_from_vit
 from ..models.configuration_thinkingvit import ThinkingViTConfig
-from ..models.modeling_thinkingvit import ThinkingViTForImageClassification
-from .checkpoint import Checkpoint
-from .deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
-from .supernet import cut_supernet, is_supernet
-
-
-__all__ = ["MODEL_CLASS", "REQUIRED", "build_config", "convert_tensor", "matches", "official_name", "prepare"]
-
-MODEL_CLASS = ThinkingViTForImageClassification
+from ..models.modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViTModel
+from . import costs_vit
+from .official import Checkpoint, OfficialFormat
+from .official_deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
+from .official_supernet import cut_supernet, is_supernet
+from .record import (
+    EXIT_FIELDS,
+    IMAGE_CLASSIFICATION,
+    TRAINING_FIELDS,
+    CardText,
+    Costs,
+    Family,
+    Paper,
+    PlainSource,
+)
 
 
 def official_name(name: str) -> str:
@@ -28,7 +35,7 @@ def official_name(name: str) -> str:
 
 
 def matches(checkpoint: Checkpoint, overrides: dict) -> bool:
-    """Whether this is a ThinkingViT on DeiT: recycling weights, or stages that somebody states."""
+    """Whether this is a ThinkingViT on DeiT: there are recycling weights, or the files or overrides state stages."""
     return (
         "alpha.0" in checkpoint.state_dict
         or "proj_layer.weight" in checkpoint.state_dict
@@ -38,10 +45,10 @@ def matches(checkpoint: Checkpoint, overrides: dict) -> bool:
 
 def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
     """
-    The state dict; that of the first release cut to its widest stage.
+    The state dict, which for checkpoints of the first release is cut to the widest stage.
 
     Raises:
-        ValueError: if it is the first release's, and nothing says how many heads the stages have.
+        ValueError: if it is of the first release, and neither files nor overrides state the heads of the stages.
     """
     hidden_size = checkpoint.state_dict["patch_embed.proj.weight"].shape[0]
     num_heads = checkpoint.model_args.get("num_heads") or hidden_size // DEIT_HEAD_DIM
@@ -61,7 +68,7 @@ def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
 def _refuse_supernet_without_alphas(
     checkpoint: Checkpoint, num_heads: int, num_stages: int, thinking_stages: list[int] | None
 ) -> None:
-    """A supernet whose last α is missing looks like a later release with too many: say which are missing instead."""
+    """Refuse a supernet without its last α, which would pass for a later release with too many of them."""
     alphas = [f"alpha.{index}" for index in range(num_heads)]
     further = [name for name in alphas[num_stages - 1 :] if name in checkpoint.state_dict]
     is_wider = thinking_stages is not None and max(thinking_stages) < num_heads
@@ -75,20 +82,20 @@ def _refuse_supernet_without_alphas(
 
 def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingViTConfig:
     """
-    The configuration that belongs to an official checkpoint, as `prepare` left it. Sizes come from the tensors, stages
+    The configuration of a checkpoint with the state dict that `prepare` returned. Sizes come from the tensors, stages
     from the files or from `overrides`, which win.
 
     Raises:
-        ValueError: if nothing says how many heads the stages have.
+        ValueError: if neither tensors, files nor overrides state the heads of the stages.
     """
-    fields = deit_fields(checkpoint, overrides)
+    fields = deit_fields(checkpoint)
     thinking_stages = _stated_stages(checkpoint, overrides) or _stages_from_widths(checkpoint, fields["hidden_size"])
     fields["num_attention_heads"] = max(thinking_stages)
     return ThinkingViTConfig(**{**fields, **overrides, "thinking_stages": thinking_stages})
 
 
 def _stated_stages(checkpoint: Checkpoint, overrides: dict) -> list[int] | None:
-    """Heads of each stage, from `overrides` or the files; training scripts also pickle them as strings."""
+    """Heads of each stage, from `overrides` or the files. Training scripts also pickle them as strings."""
     stated = overrides.get("thinking_stages") or checkpoint.model_args.get("thinking_stages")
     if not stated:
         return None
@@ -114,7 +121,7 @@ def _heads(word: str | float) -> int:
 
 
 def _projection_widths(checkpoint: Checkpoint) -> list[int]:
-    """Channels of each stage but the last: what its recycling projection takes."""
+    """Channels of each stage but the last: the input widths of the recycling projections."""
     widths = []
     while (name := f"proj_layer{len(widths) + 1 if widths else ''}.weight") in checkpoint.state_dict:
         widths.append(checkpoint.state_dict[name].shape[-1])
@@ -132,3 +139,39 @@ def _stages_from_widths(checkpoint: Checkpoint, hidden_size: int) -> list[int]:
             "Pass `thinking_stages`, the heads of each stage (--thinking-stages on the command line)."
         )
     return [width // head_dim for width in widths]
+
+
+STAGED_LIMITS = (
+    "The exit rule measures the model's own certainty, not its being right: a confident wrong answer leaves early. A τ "
+    "chosen on one distribution of images may give another accuracy and cost on another."
+)
+THINKINGVIT_PAPER = Paper(
+    title="ThinkingViT (on ViT and on Swin)",
+    bibtex="""\
+@inproceedings{hojjat2026thinkingvit,
+  title     = {ThinkingViT: Matryoshka Thinking Vision Transformer for Elastic Inference},
+  author    = {Hojjat, Ali and Haberer, Janek and Pirk, Soren and Landsiedel, Olaf},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2026}
+}""",
+)
+
+FAMILY = Family(
+    name="ThinkingViT",
+    config_class=ThinkingViTConfig,
+    model_class=ThinkingViTModel,
+    heads={IMAGE_CLASSIFICATION: ThinkingViTForImageClassification},
+    costs=Costs(stages=costs_vit.stage_macs, published_stages=costs_vit.published_stage_macs),
+    plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
+    free_fields=TRAINING_FIELDS | EXIT_FIELDS,
+    announced_fields=frozenset({"thinking_stages"}),
+    card=CardText(
+        description="""\
+A ThinkingViT ([arXiv 2507.10800](https://arxiv.org/abs/2507.10800)), a nested Vision Transformer: a few leading
+attention heads answer first, and images whose answer is not certain enough go on to a wider stage, which starts from
+the recycled tokens.""",
+        limits=STAGED_LIMITS,
+    ),
+    paper=THINKINGVIT_PAPER,
+    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
+)

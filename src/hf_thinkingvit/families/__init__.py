@@ -1,0 +1,38 @@
+"""The families of models: one record each, in a module of its own. Imports `models/` only."""
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..models.configuration_staged import configuration_of
+from . import avit, thinking_swin, thinkingvit
+from .record import Family
+
+
+# By model type. Order matters for conversion: every ThinkingViT checkpoint also matches the A-ViT test.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (thinkingvit.FAMILY, thinking_swin.FAMILY, avit.FAMILY)
+}
+
+
+def family_of(model_or_config: nn.Module | PreTrainedConfig) -> Family:
+    """
+    The record of a model's family. Classes that were loaded as remote code, and subclasses, belong to the same family.
+
+    Args:
+        model_or_config (`nn.Module` or `PreTrainedConfig`): a model may be compiled or wrapped.
+
+    Raises:
+        ValueError: if it is of none of the known families.
+    """
+    config = configuration_of(model_or_config)
+    for kind in type(config).__mro__:  # by name, because remote code has classes of its own
+        family = FAMILIES.get(vars(kind).get("model_type"))
+        if family is not None:
+            return family
+    raise ValueError(
+        f"Expected a model or a configuration of one of the families {', '.join(FAMILIES)}, got "
+        f"{type(model_or_config).__name__} of the model type {getattr(config, 'model_type', None)!r}."
+    )
+
+
+__all__ = ["FAMILIES", "Family", "family_of"]

@@ -1,0 +1,89 @@
+"""
+Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages, and of
+tokens that halt. `evaluation/macs.py` says what is counted.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..models.configuration_avit import AViTConfig
+from ..models.configuration_checks import as_pair
+from ..models.configuration_nested_vit import NestedViTConfig
+from ..models.configuration_thinkingvit import ThinkingViTConfig
+from ..models.sub_networks import SubNetwork
+
+
+def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """As computed here: what a stage leaves uncomputed in its last layer is added by the next one."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    stages, layers = config.stages, config.num_hidden_layers
+    macs = []
+    for index, stage in enumerate(stages):
+        if index == 0:
+            entry = _patch_embedding(config, num_patches, stage.hidden_size)
+        else:  # the rest of the previous stage's last layer, its tokens to this stage's width, and the new channels
+            previous = stages[index - 1]
+            entry = _tokens_of_layer(previous, num_tokens - 1, num_tokens)
+            entry += num_tokens * previous.hidden_size * stage.hidden_size
+            entry += _patch_embedding(config, num_patches, stage.hidden_size - previous.hidden_size)
+        whole_layers = (layers - 1) * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
+        answer = _key_value(stage, num_tokens) + _tokens_of_layer(stage, 1, num_tokens)
+        macs.append(entry + whole_layers + answer + stage.hidden_size * config.num_labels)
+    return macs
+
+
+def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """As published: every stage with all tokens of all layers and its own patch embedding, recycling not counted."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    return [
+        _patch_embedding(config, num_patches, stage.hidden_size)
+        + config.num_hidden_layers * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
+        + stage.hidden_size * config.num_labels
+        for stage in config.stages
+    ]
+
+
+def halting_macs(
+    config: AViTConfig, token_depth: torch.Tensor, image_size: int | Sequence[int] | None = None
+) -> torch.Tensor:
+    """From the layers that each token runs, int64 `(batch_size, tokens)`; see `evaluation.halting_macs`."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    if token_depth.shape[1] != num_tokens:
+        raise ValueError(f"`token_depth` has {token_depth.shape[1]} tokens, an image of this size {num_tokens}.")
+    stage, prefix = config.sub_network, token_depth[:, : config.num_prefix_tokens]
+    fixed = _patch_embedding(config, num_patches, stage.hidden_size)
+    fixed += config.num_prefix_tokens * stage.hidden_size * config.num_labels
+    macs = torch.full((len(token_depth),), fixed)
+    for layer in range(1, config.num_hidden_layers + 1):
+        unfinished = (prefix >= layer).any(dim=1)
+        active = (token_depth >= layer).sum(dim=1)
+        queries = (prefix >= layer).sum(dim=1) if layer == config.num_hidden_layers else active
+        macs += unfinished * (_key_value(stage, active) + _tokens_of_layer(stage, queries, active))
+    return macs
+
+
+def _num_patches_and_tokens(config: NestedViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
+    height, width = as_pair(config.image_size if image_size is None else image_size)
+    patch_height, patch_width = as_pair(config.patch_size)
+    num_patches = (height // patch_height) * (width // patch_width)
+    return num_patches, num_patches + config.num_prefix_tokens
+
+
+def _patch_embedding(config: NestedViTConfig, num_patches: int, width: int) -> int:
+    patch_height, patch_width = as_pair(config.patch_size)
+    return num_patches * config.num_channels * patch_height * patch_width * width
+
+
+def _key_value(stage: SubNetwork, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
+    return 2 * num_tokens * stage.hidden_size**2
+
+
+def _tokens_of_layer(
+    stage: SubNetwork, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
+) -> int | torch.Tensor:
+    """A layer for `num_queries` tokens that attend to `num_tokens`, without computing their keys and values."""
+    query_and_output = 2 * stage.hidden_size**2
+    attention = 2 * num_tokens * stage.hidden_size
+    mlp = 2 * stage.hidden_size * stage.intermediate_size
+    return num_queries * (query_and_output + attention + mlp)

@@ -1,0 +1,76 @@
+"""
+Scores of how certain an answer is: functions from logits to one number per image.
+
+Every score is computed in float32, whatever the dtype of the logits. NaN logits give a NaN score.
+"""
+
+import torch
+
+
+def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    # clamp: rounding can push a certain answer's entropy below 0, and then τ = 0 would let it exit. NaN stays NaN.
+    # The same numbers as `torch.special.entr`, which torch 2.11 cannot export to ONNX inside a conditional.
+    return (-torch.xlogy(probabilities, probabilities)).sum(dim=-1).clamp(min=0.0)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Shannon entropy of the softmax over all classes, in nats: the formula in the ThinkingViT paper (arXiv 2507.10800).
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., num_classes)`, any floating dtype).
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, float32, between 0 and ln(num_classes).
+    """
+    return _entropy(logits.float().softmax(dim=-1))
+
+
+def topk_entropy(logits: torch.Tensor, top_k: int = 10) -> torch.Tensor:
+    """
+    Entropy of the `top_k` largest probabilities, renormalised to sum to 1, in nats: what the official code computes,
+    and the scale of the published thresholds.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., num_classes)`, any floating dtype).
+        top_k (`int`): how many classes to keep; all of them where there are fewer.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, float32, between 0 and ln(top_k).
+    """
+    # In this order, so that equal logits give the official entropies to the last bit: τ may lie on one of them.
+    largest = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]), dim=-1).values
+    return _entropy(largest / largest.sum(dim=-1, keepdim=True))
+
+
+def max_probability(logits: torch.Tensor) -> torch.Tensor:
+    """Largest softmax probability per image: shape `(...)`, float32, between 0 and 1."""
+    return logits.float().softmax(dim=-1).amax(dim=-1)
+
+
+def margin(logits: torch.Tensor) -> torch.Tensor:
+    """Largest minus second largest softmax probability: shape `(...)`, float32, between 0 and 1 (1 for one class)."""
+    if logits.shape[-1] < 2:
+        return max_probability(logits)
+    largest = logits.float().softmax(dim=-1).topk(2, dim=-1).values
+    return largest[..., 0] - largest[..., 1]
+
+
+def mean_binary_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Entropy of each label's own yes or no (the sigmoid of its logit), averaged over the labels, in nats: for multi-label
+    classification, where the labels of an image do not exclude one another.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., num_labels)`, any floating dtype).
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, float32, between 0 and ln(2).
+    """
+    # H(sigmoid(z)) is even in z, and with |z| both terms are positive, so that nothing cancels.
+    magnitude = logits.float().abs()
+    entropies = torch.nn.functional.softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
+    return entropies.mean(dim=-1)
+
+
+__all__ = ["entropy", "margin", "max_probability", "mean_binary_entropy", "topk_entropy"]

@@ -1,0 +1,95 @@
+"""
+What a model's answer is: how it is read from the backbone's state, judged, merged over stages, and learned.
+
+A task is a mixin for a `PreTrainedModel`. `task_classification.py` is one; another (segmentation, say) is another file
+like it, since the loop over stages only calls what is declared here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .exit_rules import ExitRule
+from .staged_run import Answer, StagedRun
+
+
+def weights_of_stages(weights: Sequence[float] | None, stages: range) -> list[float]:
+    """
+    The weights of the losses of the `stages` that run, with the same sum as those of all stages, so that the size of
+    the loss does not depend on how many stages run. Equal weights that sum to 1 where `weights` is `None`.
+
+    Raises:
+        ValueError: if several stages run and all of them have weight 0.
+    """
+    if weights is None:
+        return [1.0 / len(stages)] * len(stages)
+    if len(stages) == 1:
+        return [sum(weights)]
+    used = [weights[stage] for stage in stages]
+    if not sum(used) > 0:
+        raise ValueError(
+            f"`stage_loss_weights` ({list(weights)}) has weight 0 for all of the {len(stages)} stages that "
+            "`max_stages` lets run: there is nothing to train. Raise `max_stages`, or set other weights."
+        )
+    return [weight * sum(weights) / sum(used) for weight in used]
+
+
+class Task:
+    """
+    The interface between a task and the loop over stages. An *answer* is a dict of tensors whose first dimension is the
+    image: `"logits"` of any further shape, and whatever else the exit rule reads or the output shows.
+
+    Attributes:
+        reads_all_tokens (`bool`): whether `answer` reads all tokens of a stage, not just the leading (class) token.
+            Stages compute the others only for the images that go on, where it does not.
+    """
+
+    reads_all_tokens: bool = False
+
+    def answer(self, stage_index: int, state: dict[str, torch.Tensor]) -> Answer:
+        """The answers of a stage, from the state as `run_stage` left it."""
+        raise NotImplementedError
+
+    def exit_rule(self, threshold: float | Sequence[float] | None = None) -> ExitRule:
+        """The rule that decides after each stage, with `threshold` instead of `config.threshold` where it is given."""
+        return ExitRule.from_config(self.config, threshold)
+
+    def merge_answers(self, accepted: Answer, answer: Answer, chosen: torch.Tensor) -> Answer:
+        """
+        Put some images' answers in place of those accepted so far.
+
+        Args:
+            accepted (`dict[str, torch.Tensor]`): one row per image of the batch.
+            answer (`dict[str, torch.Tensor]`): of a later stage, with the same entries.
+            chosen (`torch.Tensor`): where `answer` has a row for each image of the batch, which of them to take, bool
+                `(batch_size,)`; else the place in the batch of each of its rows, int64.
+        """
+        if chosen.dtype != torch.bool:
+            return {name: accepted[name].index_copy(0, chosen, rows) for name, rows in answer.items()}
+        return {
+            name: torch.where(chosen.view(-1, *[1] * (rows.dim() - 1)), rows, accepted[name])
+            for name, rows in answer.items()
+        }
+
+    def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
+        """`ValueError` for labels that do not fit the batch and the configuration."""
+        raise NotImplementedError
+
+    def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
+        """The loss of one answer, a float32 scalar."""
+        raise NotImplementedError
+
+    def run_loss(self, labels: torch.Tensor, run: StagedRun, **kwargs: Any) -> torch.Tensor:
+        """
+        The loss of a run over stages: in training mode the weighted sum of the stages' losses (ThinkingViT paper,
+        training objective), in evaluation mode the loss of the accepted answers.
+        """
+        if not self.training:
+            return self.answer_loss(labels, run.accepted, **kwargs)
+        weights = weights_of_stages(self.config.stage_loss_weights, run.stages)
+        losses = [self.answer_loss(labels, step.answer, **kwargs) for step in run.steps]
+        return sum(weight * loss for weight, loss in zip(weights, losses))
+
+
+__all__ = ["Task", "weights_of_stages"]

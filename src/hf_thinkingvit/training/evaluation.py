@@ -1,0 +1,81 @@
+"""Evaluation between epochs: accuracy of the weights and of their moving average, saved models, and results."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..evaluation.accuracy import evaluate_accuracy
+from .checkpoints import replace_file
+from .progress import Progress
+from .reporting import save_model, say_accuracy
+from .setup import TrainingSetup
+
+
+def evaluation_is_due(setup: TrainingSetup, progress: Progress, history: list[dict]) -> bool:
+    """Whether the model of this step is to be evaluated (every `eval_epochs`, and at the end) and has not been yet."""
+    ends_epoch = progress.step > 0 and progress.step_in_epoch == 0 and progress.epoch % setup.config.eval_epochs == 0
+    evaluated = history and history[-1]["step"] == progress.step
+    return not evaluated and (ends_epoch or progress.step >= setup.num_steps)
+
+
+def evaluate_epoch(
+    setup: TrainingSetup,
+    progress: Progress,
+    history: list[dict],
+    each: Callable[[Iterable[dict]], Iterable[dict]],
+) -> dict[str, dict]:
+    """
+    Measure top-1 and top-5 of every stage, of the weights and of their moving average, and save the more accurate of
+    the two as the last model, and as the best if it is. Every process calls it.
+
+    Args:
+        setup (`TrainingSetup`): of the run.
+        progress (`Progress`): of the run; its best accuracy is updated.
+        history (`list[dict]`): gets an entry.
+        each (`Callable`): iterates over the batches it is given, and may raise to stop.
+
+    Returns:
+        What `evaluate_accuracy` found, by `"weights"` and `"ema"`.
+    """
+    accelerator, started = setup.accelerator, time.perf_counter()
+    models = {"weights": accelerator.unwrap_model(setup.model, keep_torch_compile=False)}
+    if setup.ema is not None:
+        models["ema"] = setup.ema.module
+    results = evaluate_accuracy(accelerator, models, each(setup.evaluation))
+    better = max(results, key=lambda name: results[name]["top1"][-1])
+    history.append({"step": progress.step, "epoch": progress.epoch, "chosen": better, "results": results})
+    say_accuracy(setup, progress, results, time.perf_counter() - started)
+    folders, top1 = ["last"], results[better]["top1"][-1]
+    if top1 > progress.best_top1:
+        progress.best_top1, progress.best_step = top1, progress.step
+        folders.append("best")
+    if accelerator.is_main_process:
+        for folder in folders:
+            save_model(setup.output_dir / folder, models[better], results[better], setup, progress)
+    return results
+
+
+def run_results(setup: TrainingSetup, progress: Progress, history: list[dict], test: dict | None) -> dict:
+    """What a run has measured so far, as in `results.json`; `test` as `report_test` returns it."""
+    cuda = setup.accelerator.device.type == "cuda"
+    return {
+        "step": progress.step,
+        "seconds": round(progress.seconds, 1),
+        "skipped_images": progress.skipped_images,
+        "processes": setup.accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "selected_on": setup.data.selected_on,  # the images that the best epoch is chosen by
+        "split": setup.data.split,  # the images of `test`
+        "test": test,
+        "history": history,
+    }
+
+
+def save_results(setup: TrainingSetup, results: dict) -> None:
+    """Replace `results.json`. Every process calls it."""
+    if setup.accelerator.is_main_process:
+        replace_file(setup.output_dir / "results.json", json.dumps(results, indent=1))
+    setup.accelerator.wait_for_everyone()

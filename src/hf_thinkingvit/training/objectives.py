@@ -1,0 +1,162 @@
+"""
+What the training loss of a model consists of: small classes that read fields of the model's configuration and outputs
+by name. One of `TASK_OBJECTIVES` gives the loss of the answers; those of `ADDED_OBJECTIVES` that apply are added to it.
+A new one is a subclass of `Objective` and an entry in one of the two.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..evaluation.labels import check_single_label
+from ..models.configuration_staged import thinks_in_stages
+from .answer_losses import AnswerLosses, TrainingBatch
+from .distillation import DistillationLoss, Teacher
+from .stage_samplers import build_stage_sampler
+
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+
+class Objective:
+    """
+    A term of the training loss.
+
+    Args:
+        config (`TrainingConfig`): of the run.
+        model_config (`PreTrainedConfig`): of the model.
+        teacher (`Teacher`, *optional*): an image classifier to distil from.
+
+    Raises:
+        ValueError: where the configuration asks for what this model cannot do.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        pass
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        """Whether the objective is one for this model."""
+        raise NotImplementedError
+
+    def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
+        """Arguments of the model's `forward` for the outputs that the objective reads, with or without labels."""
+        return {}
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The term, a scalar, and the parts of it that are worth logging, by name and detached."""
+        raise NotImplementedError
+
+
+class StagesObjective(Objective):
+    """
+    The weighted sum of the stages' losses (arXiv 2507.10800, section 3), of the stages that the sampler chooses. All
+    stages' losses are logged.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        self.sampler = build_stage_sampler(config, model_config)
+        self.answer_losses = AnswerLosses(config, model_config, teacher)
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return thinks_in_stages(model_config)
+
+    def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
+        return {"output_stage_logits": True}
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        losses = self.answer_losses(batch.outputs.stage_logits, batch)
+        weights = self.sampler.weights(batch.step, batch.micro_batch)
+        loss = sum(weight * part for weight, part in zip(weights, losses) if weight)
+        if len(losses) == 1:
+            return loss, {}
+        return loss, {f"stage_{index}_loss": part.detach() for index, part in enumerate(losses)}
+
+
+class DistillationHeadObjective(Objective):
+    """
+    DeiT's distillation (arXiv 2012.12877): the class head learns from the labels, the distillation head from the
+    teacher. See `DistillationLoss`.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher):
+        check_single_label(model_config)
+        self.distillation = DistillationLoss(
+            teacher,
+            kind=config.distillation,
+            weight=config.distillation_weight,
+            temperature=config.distillation_temperature,
+            label_smoothing=config.label_smoothing,
+        )
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return teacher is not None and getattr(model_config, "distilled", False)
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.distillation.task_loss(batch.outputs, batch.pixel_values, batch.targets), {}
+
+
+class HeadsObjective(Objective):
+    """
+    The mean loss of the heads of a model without stages: of its one head, or of the class head and the distillation
+    head, which both learn from the labels where there is no teacher.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        self.answer_losses = AnswerLosses(config, model_config, teacher)
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return True
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        outputs = batch.outputs
+        heads = (outputs.logits,)
+        if outputs.get("distillation_logits") is not None:
+            heads = (outputs.cls_logits, outputs.distillation_logits)
+        losses = self.answer_losses(heads, batch)
+        return sum(1.0 / len(losses) * loss for loss in losses), {}
+
+
+class HaltingObjective(Objective):
+    """
+    A-ViT's weighted ponder and prior losses (arXiv 2112.07658, section 3): what the model's own loss has beside its
+    task loss. Logged without their weights.
+    """
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return hasattr(model_config, "ponder_loss_weight")
+
+    def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
+        return {"output_halting_losses": True}
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        outputs = batch.outputs
+        if outputs.get("task_loss") is None:
+            raise ValueError(
+                "The ponder and prior losses are read from the model's own loss: call it with `labels`, in training "
+                "mode. In a run, set `mixup` and `cutmix` to 0."
+            )
+        parts = {name: outputs[name].detach() for name in ("ponder_loss", "prior_loss")}
+        return outputs.loss - outputs.task_loss, parts
+
+
+# The first that applies to the model, in this order.
+TASK_OBJECTIVES: dict[str, type[Objective]] = {
+    "stages": StagesObjective,
+    "distillation_head": DistillationHeadObjective,
+    "heads": HeadsObjective,
+}
+# All that apply to the model.
+ADDED_OBJECTIVES: dict[str, type[Objective]] = {"halting": HaltingObjective}
+
+
+def choose_objectives(model_config: PreTrainedConfig, teacher: Teacher | None) -> list[type[Objective]]:
+    """The objectives of a model, the one of its task first."""
+    task = next(objective for objective in TASK_OBJECTIVES.values() if objective.applies(model_config, teacher))
+    return [task, *(added for added in ADDED_OBJECTIVES.values() if added.applies(model_config, teacher))]

@@ -1,0 +1,199 @@
+"""A second task, of dense answers, needs no change to anything that runs stages: forward, engine, sweep, programs."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.utils import ModelOutput, is_onnx_available
+
+from hf_thinkingvit import EXIT_CRITERIA, ExitCriterion
+from hf_thinkingvit.evaluation.stages import measure_stages
+from hf_thinkingvit.inference import AdaptiveEngine
+from hf_thinkingvit.inference.export import export_adaptive, export_onnx, export_stages
+from hf_thinkingvit.models.exit_scores import entropy
+from hf_thinkingvit.models.modeling_thinkingvit import ThinkingViTModel, ThinkingViTPreTrainedModel
+from hf_thinkingvit.models.nested_layers import NestedLinear
+from hf_thinkingvit.models.staged_loop import StagedModelMixin, resolve_stages, run_stages
+from hf_thinkingvit.models.tasks import Task
+from tests.utils import lively, random_images, tiny_config
+
+
+NUM_CLASSES, GRID = 5, (4, 4)
+
+
+def mean_pixel_entropy(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    return entropy(logits.flatten(2).transpose(1, 2)).mean(dim=1)
+
+
+@dataclass
+class DenseOutput(ModelOutput):
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
+    exit_stage: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+class DenseTask(Task):
+    """A class for each patch: logits `(images, classes, rows, columns)`, and the class itself."""
+
+    reads_all_tokens = True
+
+    def answer(self, stage_index, state):
+        patches = state["tokens"][:, self.config.num_prefix_tokens :]
+        logits = self.head(patches).transpose(1, 2).unflatten(2, GRID)
+        return {"logits": logits, "prediction": logits.argmax(dim=1)}
+
+    def check_labels(self, labels, batch_size):
+        assert labels.shape == (batch_size, *GRID)
+
+    def answer_loss(self, labels, answer, **kwargs):
+        return F.cross_entropy(answer["logits"], labels)
+
+
+class ThinkingViTForDensePrediction(DenseTask, StagedModelMixin, ThinkingViTPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.thinkingvit = ThinkingViTModel(config)
+        self.head = NestedLinear(config.hidden_size, NUM_CLASSES)
+        self.post_init()
+
+    def forward(self, pixel_values, labels=None, threshold=None, run_all=False):
+        stages = resolve_stages(self.config.num_stages)
+        run = run_stages(self, self.exit_rule(threshold), stages, pixel_values, run_all=run_all)
+        loss = None if labels is None else self.run_loss(labels, run)
+        return DenseOutput(loss=loss, exit_stage=run.exit_stage, **run.accepted), run
+
+
+@pytest.fixture(autouse=True)
+def dense_criterion(monkeypatch):
+    criterion = ExitCriterion(mean_pixel_entropy, True, lambda num_labels, top_k: 10.0, "", 0.0, is_entropy=True)
+    monkeypatch.setitem(EXIT_CRITERIA, "mean_pixel_entropy", criterion)
+
+
+@pytest.fixture
+def model(dense_criterion):
+    config = tiny_config(exit_criterion="mean_pixel_entropy", threshold=[0.0, 0.0])
+    model = lively(ThinkingViTForDensePrediction, config)
+    with torch.no_grad():
+        _, run = model(random_images(8), run_all=True)
+    # Halfway between two images at each exit, so that some leave there and rounding decides nothing.
+    orders = [step.score.sort().values for step in run.steps[:2]]
+    model.config.threshold = [((order[2] + order[3]) / 2).item() for order in orders]
+    return model
+
+
+@torch.no_grad()
+def answers_of(model, images):
+    """Each image's accepted stage and answer, from all stages of every image, decided one by one."""
+    _, run = model(images, run_all=True)
+    scores = torch.stack([step.score for step in run.steps], dim=1)
+    exits = scores < torch.tensor([*model.config.threshold, torch.inf])
+    stages = exits.int().argmax(dim=1)
+    answers = [
+        {name: run.steps[stage].answer[name][image] for name in ("logits", "prediction", "entropy")}
+        for image, stage in enumerate(stages.tolist())
+    ]
+    return stages, {name: torch.stack([answer[name] for answer in answers]) for name in answers[0]}
+
+
+def test_each_image_has_the_answer_of_its_own_exit(model):
+    images = random_images(8)
+    stages, expected = answers_of(model, images)
+    assert set(stages.tolist()) == {0, 1, 2}
+    with torch.no_grad():
+        outputs, run = model(images)
+    assert torch.equal(outputs.exit_stage, stages)
+    assert outputs.logits.shape == (8, NUM_CLASSES, *GRID)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(outputs[name], tensor)
+    assert [len(step.exits) for step in run.steps] == [8, int((stages > 0).sum()), int((stages > 1).sum())]
+
+
+def test_training_weighs_the_loss_of_every_stage(model):
+    model.train()
+    labels = torch.randint(NUM_CLASSES, (8, *GRID), generator=torch.Generator().manual_seed(1))
+    outputs, run = model(random_images(8), labels)
+    losses = [F.cross_entropy(step.answer["logits"], labels) for step in run.steps]
+    torch.testing.assert_close(outputs.loss, sum(losses) / 3)
+    outputs.loss.backward()
+    assert all(recycler.alpha.grad.abs() > 0 for recycler in model.thinkingvit.recyclers)
+
+
+def test_the_engine_returns_dense_answers(model):
+    images = random_images(8)
+    stages, expected = answers_of(model, images)
+    engine = AdaptiveEngine(model, batch_size=3)
+    results = list(engine(images))
+    assert [result.exit_stage for result in results] == stages.tolist()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(torch.stack([result.answer[name] for result in results]), tensor)
+    assert results[0].answer["prediction"].dtype == torch.int64
+
+
+def test_compiled_stages_give_the_same(model):
+    images = random_images(8)
+    with torch.no_grad():
+        expected, _ = model(images)
+        model.compile_stages([4], backend="eager")
+        outputs, _ = model(images)
+    assert torch.equal(outputs.exit_stage, expected.exit_stage)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+
+
+def test_one_pass_measures_every_stage(model):
+    images = random_images(8)
+    truth = torch.randint(NUM_CLASSES, (8, *GRID), generator=torch.Generator().manual_seed(1))
+    batches = [
+        {"pixel_values": images[rows], "labels": truth[rows]} for rows in (slice(0, 3), slice(3, 6), slice(6, 8))
+    ]
+
+    def accuracy(answer, batch):
+        return {"accuracy": (answer["prediction"] == batch["labels"]).float().mean(dim=(1, 2))}
+
+    measured, image_size = measure_stages(model, batches, accuracy, progress=False)
+    with torch.no_grad():
+        _, run = model(images, run_all=True)
+    expected = [(step.answer["prediction"] == truth).float().mean(dim=(1, 2)) for step in run.steps]
+    torch.testing.assert_close(measured["accuracy"], torch.stack(expected, dim=1))
+    torch.testing.assert_close(measured["score"], torch.stack([step.score for step in run.steps], dim=1))
+    assert image_size == (32, 32)
+
+
+def test_exported_programs_give_the_same(model):
+    images = random_images(8)
+    stages, expected = answers_of(model, images)
+    threshold = torch.tensor(model.config.threshold)
+    state = {"pixel_values": images}
+    rows = torch.arange(8)
+    for stage, program in enumerate(export_stages(model)):
+        outputs = program.module()(state, threshold)
+        assert torch.equal(outputs["exits"], stages[rows] == stage)
+        chosen = outputs["exits"]
+        torch.testing.assert_close(outputs["logits"][chosen], expected["logits"][rows[chosen]])
+        state = {name: tensor[~chosen] for name, tensor in outputs["state"].items()}
+        rows = rows[~chosen]
+    adaptive = export_adaptive(model).module()
+    for image in range(8):
+        outputs = adaptive(images[image : image + 1], threshold)
+        assert outputs["exit_stage"].item() == stages[image]
+        for name, tensor in expected.items():
+            torch.testing.assert_close(outputs[name][0], tensor[image])
+
+
+@pytest.mark.skipif(not is_onnx_available(), reason="needs onnx")
+def test_onnx_files_give_the_same(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images = random_images(8)
+    stages, expected = answers_of(model, images)
+    files = export_onnx(model, tmp_path)
+    threshold = torch.tensor(model.config.threshold).numpy()
+    session = onnxruntime.InferenceSession(files.adaptive)
+    assert [output.name for output in session.get_outputs()] == ["logits", "prediction", "exit_stage", "entropy"]
+    for image in range(8):
+        logits, _, exit_stage, _ = session.run(
+            None, {"pixel_values": images[image : image + 1].numpy(), "threshold": threshold}
+        )
+        assert exit_stage.item() == stages[image]
+        torch.testing.assert_close(torch.from_numpy(logits[0]), expected["logits"][image], atol=1e-4, rtol=0)

@@ -1,0 +1,59 @@
+"""Which stages a step trains, and with which weights."""
+
+import pytest
+
+from hf_thinkingvit.training import TrainingConfig
+from hf_thinkingvit.training.stage_samplers import STAGE_SAMPLERS, build_stage_sampler
+from tests.utils import lively_model
+
+
+def test_sandwich_takes_the_first_the_last_and_some_between():
+    model = lively_model(thinking_stages=[1, 2, 2, 3, 4], num_attention_heads=4)
+    sampler = build_stage_sampler(TrainingConfig(stage_sampling="sandwich"), model.config)
+    drawn = [sampler.weights(step, 0) for step in range(40)]
+    assert all(weights[0] > 0 and weights[-1] > 0 for weights in drawn)
+    assert all(sum(weight > 0 for weight in weights[1:-1]) == 1 for weights in drawn)
+    assert {tuple(weights).index(max(weights[1:-1]), 1) for weights in drawn} == {1, 2, 3}
+    assert all(sum(weights) == pytest.approx(1.0) for weights in drawn)
+    assert drawn[7] == sampler.weights(7, 0)
+
+
+def test_sandwich_keeps_the_sum_and_the_proportions_of_the_weights():
+    model = lively_model(stage_loss_weights=[0.5, 1.0, 2.0, 1.5], thinking_stages=[1, 2, 3, 4], num_attention_heads=4)
+    sampler = build_stage_sampler(TrainingConfig(stage_sampling="sandwich"), model.config)
+    first, *between, last = sampler.weights(0, 0)
+    assert first + sum(between) + last == pytest.approx(5.0)
+    assert last / first == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("name", STAGE_SAMPLERS)
+def test_stages_are_those_with_a_weight(name):
+    model = lively_model(thinking_stages=[1, 2, 3, 4], num_attention_heads=4)
+    sampler = build_stage_sampler(TrainingConfig(stage_sampling=name), model.config)
+    for step in range(8):
+        weights = sampler.weights(step, 0)
+        assert sampler.stages(step, 0) == [stage for stage, weight in enumerate(weights) if weight]
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0]])
+def test_all_gives_each_stage_its_own_weight(weights):
+    sampler = build_stage_sampler(TrainingConfig(), lively_model(stage_loss_weights=weights).config)
+    assert sampler.weights(3, 0) == (weights or [1 / 3] * 3)
+
+
+def test_a_single_stage_has_weight_one():
+    model = lively_model(thinking_stages=[2], stage_loss_weights=[0.25])
+    assert build_stage_sampler(TrainingConfig(), model.config).weights(0, 0) == [1.0]
+
+
+def test_refuses_steps_without_a_weight():
+    model = lively_model(thinking_stages=[1, 2, 3, 4], num_attention_heads=4, stage_loss_weights=[0.0, 0.0, 1.0, 0.0])
+    sampler = build_stage_sampler(TrainingConfig(stage_sampling="sandwich"), model.config)
+    without = next(step for step in range(20) if 2 not in sampler.stages(step, 0))
+    with pytest.raises(ValueError, match=rf"is 0 for all of the stages \[0, 1, 3\].* in step {without}"):
+        sampler.weights(without, 0)
+
+
+def test_refuses_unknown_names():
+    with pytest.raises(ValueError, match=r"`stage_sampling` must be one of \['all', 'sandwich'\], got 'random'"):
+        build_stage_sampler(TrainingConfig(stage_sampling="random"), lively_model().config)
