@@ -1,1 +1,1 @@
-"""Speed against what a user would otherwise run. Each module is one command; results are in RESULTS.md."""
+"""Benchmarks against the models that a user would otherwise run. Each module is one command; results: RESULTS.md."""

@@ -1,11 +1,11 @@
 """
-What halting costs a small A-ViT on real images (scikit-learn's handwritten digits), on a CPU in minutes:
+Accuracy and compute of a small A-ViT with and without halting, on scikit-learn's handwritten digits (CPU, minutes):
 
     python -m benchmarks.avit_digits --output-dir outputs/avit-digits
 
-Per seed: a small ViT is trained; then, from its weights, the same number of epochs once more without halting (the
-control) and with halting, for each ponder weight. Test accuracy, mean token depth and multiply-accumulates spent. The
-first seed's model with the first ponder weight is saved, beside test images for `examples/visualize_tokens.py`.
+For each seed a small ViT is trained, and then fine-tuned for equally many epochs without halting (the control) and with
+halting, once for each ponder weight. Prints test accuracy, mean token depth and multiply-accumulates. Saves the first
+seed's model with the first ponder weight, and test images for `examples/visualize_tokens.py`.
 """
 
 import argparse

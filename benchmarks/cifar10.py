@@ -1,14 +1,14 @@
 """
-The papers' claims, on CIFAR-10 with small models: trains one after another, then prints a table.
+Tests the papers' claims with small models on CIFAR-10: trains them one after another, then prints a table.
 
     python -m benchmarks.cifar10 --output-dir outputs/cifar10
     python -m benchmarks.cifar10 --output-dir outputs/cifar10 --table
 
     python -m benchmarks.cifar10 --output-dir outputs/cifar10 --export examples/checkpoints
 
-First plain nets of both widths. Then, from the narrow one and for equally many epochs: ThinkingViT 3 → 6, the same
-without recycling (α held at 0), naive iteration 3 → 3, and the narrow net alone. From the wide one, likewise: A-ViT,
-and the same net without halting. Runs that are there already are not trained again; one that was interrupted resumes.
+First plain nets of two widths are trained. Four runs of equal length start from the narrow net: ThinkingViT 3 → 6, the
+same without recycling (α stays 0), naive iteration 3 → 3, and the narrow net alone. Two start from the wide net: A-ViT,
+and the wide net alone. Finished runs are not repeated, and an interrupted run resumes.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def train(name: str, start: str | None, epochs: int, flags: list[str], output_di
         return
     command = [sys.executable, ROOT / "examples" / "train.py", "--dataset", dataset]
     command += ["--config", CONFIGS / ("avit_cifar10.yaml" if "A-ViT" in name else "thinkingvit_cifar10.yaml")]
-    # The table is of the last epoch, so nothing in it is chosen by the test images.
+    # The table reports the last epoch, so nothing is selected on the test images.
     command += ["--eval_split", "test"]
     command += ["--output_dir", folder, "--epochs", epochs, "--resume", "auto", "--cpu", "--num_workers", 0]
     if start is not None:
@@ -90,14 +90,14 @@ def table(output_dir: Path) -> str:
 
 @torch.no_grad()
 def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
-    """ThinkingViT and A-ViT in half precision; their cards say what these weights do on the test set."""
+    """Save ThinkingViT and A-ViT in half precision, with these weights' results on the test set in their cards."""
     for name in ("3-6", "A-ViT"):
         if not (output_dir / name / "done").exists():
             continue
         model = AutoModelForImageClassification.from_pretrained(output_dir / name / "best", dtype=torch.float16)
         processor = AutoImageProcessor.from_pretrained(output_dir / name / "best")
         measured = copy.deepcopy(model).float()
-        # Runs of former versions chose the best epoch on the test images, and do not say so.
+        # Earlier versions selected the best epoch on the test images without recording it.
         chosen = json.loads((output_dir / name / "results.json").read_text()).get("selected_on", "test")
         training = {"data": "CIFAR-10, 50 000 images", "command": "`python -m benchmarks.cifar10`", "seed": 0}
         if name == "A-ViT":
@@ -114,7 +114,7 @@ def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
             results = answers.results([round(0.2 * step, 1) for step in range(13)])
             results |= {"dataset": "uoft-cs/cifar10", "selected_on": chosen, "training": training}
         folder = checkpoints / f"{model.config.model_type}-cifar10"
-        # In a clone of this repository the package is at hand: no copy of its code beside the weights.
+        # These folders are loaded with the package installed, so they need no copy of its code.
         model.save_pretrained(folder)
         for code in folder.glob("*.py"):
             code.unlink()

@@ -1,11 +1,11 @@
 """
-The exported ONNX file under onnxruntime against the model itself, one image at a time, in turns:
+The exported ONNX file under onnxruntime against the PyTorch model, one image at a time, taking turns:
 
     python -m benchmarks.export
     python -m benchmarks.export --family thinking_swin
 
-Pixels in, logits out, 224 × 224, random weights, on the CPU in float32; τ such that the image leaves after the first
-stage, or never before the last. Both give the same exits, which is checked first.
+Pixels in, logits out, 224 × 224, random weights, on the CPU in float32, at two τ: with one the image exits after the
+first stage, with the other it runs all stages. That both give the same logits and exits is checked first.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from benchmarks.rivals import FAMILIES
 from hf_thinkingvit.inference import export_onnx
 
 
-# Of topk_entropy: below every answer's, and above.
+# τ of `topk_entropy`: no entropy is below the first, and all are below the second.
 NEVER, ALWAYS = 0.0, 1e3
 
 
 def session_of(path: str, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Its threads would else go on spinning while it is the model's turn, on the same cores.
+    # Otherwise its idle threads spin on the cores that the PyTorch model is timed on.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options)
 

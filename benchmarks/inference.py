@@ -1,5 +1,5 @@
 """
-Adaptive models against what a user would otherwise run, in one process and in turns:
+Adaptive models against the plain models that a user would otherwise run, in one process, taking turns:
 
     python -m benchmarks.inference --batch-size 1 16
     python -m benchmarks.inference --batch-size 16 --dtype bfloat16 --compile
@@ -7,10 +7,10 @@ Adaptive models against what a user would otherwise run, in one process and in t
 
 Pixels in, logits out, 224 × 224, random weights. Rivals are Transformers' plain models of the same sizes, timm's where
 it is installed, and the official code's way of early exit: every stage for every image, and a selection afterwards. The
-shares of images that go on to the second stage are the published ones at τ = 1.5, 1.0 and 0.5, and none and all; they
-come from τ set between the entropies of the images, so they are exact and need no trained weights. t₁ is the time of
-the first stage, t₂ what all stages take beyond it, r the share. Times are medians over the repeats, ratios medians of
-the ratios within a repeat. `--family avit` stands for `python -m benchmarks.avit`.
+shares of images that go on to the second stage are the published ones at τ = 1.5, 1.0 and 0.5, and none and all. Each τ
+is set between the entropies of the images, so the shares are exact and need no trained weights. t₁ is the time of the
+first stage, t₂ the further time of all stages, r the share. Times are medians over the repeats, ratios are medians of
+the ratios within a repeat. `--family avit` runs `python -m benchmarks.avit`.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from matplotlib import pyplot as plt
 
 
 SHARES = (0.0, 0.18, 0.36, 0.59, 1.0)
-# With a batch of one image, as many as make 0.36 exact.
+# At batch size 1: the fewest images of which 36 % is a whole number.
 SINGLE_IMAGES = 25
 
 
 def threshold_for_share(entropies: torch.Tensor, share: float) -> float:
-    """τ halfway between the two entropies that part the most uncertain `share` of the images from the others."""
+    """τ at which `share` of the images goes on: halfway between the two entropies on either side of it."""
     entropies = entropies.sort().values
     exits = round(len(entropies) * (1 - share))
     if exits == 0:
@@ -53,7 +53,7 @@ def threshold_for_share(entropies: torch.Tensor, share: float) -> float:
 
 @torch.no_grad()
 def spread_entropies(model: PreTrainedModel) -> None:
-    """Random weights give all images the same answer. Larger ones, of embeddings and classifier, tell them apart."""
+    """Enlarge the weights of embeddings and classifier: with the initial ones, all images have nearly one entropy."""
     for name, parameter in model.named_parameters():
         if "embeddings" in name or "classifier.weight" in name:
             parameter.normal_(std=0.3)
@@ -61,7 +61,7 @@ def spread_entropies(model: PreTrainedModel) -> None:
 
 @dataclass
 class Comparison:
-    """One batch size: the rivals, and how the adaptive model may be run."""
+    """The measurements at one batch size: the adaptive model, in each way of running it, and its rivals."""
 
     family: Family
     batch_size: int
@@ -79,7 +79,7 @@ class Comparison:
         spread_entropies(self.model)
         self.plain = {name: self._place(build()) for name, build in self.family.plain.items()}
         self.images = torch.randn(self.num_images, 3, 224, 224)
-        # The engine reads single images from the host, as it does in use; everything else finds its batches in place.
+        # The engine gets single images in host memory, as in use; all others get batches that are on the device.
         self.batches = self.images.to(self.device, self.dtype).split(self.batch_size)
         self.ways: dict[str, PreTrainedModel] = {"eager": self.model}
         if self.compiles:
@@ -102,7 +102,7 @@ class Comparison:
 
     @torch.no_grad()
     def run(self) -> dict[float, dict[str, list[float]]]:
-        """Prints the tables; seconds of each way at each share."""
+        """Print the tables. Returns the seconds of each way of running, at each share."""
         self._fixed_costs()
         return self._shares()
 

@@ -1,5 +1,6 @@
-"""Timing that several benchmarks share: rivals in turns, and what a table needs above it."""
+"""What the benchmarks share: timing in turns, and the header of a table."""
 
+import argparse
 import platform
 import statistics
 import time
@@ -10,7 +11,7 @@ import transformers
 
 
 def describe_run(device: torch.device, dtype: str) -> str:
-    """What a table of measurements needs above it: hardware, threads, dtype, versions and date."""
+    """The header of a table of measurements: hardware, threads, dtype, versions and date."""
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return (
         f"{hardware}, {torch.get_num_threads()} CPU threads, {dtype}, torch {torch.__version__}, "
@@ -18,8 +19,16 @@ def describe_run(device: torch.device, dtype: str) -> str:
     )
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """The options of a benchmark that runs at several batch sizes on one device."""
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
 def measure(rivals: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call of each rival, taken in turns."""
+    """Call the rivals in turns, `repeats` times each after two warm-up rounds. Returns the seconds of each call."""
     seconds = {name: [] for name in rivals}
     for repeat in range(repeats + 2):
         for name, call in rivals.items():
@@ -29,7 +38,7 @@ def measure(rivals: dict[str, Callable[[], object]], repeats: int, device: torch
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if repeat >= 2:  # the first two rounds warm up
+            if repeat >= 2:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
@@ -41,7 +50,7 @@ def median_and_quartiles(values: list[float]) -> str:
 
 @torch.no_grad()
 def peak_macs_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """Multiply-accumulates per second of a large square matrix product: the most that this machine gives."""
+    """Multiply-accumulates per second of a large square matrix product, as an upper bound for this machine."""
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = measure({"product": lambda: left @ right}, 7, device)["product"]

@@ -1,4 +1,4 @@
-"""The adaptive models of the speed benchmarks, what a user would otherwise run, and the official way of early exit."""
+"""The adaptive models of the speed benchmarks, the plain models beside them, and early exit as in the official code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def timm_model(name: str) -> nn.Module:
 
 
 def vit_select_after(model: ThinkingViTForImageClassification, pixel_values: torch.Tensor, threshold: float):
-    """Logits as the official code computes them: every stage whole for every image, then a selection."""
+    """Logits as the official code computes them: every stage for every image, then a selection by τ."""
     vit, rule = model.thinkingvit, ExitRule.from_config(model.config, threshold)
     tokens = logits = undecided = None
     for index, stage in enumerate(vit.stages):
@@ -63,8 +63,8 @@ class Family:
 
     Attributes:
         build: the model with random weights.
-        first: names in `plain` of what the first stage stands against.
-        both: of what all stages stand against, run one after another.
+        first: names in `plain` of the models that the first stage is compared with.
+        both: the same for all stages together; these models run one after another.
         plain: how to build each rival.
         select_after: every stage for every image: `(model, pixel_values, threshold)` to logits.
     """
@@ -77,7 +77,7 @@ class Family:
 
 
 def swin_select_after(model: ThinkingSwinForImageClassification, pixel_values: torch.Tensor, threshold: float):
-    """Logits of every round for every image, and a selection. The official code also embeds the patches every time."""
+    """Every round for every image, then a selection by τ. (The official code also repeats the patch embedding.)"""
     return model(pixel_values, threshold=threshold, output_stage_logits=True).logits
 
 
@@ -86,7 +86,7 @@ def swin_small() -> SwinForImageClassification:
 
 
 def from_timm(names: dict[str, str]) -> dict[str, Callable[[], nn.Module]]:
-    """Models of timm, where it is installed."""
+    """How to build models of timm; empty if timm is not installed."""
     return {f"{name} (timm)": partial(timm_model, model) for name, model in names.items() if find_spec("timm")}
 
 

@@ -1,10 +1,10 @@
 """
-Does a stage pay for reading the leading slices of wide weights, instead of weights of its own?
+Time of the linear maps on leading slices of wide weights, against contiguous weights of the same size:
 
     python -m benchmarks.slices --dtype bfloat16
 
-The linear maps of the first stage of ThinkingViT 3 → 6, from a view of the full weight and from a contiguous copy of
-it, in turns; ratios above 1 say what packed weights would save.
+The linear maps of the first stage of ThinkingViT 3 → 6, with a view of the full weight and with a contiguous copy of
+the view, taking turns. A ratio above 1 is what contiguous weights would save.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.measure import describe_run, measure, median_and_quartiles
+from benchmarks.measure import add_run_arguments, describe_run, measure, median_and_quartiles
 
 
-# (rows, columns) of the slice and of the whole: attention's projections, and the two of the MLP.
+# (rows, columns) of the slice and of the full weight: attention's projections, and the two of the MLP.
 SLICES = (((192, 192), (384, 384)), ((768, 192), (1536, 384)), ((192, 768), (384, 1536)))
 
 
@@ -28,10 +28,7 @@ def repeatedly(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_run_arguments(parser, repeats=100)
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     print(describe_run(device, arguments.dtype))

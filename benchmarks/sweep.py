@@ -1,9 +1,10 @@
 """
-One pass for 50 thresholds against one full run at τ = 0, and against 50 runs, one a threshold:
+One pass that evaluates 50 thresholds, against one run at τ = 0, and against 50 runs with one threshold each:
 
     python -m benchmarks.sweep --model examples/checkpoints/thinkingvit-cifar10 --dataset uoft-cs/cifar10
 
-Images decoded and preprocessed in every run; rivals interleaved, medians. The 50 single runs are timed once.
+Every run decodes and preprocesses the images. The first two take turns, and the median over the repeats counts; the 50
+runs are timed once.
 """
 
 import argparse

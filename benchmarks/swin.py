@@ -3,10 +3,10 @@ ThinkingSwin (Swin-S, head rounds (3, 3, 6, 12) → (3, 6, 12, 24)) against Tran
 
     python -m benchmarks.swin --batch-size 1 16
 
-Pixels in, logits out, 224 × 224, random weights, rivals interleaved, median over the repeats. The last round alone is a
-ThinkingSwin with all heads in its one round and the rival's weights, whose logits are compared first. For each row the
-gain in time over what the arithmetic allows: the rival's time over ours, divided by its multiply-accumulates over ours.
-The goal is 0.9 for the first round, and 1 for the last.
+Pixels in, logits out, 224 × 224, random weights; the models take turns, and the median over the repeats counts. The
+last round alone is a ThinkingSwin of one round with all heads and Swin-S's weights; that both give the same logits is
+checked first. The last column is the speedup over Swin-S divided by the ratio of multiply-accumulates, Swin-S over
+ThinkingSwin. The goal is 0.9 for the first round, and 1 for the last.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import describe_run, measure
+from benchmarks.measure import add_run_arguments, describe_run, measure
 from benchmarks.rivals import swin_small
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification
 from hf_thinkingvit.evaluation import stage_macs
@@ -52,10 +52,7 @@ def compare(batch_size: int, repeats: int, device: torch.device, dtype: torch.dt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_run_arguments(parser, repeats=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -4,9 +4,9 @@ A training step of ThinkingViT 3 → 6 against the steps of a Transformers ViT-T
     python -m benchmarks.training --batch-size 16
     python -m benchmarks.training --device cuda --batch-size 128 --mixed-precision bf16
 
-224 × 224, 1000 labels, random images and weights; forward, backward and AdamW; rivals interleaved. Memory is what a
-step needs beside weights and optimizer: on CUDA the peak of a step over what was allocated before it, on a CPU the
-tensors that the forward pass keeps for the backward pass.
+224 × 224, 1000 labels, random images and weights; forward, backward and AdamW; the models take turns. Memory is that of
+a step, without weights and optimizer: on CUDA the peak minus what was allocated before the step, on a CPU the tensors
+that autograd saves for the backward pass.
 """
 
 import argparse
@@ -37,19 +37,19 @@ def training_step(
 
 
 def saved_bytes(model: nn.Module, batch: dict[str, torch.Tensor], autocast: Callable[[], torch.autocast]) -> int:
-    """Bytes of activations that the backward pass needs; weights and input not counted, shared storage once."""
+    """Bytes of the activations that autograd saves, without weights and inputs. Each storage counts once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *batch.values())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # holding it keeps its address from being given to another
+            saved[storage.data_ptr()] = storage  # the reference prevents that its address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
         loss = model(**batch).loss
-    total = sum(storage.nbytes() for storage in kept.values())
+    total = sum(storage.nbytes() for storage in saved.values())
     del loss
     return total
 

@@ -1,13 +1,14 @@
 """
-Choose τ by what it must keep:
+Choose τ for a limit on the loss of accuracy, or for a budget of compute:
 
     python examples/calibrate.py --model MODEL --dataset uoft-cs/cifar10 --max-drop 0.01 --delta 0.05
     python examples/calibrate.py --model MODEL --dataset uoft-cs/cifar10 --gmacs 0.03
 
-A share of the images (`--check`) is set aside and never calibrated on; what τ does there is printed beside. The model
-with its new τ, and the facts it was chosen on, go to `--output-dir`, in the dtype in which it was measured.
+A share of the images (`--check`) is held out from the calibration; accuracy and cost at τ are printed for both parts.
+`--output-dir` gets the model with the new τ, in the dtype in which it was measured, and `calibration.json`.
 
-A promise needs images that had no part in making the model: neither trained on, nor used to choose its best epoch.
+The limit on accuracy is statistical: it holds only with images that were used neither to train the model nor to select
+its best epoch.
 """
 
 import argparse
@@ -44,11 +45,11 @@ def main() -> None:
     goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
     goal.add_argument("--gmacs", type=float, help="mean multiply-accumulates per image, in 10^9")
     goal.add_argument("--milliseconds", type=float, help="mean time per image, on this device in this batch size")
-    parser.add_argument("--delta", type=float, default=0.05, help="how often the promise may fail")
+    parser.add_argument("--delta", type=float, default=0.05, help="probability that the limit on accuracy is exceeded")
     parser.add_argument("--per-exit", action="store_true", help="one τ per exit")
     parser.add_argument("--check", type=float, default=0.5, help="share of the images to check on")
-    parser.add_argument("--seed", type=int, default=0, help="of which images those are")
-    parser.add_argument("--max-samples", type=int, help="so many random images")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of these images")
+    parser.add_argument("--max-samples", type=int, help="use this many random images")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/calibrated"))

@@ -1,15 +1,14 @@
 """
-Classify many images with full batches at every stage, and write a line for each:
+Classify many images with full batches at every stage, and write one line per image:
 
     python examples/classify_folder.py --model examples/checkpoints/thinkingvit-cifar10 --images examples/images
     python examples/classify_folder.py --model MODEL --images uoft-cs/cifar10 --split test --output results.parquet
 
 `--images` is a folder of images, searched with its subfolders, or what `datasets` reads. The output is JSONL or, by its
-suffix, Parquet; `OUTPUT.run.json` beside it says model, τ and source. Started again with the same output it goes on
-where it stopped, whatever the number of processes; with another model, τ or source it is refused. Of the source it
-compares the names, sizes and modification times of files, or the fingerprint that `datasets` gives a dataset and its
-number of rows. Unreadable images are reported and left out; a run that goes on tries them again. `accelerate launch` on
-several GPUs shares the images out.
+suffix, Parquet; `OUTPUT.run.json` beside it records model, τ and source. A further run with the same output resumes,
+with any number of processes. If model, τ or source differ, it is refused. A source is identified by the names, sizes
+and modification times of its files, or by the fingerprint that `datasets` computes and the number of rows. Unreadable
+images are reported and skipped; a resumed run tries them again. `accelerate launch` splits the images among processes.
 """
 
 import argparse
@@ -35,19 +34,19 @@ from hf_thinkingvit.public_names import public_name
 
 
 def find_images(name: str, split: str | None, column: str | None) -> tuple[list[str], str, Callable[[int], Any]]:
-    """A name for each image, a fingerprint of the images, and how to get the image at a place in that list."""
+    """The images' names, a fingerprint of all images, and a function from an index in the names to the image."""
     folder = Path(name)
     if folder.is_dir():
         suffixes = Image.registered_extensions()
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
         if files:
             names = [path.relative_to(folder).as_posix() for path in files]
-            # The same names may be of other images: in another folder, or since the earlier run.
+            # Names alone do not identify the images: another folder has the same ones, or a file has changed.
             found = (path.stat() for path in files)
             contents = fingerprint(f"{file.st_size} {file.st_mtime_ns}" for file in found)
             return names, contents, lambda place: files[place]
     rows, column = as_images(find_split(load_splits(name), split, name, ("test", "validation", "train")), name, column)
-    # As a function: an image that cannot be decoded is then met, and reported, like a file that cannot.
+    # Decoded by the engine, which reports an image that cannot be decoded as it does a broken file.
     names = [str(place) for place in range(len(rows))]
     contents = fingerprint([str(getattr(rows, "_fingerprint", None)), column, str(len(rows))])
     return names, contents, lambda place: partial(decode_row, rows, place, column)
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--max-stages", type=int, help="run at most this many stages")
     arguments = parser.parse_args()
 
-    # Several processes on CPUs must be told that they are on CPUs.
+    # Accelerate does not find out by itself that several processes run on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     model = AutoModelForImageClassification.from_pretrained(arguments.model).to(state.device)
     processor = AutoImageProcessor.from_pretrained(arguments.model)

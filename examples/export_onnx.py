@@ -1,10 +1,10 @@
 """
-Write a model as ONNX and answer with it under onnxruntime, beside the model itself:
+Export a model to ONNX, and compare its predictions under onnxruntime with the PyTorch model's:
 
     python examples/export_onnx.py --model examples/checkpoints/thinkingvit-cifar10 --images examples/images
 
-`adaptive.onnx` takes one image and stops where its answer is certain; `stage_0.onnx` and so on take batches of any
-size. Needs the extra `onnx`.
+`adaptive.onnx` takes one image and runs the stages until it exits; `stage_0.onnx` and so on hold one stage each, for
+batches of any size. Needs the extra `onnx`.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from hf_thinkingvit.models.image_files import read_image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--images", type=Path, required=True, help="folder of images to answer")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images to classify")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/onnx"))
     parser.add_argument("--threshold", type=float, nargs="+", help="τ for these images, one or one per exit")
     arguments = parser.parse_args()
     model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
     threshold = arguments.threshold
     threshold = threshold[0] if threshold and len(threshold) == 1 else threshold
-    try:  # before the export, which takes its time
+    try:  # before the export, which is slow
         thresholds = ExitRule.from_config(model.config, threshold).thresholds
     except ValueError as error:
         parser.error(str(error))

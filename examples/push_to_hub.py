@@ -1,10 +1,10 @@
 """
-Publish a trained model: weights, image processor, code and a card that says what was measured.
+Publish a trained model: weights, image processor, code and a model card with the measured results.
 
     python examples/push_to_hub.py --model MODEL --repo-id org/name --results results.json --dry-run FOLDER
     python examples/push_to_hub.py --model MODEL --repo-id org/name --results results.json --license mit
 
-The first writes everything to a folder to look at; the second needs `hf auth login` and makes one commit.
+The first command writes everything to a folder for inspection. The second needs `hf auth login` and makes one commit.
 `hf_thinkingvit.hub.results` describes the results file.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
             commit_message=arguments.commit_message,
             dry_run=arguments.dry_run,
         )
-    except (OSError, ValueError) as error:  # no token is a PermissionError, and so an OSError
+    except (OSError, ValueError) as error:  # a missing token raises a PermissionError, which is an OSError
         sys.exit(f"error: {error}")
     print(f"written to {done}" if isinstance(done, Path) else f"pushed: {done.commit_url}")
 

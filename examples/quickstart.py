@@ -1,5 +1,5 @@
 """
-Adaptive models at work, on a CPU, without network:
+Classify and train with adaptive models, on a CPU, without network:
 
     python examples/quickstart.py
 
@@ -33,12 +33,12 @@ from hf_thinkingvit.image_processing import evaluation_image_processor
 
 THRESHOLDS = [0.0, 0.1, 0.2, 0.4, 0.8, 1.2, 2.5]
 EXAMPLES = Path(__file__).parent
-IMAGE_SIZE = 8  # pixels: the digits as they are
+IMAGE_SIZE = 8  # pixels, the size of the digits
 BATCH_SIZE = 32
 
 
 def classify_photographs() -> None:
-    """What the shipped models say of one photograph of each class of CIFAR-10's test set."""
+    """Print the shipped models' predictions for one photograph of each class from CIFAR-10's test set."""
     files = sorted((EXAMPLES / "images").glob("*.png"))
     images = [Image.open(file) for file in files]
     adaptive = pipeline("adaptive-image-classification", model=str(EXAMPLES / "checkpoints" / "thinkingvit-cifar10"))
@@ -60,7 +60,7 @@ def load_images() -> tuple[list[Image.Image], list[Image.Image], list[int], list
 
 
 def train(model: torch.nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
-    """One loop for all stages: in training mode the model's loss is the weighted sum over them."""
+    """A plain training loop: in training mode, the model's loss is the weighted sum over all stages."""
     steps = epochs * (len(labels) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.2)
@@ -122,7 +122,7 @@ def main() -> None:
     logging.disable_progress_bar()
 
     classify_photographs()
-    set_seed(arguments.seed)  # after what loads models, which draws random numbers
+    set_seed(arguments.seed)  # after loading the models, which draws random numbers
     train_images, test_images, train_labels, test_labels = load_images()
     config = ThinkingViTConfig(
         thinking_stages=[1, 6],

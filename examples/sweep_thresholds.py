@@ -48,14 +48,14 @@ def main() -> None:
         type=label_map_argument,
         help="JSON file from the dataset's label names to the model's, or \"index\"",
     )
-    parser.add_argument("--max-samples", type=int, help="so many random images; of a stream, the first")
+    parser.add_argument("--max-samples", type=int, help="use this many random images; of a stream, the first ones")
     parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/sweep"))
     arguments = parser.parse_args()
 
-    # Several processes on CPUs must be told that they are on CPUs.
+    # Accelerate does not find out by itself that several processes run on CPUs.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     answers, rows = evaluate_thresholds(

@@ -1,16 +1,16 @@
 """
-Where an A-ViT spends its layers: pictures of how deep each patch of an image goes.
+Draw the depth at which an A-ViT halts each patch of an image:
 
     python examples/visualize_tokens.py MODEL IMAGES --output-dir outputs/tokens
 
 MODEL is a folder or Hub id. IMAGES is a folder of image files, a Parquet file or a folder of them, or a data set on the
-Hub, of which only the rows that are looked at are fetched. Written are, besides one picture per image:
+Hub, of which only the rows in use are fetched. Writes one picture per image, and:
 
 - tokens.png: images beside their token depths, the first of them on one sheet,
 - mean_depth.png: the mean depth at each patch position (figure 3 of the paper, arXiv 2112.07658),
 - halting_scores.png: the halting scores of each layer (figure 4 of the paper).
 
-A token's depth is the number of layers until it halts, also where the class token has halted earlier.
+A token's depth is the number of layers until it halts, even if the class token halts earlier.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from hf_thinkingvit.models.configuration_avit import check_halting_epsilon
 from hf_thinkingvit.models.configuration_checks import as_pair
 
 
-ENLARGED_SIZE = 600  # pixels: images are enlarged to at least this, so that pictures keep the pixels' edges sharp
+ENLARGED_SIZE = 600  # pixels: images are enlarged to at least this, so that the pixels' edges stay sharp
 SHEET_IMAGES, SHEET_COLUMNS = 24, 4
 NUMBERED_GRID = 16  # patches a side, up to which the mean depths are written out
 DPI = 110
@@ -58,7 +58,7 @@ class Tokens:
     name: str
     label: str
     depth: np.ndarray
-    pixels: np.ndarray | None  # kept only for images that get a picture
+    pixels: np.ndarray | None  # only for images that get a picture
 
 
 class ImageSource:
@@ -161,7 +161,7 @@ def analyse(
 
 
 def depth_scale(num_layers: int, discrete: bool) -> tuple[Colormap, Normalize]:
-    """Colours of the depths 1 to `num_layers`: the same ones, whether or not there are any between the integers."""
+    """Colormap and norm for depths from 1 to `num_layers`; discrete or not, an integer depth has the same colour."""
     if discrete or num_layers == 1:
         return plt.get_cmap("viridis", num_layers), BoundaryNorm(np.arange(num_layers + 1) + 0.5, num_layers)
     return plt.get_cmap("viridis"), Normalize(1, num_layers)
@@ -181,7 +181,7 @@ def add_legend(figure: plt.Figure, axes: plt.Axes | np.ndarray, num_layers: int,
 
 
 def side_by_side(tokens: Tokens, config: AViTConfig) -> np.ndarray:
-    """The image and, where its patches are, their depths: 8-bit RGB, enlarged by an integer, without interpolation."""
+    """The image, and beside it the depths of its patches: 8-bit RGB, enlarged by an integer, without interpolation."""
     colors, norm = depth_scale(config.num_hidden_layers, discrete=True)
     height, width = tokens.pixels.shape[:2]
     patch_height, patch_width = as_pair(config.patch_size)
@@ -257,7 +257,7 @@ def draw_mean_depth(mean_depth: np.ndarray, num_images: int, config: AViTConfig,
 
 
 def draw_halting_scores(scores: list[np.ndarray], path: Path) -> None:
-    """One box per layer, and how many tokens it stands for."""
+    """One box per layer, with the share of tokens that are active in it."""
     figure, axis = plt.subplots(figsize=(max(7.0, 1.5 + 0.7 * len(scores)), 5.0), layout="constrained")
     axis.boxplot(
         scores,

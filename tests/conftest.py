@@ -1,4 +1,4 @@
-"""Offline, deterministic, and on few threads: what every test starts from."""
+"""Settings of all tests: offline, and with a fixed seed."""
 
 import os
 

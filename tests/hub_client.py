@@ -1,8 +1,8 @@
 """
-Pushes models as it is told, one JSON object a line, and answers each line with what came of it.
+Reads jobs from stdin, one JSON object per line, pushes a model for each, and writes the result as a line to stdout.
 
-A process of its own: `huggingface_hub` reads the address of the Hub and whether it is offline when it is imported, and
-the tests themselves run offline.
+It runs as a separate process, because `huggingface_hub` reads the Hub's address and the offline mode when it is
+imported, and the tests run offline.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the results
     from transformers import AutoModelForImageClassification
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 

@@ -1,8 +1,8 @@
 """
-A Hub on loopback: the HTTP routes that `huggingface_hub` uses to push a model and to load it, and nothing else.
+A Hub on the loopback interface, with only the HTTP routes that `huggingface_hub` uses to push and to load a model.
 
-Large files go up through LFS (basic transfers), as on the Hub. A commit is all or nothing. Requests that no route knows
-are answered with 404 and listed in `HubServer.unknown`.
+Large files are uploaded through LFS (basic transfers), as on the Hub. Commits are atomic. Requests that match no route
+get a 404 and are listed in `HubServer.unknown`.
 """
 
 import base64
@@ -23,7 +23,7 @@ ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
 class Repository:
-    """Commits, newest last: each a sha and all files of it."""
+    """A list of commits, newest last: the sha and all files of each."""
 
     def __init__(self, private: bool):
         self.private = private
@@ -49,9 +49,9 @@ class HubServer(ThreadingHTTPServer):
     """
     Attributes:
         repositories (`dict[str, Repository]`): by id.
-        fail_at (`str`, *optional*): `"upload"` refuses large files; `"commit"` hangs up in the middle of a commit.
+        fail_at (`str`, *optional*): `"upload"` refuses large files; `"commit"` closes the connection during a commit.
         requests (`list[str]`): method and path of each, in order.
-        unknown (`list[str]`): those that no route knows.
+        unknown (`list[str]`): those that match no route.
     """
 
     daemon_threads = True
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: Any) -> None:
         pass
 
-    # --- requests and answers -----------------------------------------------------------------------------------------
+    # --- requests and responses --------------------------------------------------------------------------------------
 
     def do_HEAD(self) -> None:
         self.route()
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
 
     def repository(self, repo: str, write: bool = False) -> Repository | None:
-        """The repository, if it is there and whoever asks may see it (or write to it); else the refusal is sent."""
+        """The repository if it exists and the token may read (or write) it; else `None`, after the error is sent."""
         found = self.server.repositories.get(repo)
         allowed = self.token() == TOKEN
         if found is None or (not allowed and (write or found.private)):

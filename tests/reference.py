@@ -1,35 +1,42 @@
 """
-ThinkingViT written out plainly: every stage complete, for every image, from a state dict and plain functions.
+Plain reference implementations of ThinkingViT and ThinkingSwin: every stage for every image, with functions of torch.
 
-Shares no code with the package, so that agreement means something.
+They share no code with the package, so that equal results are evidence.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+
+def patch_embeddings(model, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Images to `(images, rows, columns, width)`."""
+    layer = model.base_model.embeddings.patch_embeddings
+    return F.conv2d(pixel_values, layer.weight, layer.bias, stride=model.config.patch_size).permute(0, 2, 3, 1)
+
+
+def leading_norm(weights: dict[str, torch.Tensor], x: torch.Tensor, name: str, eps: float) -> torch.Tensor:
+    """LayerNorm with the leading entries of its weights, as many as `x` has channels."""
+    d = x.shape[-1]
+    return F.layer_norm(x, (d,), weights[name + ".weight"][:d], weights[name + ".bias"][:d], eps)
+
+
+def leading_linear(weights: dict[str, torch.Tensor], x: torch.Tensor, name: str, rows: int) -> torch.Tensor:
+    """A linear layer with the leading `rows` and columns of its weight."""
+    return x @ weights[name + ".weight"][:rows, : x.shape[-1]].T + weights[name + ".bias"][:rows]
 
 
 def thinkingvit_stages(model, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Logits and final tokens of every stage, differentiable in the model's parameters."""
     config, weights = model.config, dict(model.named_parameters())
     prefix = "thinkingvit."
-    patches = F.conv2d(
-        pixel_values,
-        weights[prefix + "embeddings.patch_embeddings.weight"],
-        weights[prefix + "embeddings.patch_embeddings.bias"],
-        stride=config.patch_size,
-    )
-    patches = patches.flatten(2).transpose(1, 2)
+    patches = patch_embeddings(model, pixel_values).flatten(1, 2)
     class_token = weights[prefix + "embeddings.cls_token"].expand(len(patches), -1, -1)
     embeddings = torch.cat([class_token, patches], 1) + weights[prefix + "embeddings.position_embeddings"]
     head_dim = config.hidden_size // config.num_attention_heads
+    norm, linear = partial(leading_norm, weights, eps=1e-6), partial(leading_linear, weights)
     x, all_logits, all_tokens = embeddings, [], []
-
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"][:d], weights[name + ".bias"][:d], 1e-6)
-
-    def linear(x, name, rows):
-        return x @ weights[name + ".weight"][:rows, : x.shape[-1]].T + weights[name + ".bias"][:rows]
-
     for index, heads in enumerate(config.thinking_stages):
         d = heads * head_dim
         x = x[..., :d]
@@ -58,22 +65,10 @@ def thinking_swin_stages(model, pixel_values: torch.Tensor) -> tuple[list[torch.
     """
     config, weights = model.config, dict(model.named_parameters())
     prefix = "thinking_swin."
-    embeddings = F.conv2d(
-        pixel_values,
-        weights[prefix + "embeddings.patch_embeddings.weight"],
-        weights[prefix + "embeddings.patch_embeddings.bias"],
-        stride=config.patch_size,
-    ).permute(0, 2, 3, 1)
-
-    def norm(x, name, eps=1e-5):
-        d = x.shape[-1]
-        return F.layer_norm(x, (d,), weights[name + ".weight"][:d], weights[name + ".bias"][:d], eps)
-
-    def linear(x, name, rows):
-        return x @ weights[name + ".weight"][:rows, : x.shape[-1]].T + weights[name + ".bias"][:rows]
+    norm, linear = partial(leading_norm, weights, eps=1e-5), partial(leading_linear, weights)
 
     def attend(x, name, heads, shift):
-        """Each window by itself, with a loop over its tokens' regions."""
+        """Attention of one window after another; the mask separates the regions that a shift brings into one window."""
         images, rows, columns, d = x.shape
         size = config.window_size
         if min(rows, columns) <= size:
@@ -108,7 +103,7 @@ def thinking_swin_stages(model, pixel_values: torch.Tensor) -> tuple[list[torch.
                 )
         return linear(output.roll((shift, shift), (1, 2)), name + "o_proj", d)
 
-    embeddings = norm(embeddings, prefix + "embeddings.norm")
+    embeddings = norm(patch_embeddings(model, pixel_values), prefix + "embeddings.norm")
     x, all_logits, all_tokens = embeddings, [], []
     for index, head_round in enumerate(config.head_rounds):
         for layer, heads in enumerate(head_round):

@@ -8,8 +8,8 @@ from tests.fetch_transformers_tests import FILE_NAME, FOLDER
 
 
 PACKAGE = "transformers_tests"
-# What `test_modeling_common.py` imports of its own test suite and does not carry: bases for tests of exporters and of
-# text generation, neither of which a vision classifier has.
+# Base classes that `test_modeling_common.py` imports from other files of its test suite: for exporters and for text
+# generation, which do not apply to a vision classifier. Empty classes take their place.
 STAND_INS = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
 
 

@@ -76,7 +76,7 @@ def random_images(count: int = 6, size: int | tuple[int, int] = 32, seed: int = 
 
 
 def middle_threshold(model, pixel_values: torch.Tensor) -> float:
-    """A τ at which half of the images leave after stage 0, safely away from every score of that stage."""
+    """A τ at which half of the images exit after stage 0: halfway between the two middle scores of that stage."""
     with torch.no_grad():
         logits = model(pixel_values, max_stages=1).logits
     scores = EXIT_CRITERIA[model.config.exit_criterion].score(logits, model.config.entropy_top_k).sort().values
@@ -86,8 +86,8 @@ def middle_threshold(model, pixel_values: torch.Tensor) -> float:
 
 def counted_flops(call: Callable[[], object]) -> int:
     """
-    Floating-point operations (two per multiply-accumulate) of the matrix products in `call()`. Attention is computed by
-    plain products, which the counter sees on every device and version; of the fused kernels it knows only some.
+    Floating-point operations (two per multiply-accumulate) of the matrix products in `call()`. Attention runs as plain
+    products, because the counter knows only some of the fused kernels.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
@@ -96,7 +96,7 @@ def counted_flops(call: Callable[[], object]) -> int:
 
 class HostSynchronisations(TorchDispatchMode):
     """
-    Counts what would make the host wait for a GPU: values read, and sizes that depend on values.
+    Records the operations that would make the host wait for a GPU: values read, and sizes that depend on values.
 
     Attributes:
         counts: names of the operations so far, in order.
@@ -117,7 +117,7 @@ class HostSynchronisations(TorchDispatchMode):
 
 
 class SizedStream(IterableDataset):
-    """With a length and without indices, as webdataset's."""
+    """An iterable dataset with a length, such as webdataset's."""
 
     def __init__(self, images):
         self.images = images
@@ -130,7 +130,7 @@ class SizedStream(IterableDataset):
 
 
 class CountOperations(TorchDispatchMode):
-    """How many operations of some names run within."""
+    """Counts the operations with one of the given names that run in this context."""
 
     def __init__(self, *names: str):
         super().__init__()

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,28 +15,14 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, convert_checkpoint
 from hf_thinkingvit.families.thinkingvit import official_name
+from tests.conversion.goldens import assert_golden_logits, assert_refused
 from tests.utils import FIXTURES
 
 
 GOLDEN = FIXTURES / "thinkingvit_3stage"
 STAGES = [1, 2, 4]
-
-
-def golden_state_dict() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "model.safetensors")
-
-
-@torch.no_grad()
-def assert_golden(model) -> None:
-    expected = load_file(GOLDEN / "expected.safetensors")
-    logits = model(expected["pixel_values"], threshold=0.0).logits
-    torch.testing.assert_close(logits, expected["stage2.logits"], atol=1e-4, rtol=0)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A copy of the golden folder, to be damaged."""
-    return shutil.copytree(GOLDEN, tmp_path / "source")
+golden_state_dict = partial(load_file, GOLDEN / "model.safetensors")
+assert_golden = partial(assert_golden_logits, GOLDEN)
 
 
 def test_hub_layout_to_a_folder_that_transformers_loads(tmp_path):
@@ -160,10 +147,7 @@ def test_official_configurations(stages, layout, tmp_path):
 class TestRefusals:
     """Each names what was wrong, and writes nothing."""
 
-    def refuse(self, source, tmp_path, match, error=ValueError, **overrides):
-        with pytest.raises(error, match=match):
-            convert_checkpoint(source, tmp_path / "out", **overrides)
-        assert not (tmp_path / "out").exists()
+    refuse = staticmethod(assert_refused)
 
     @pytest.mark.parametrize(
         "missing", ["norm.weight", "blocks.1.attn.qkv.bias", "proj_layer2.weight", "alpha.1", "head.bias"]

@@ -1,55 +1,28 @@
 import copy
-import math
 import pickle
 
-import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, ThinkingSwinModel
-from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.inference import AdaptiveEngine
-from hf_thinkingvit.models.exit_scores import topk_entropy
+from tests.models.staged_tests import StagedClassifierTests, assert_golden, assert_gradients
 from tests.reference import thinking_swin_stages
-from tests.utils import FIXTURES, lively_swin, middle_threshold, random_images, tiny_swin_config
+from tests.utils import lively_swin, middle_threshold, random_images, tiny_swin_config
 
 
 SCHEDULES = [[[2, 4]], [[1, 2], [1, 2]], [[1, 2], [2, 4]], [[1, 1], [1, 2], [2, 4]], [[1, 1], [1, 2], [1, 2], [2, 3]]]
 
 
-class TestGolden:
-    """Outputs of the official implementation."""
+@pytest.mark.parametrize("golden", ["thinkingswin"])
+def test_outputs_of_the_official_implementation(golden):
+    assert_golden(golden, num_thresholds=3)
 
-    @pytest.fixture
-    def golden(self):
-        folder = FIXTURES / "thinkingswin"
-        return load_official(read_checkpoint(folder)), load_file(folder / "expected.safetensors")
 
-    @torch.no_grad()
-    def test_every_round(self, golden):
-        model, expected = golden
-        outputs = model(expected["pixel_values"], output_stage_logits=True)
-        for index in range(model.config.num_stages):
-            logits = outputs.stage_logits[index]
-            tokens = model.thinking_swin(expected["pixel_values"], max_stages=index + 1).last_hidden_state
-            torch.testing.assert_close(logits, expected[f"stage{index}.logits"], atol=1e-4, rtol=0)
-            torch.testing.assert_close(topk_entropy(logits), expected[f"stage{index}.entropy"], atol=1e-4, rtol=0)
-            expected_tokens = expected[f"stage{index}.last_hidden_state"].flatten(1, 2)
-            torch.testing.assert_close(tokens, expected_tokens, atol=1e-4, rtol=0)
-
-    @torch.no_grad()
-    def test_every_threshold(self, golden):
-        model, expected = golden
-        names = [name for name in expected if name.startswith("threshold.") and name.endswith(".stage")]
-        assert len(names) == 3
-        for name in names:
-            threshold = float(name.removeprefix("threshold.").removesuffix(".stage"))
-            # Some τ are an image's own entropy, which does not exit; the file's names round them, maybe upwards.
-            outputs = model(expected["pixel_values"], threshold=max(threshold - 5e-6, 0.0))
-            assert torch.equal(outputs.exit_stage, expected[name])
-            logits = expected[name.replace(".stage", ".logits")]
-            torch.testing.assert_close(outputs.logits, logits, atol=1e-4, rtol=0)
+class TestStaged(StagedClassifierTests):
+    lively, reference = staticmethod(lively_swin), staticmethod(thinking_swin_stages)
+    tokens_shape = (16, 16)
+    half_tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 class TestRounds:
@@ -69,35 +42,7 @@ class TestRounds:
 
     @pytest.mark.parametrize("rounds", SCHEDULES)
     def test_gradients_in_training(self, rounds):
-        model = lively_swin(head_rounds=rounds).train()
-        pixel_values, labels = random_images(), torch.arange(6)
-        logits, _ = thinking_swin_stages(model, pixel_values)
-        expected_loss = sum(torch.nn.functional.cross_entropy(z, labels) for z in logits) / len(rounds)
-        expected = torch.autograd.grad(expected_loss, list(model.parameters()))
-        loss = model(pixel_values, labels=labels).loss
-        loss.backward()
-        torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
-        for (name, parameter), gradient in zip(model.named_parameters(), expected):
-            torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
-
-    @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-    @torch.no_grad()
-    def test_attention_backends_agree(self, backend):
-        model, pixel_values = lively_swin(), random_images()
-        expected, _ = thinking_swin_stages(model, pixel_values)
-        model.set_attn_implementation(backend)
-        torch.testing.assert_close(model(pixel_values).logits, expected[-1], atol=1e-5, rtol=1e-5)
-
-    @torch.no_grad()
-    def test_an_answer_does_not_depend_on_the_other_images(self):
-        model, pixel_values = lively_swin(), random_images(10)
-        threshold = middle_threshold(model, pixel_values)
-        together = model(pixel_values, threshold=threshold)
-        assert len(together.exit_stage.unique()) > 1
-        for row in range(10):
-            alone = model(pixel_values[row : row + 1], threshold=threshold)
-            assert alone.exit_stage.item() == together.exit_stage[row].item()
-            torch.testing.assert_close(alone.logits[0], together.logits[row], atol=1e-5, rtol=1e-5)
+        assert_gradients(lively_swin(head_rounds=rounds), thinking_swin_stages)
 
     @torch.no_grad()
     def test_both_slicings_are_the_same_at_full_width(self):
@@ -198,14 +143,6 @@ class TestCaches:
         assert len(pickle.dumps(model)) == size
         torch.testing.assert_close(copy.deepcopy(model)(random_images()).logits, expected)
 
-    @torch.no_grad()
-    def test_offloaded_weights(self):
-        model, pixel_values = lively_swin(), random_images()
-        expected = model(pixel_values).logits
-        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        torch.testing.assert_close(model(pixel_values).logits, expected)
-        assert not any("_cached_views" in module.__dict__ for module in model.modules())
-
 
 class TestEarlyExit:
     @torch.no_grad()
@@ -222,37 +159,6 @@ class TestEarlyExit:
         rows.clear()
         model(pixel_values, threshold=10.0)
         assert rows == [("NestedSwinEmbeddings", 8), *layers[0]]
-
-    @torch.no_grad()
-    def test_asking_for_all_answers_changes_no_exit(self):
-        model, pixel_values = lively_swin(), random_images(16)
-        threshold = middle_threshold(model, pixel_values)
-        plain = model(pixel_values, threshold=threshold)
-        full = model(pixel_values, threshold=threshold, output_stage_logits=True)
-        assert plain.stage_logits is None and [len(logits) for logits in full.stage_logits] == [16, 16, 16]
-        assert torch.equal(plain.exit_stage, full.exit_stage)
-        torch.testing.assert_close(plain.logits, full.logits, atol=1e-5, rtol=1e-5)
-
-    @torch.no_grad()
-    def test_broken_pixels_run_all_rounds_and_leave_the_others_alone(self):
-        model, pixel_values = lively_swin(), random_images(5)
-        expected = model(pixel_values, threshold=10.0)
-        pixel_values[2, 1, 5, 7] = math.nan
-        outputs = model(pixel_values, threshold=10.0)
-        assert outputs.exit_stage.tolist() == [0, 0, 2, 0, 0]
-        others = [0, 1, 3, 4]
-        torch.testing.assert_close(outputs.logits[others], expected.logits[others])
-
-    @pytest.mark.parametrize("mode", ["eval", "train"])
-    @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-    @torch.no_grad()
-    def test_an_empty_batch_gives_empty_outputs(self, mode, backend):
-        model = lively_swin().train(mode == "train")
-        model.set_attn_implementation(backend)
-        outputs = model(torch.empty(0, 3, 32, 32))
-        assert outputs.logits.shape == (0, 12)
-        assert outputs.exit_stage.shape == outputs.entropy.shape == (0,)
-        assert model.thinking_swin(torch.empty(0, 3, 32, 32)).last_hidden_state.shape == (0, 16, 16)
 
 
 class TestOutputs:
@@ -274,37 +180,6 @@ class TestOutputs:
         for images, heads in zip(running, model.config.head_rounds):
             shapes += [(4 * images, heads[0], 16, 16)] * 2 + [(images, heads[1], 16, 16)] if images else []
         assert [tuple(weights.shape) for weights in outputs.attentions] == shapes
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @torch.no_grad()
-    def test_half_precision(self, dtype):
-        model, pixel_values = lively_swin(), random_images(8)
-        threshold = middle_threshold(model, pixel_values)
-        reference = model(pixel_values, output_stage_logits=True)
-        model.to(dtype)
-        outputs = model(pixel_values, threshold=threshold)  # float32 pixels are cast, as in Transformers' Swin
-        assert outputs.logits.dtype == dtype and outputs.entropy.dtype == torch.float32
-        assert len(outputs.exit_stage.unique()) > 1
-        expected = torch.stack([reference.stage_logits[s][row] for row, s in enumerate(outputs.exit_stage)])
-        scale = expected.abs().max()
-        assert (outputs.logits.float() - expected).abs().max() / scale < (0.02 if dtype == torch.float16 else 0.1)
-
-    @torch.no_grad()
-    def test_autocast(self):
-        model, pixel_values = lively_swin(), random_images()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = model(pixel_values, threshold=1.0)
-        assert outputs.logits.dtype == torch.bfloat16 and outputs.entropy.dtype == torch.float32
-
-    @pytest.mark.parametrize("use_reentrant", [True, False])
-    def test_gradient_checkpointing_changes_no_gradient(self, use_reentrant):
-        pixel_values, labels = random_images(), torch.arange(6)
-        plain, checkpointed = lively_swin().train(), lively_swin().train()
-        checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        plain(pixel_values, labels=labels).loss.backward()
-        checkpointed(pixel_values, labels=labels).loss.backward()
-        for (name, expected), parameter in zip(plain.named_parameters(), checkpointed.parameters()):
-            torch.testing.assert_close(parameter.grad, expected.grad, msg=lambda m: f"{name}: {m}")
 
     @torch.no_grad()
     def test_recycling_starts_without_effect(self):
@@ -362,12 +237,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"32×32 pixels.*got 64×32.*interpolate_pos_encoding=True"):
             model(random_images(2, (64, 32)))
         assert model(random_images(2, (64, 32)), interpolate_pos_encoding=True).logits.shape == (2, 12)
-
-    @pytest.mark.parametrize("max_stages", [0, 4, 1.5, True])
-    def test_max_stages(self, max_stages):
-        for model in (lively_swin(), lively_swin().thinking_swin):
-            with pytest.raises(ValueError, match="`max_stages` must be an integer from 1 to 3"):
-                model(random_images(), max_stages=max_stages)
 
 
 def test_default_configuration_has_the_size_of_swin_s():

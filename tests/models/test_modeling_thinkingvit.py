@@ -1,17 +1,14 @@
 import copy
 import math
 
-import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, ThinkingViTModel
-from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.models.exit_scores import topk_entropy
+from tests.models.staged_tests import StagedClassifierTests, assert_golden, assert_gradients
 from tests.reference import thinkingvit_stages
 from tests.utils import (
-    FIXTURES,
     HostSynchronisations,
     lively_model,
     middle_threshold,
@@ -23,37 +20,15 @@ from tests.utils import (
 SCHEDULES = [[4], [2, 2], [1, 4], [1, 2, 4], [2, 3, 3, 4]]
 
 
-class TestGoldens:
-    """Outputs of the official implementation."""
+@pytest.mark.parametrize("golden", ["thinkingvit_2stage", "thinkingvit_3stage"])
+def test_outputs_of_the_official_implementation(golden):
+    assert_golden(golden, num_thresholds=4)
 
-    @pytest.fixture(params=["thinkingvit_2stage", "thinkingvit_3stage"])
-    def golden(self, request):
-        folder = FIXTURES / request.param
-        return load_official(read_checkpoint(folder)), load_file(folder / "expected.safetensors")
 
-    @torch.no_grad()
-    def test_every_stage(self, golden):
-        model, expected = golden
-        outputs = model(expected["pixel_values"], output_stage_logits=True)
-        for index in range(model.config.num_stages):
-            logits = outputs.stage_logits[index]
-            tokens = model.thinkingvit(expected["pixel_values"], max_stages=index + 1).last_hidden_state
-            torch.testing.assert_close(logits, expected[f"stage{index}.logits"], atol=1e-4, rtol=0)
-            torch.testing.assert_close(topk_entropy(logits), expected[f"stage{index}.entropy"], atol=1e-4, rtol=0)
-            torch.testing.assert_close(tokens, expected[f"stage{index}.last_hidden_state"], atol=1e-4, rtol=0)
-
-    @torch.no_grad()
-    def test_every_threshold(self, golden):
-        model, expected = golden
-        names = [name for name in expected if name.startswith("threshold.") and name.endswith(".stage")]
-        assert len(names) == 4
-        for name in names:
-            threshold = float(name.removeprefix("threshold.").removesuffix(".stage"))
-            # Some τ are an image's own entropy, which does not exit; the file's names round them, maybe upwards.
-            outputs = model(expected["pixel_values"], threshold=max(threshold - 5e-6, 0.0))
-            assert torch.equal(outputs.exit_stage, expected[name])
-            logits = expected[name.replace(".stage", ".logits")]
-            torch.testing.assert_close(outputs.logits, logits, atol=1e-4, rtol=0)
+class TestStaged(StagedClassifierTests):
+    lively, reference = staticmethod(lively_model), staticmethod(thinkingvit_stages)
+    tokens_shape = (17, 32)
+    half_tolerance = {torch.float16: 0.01, torch.bfloat16: 0.06}
 
 
 class TestStages:
@@ -75,17 +50,7 @@ class TestStages:
 
     @pytest.mark.parametrize("stages", SCHEDULES)
     def test_gradients_in_training(self, stages):
-        model = lively_model(thinking_stages=stages, num_attention_heads=4).train()
-        pixel_values, labels = random_images(), torch.arange(6)
-        weights = [1.0 / len(stages)] * len(stages)
-        logits, _ = thinkingvit_stages(model, pixel_values)
-        expected_loss = sum(w * torch.nn.functional.cross_entropy(z, labels) for w, z in zip(weights, logits))
-        expected = torch.autograd.grad(expected_loss, list(model.parameters()))
-        loss = model(pixel_values, labels=labels).loss
-        loss.backward()
-        torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
-        for (name, parameter), gradient in zip(model.named_parameters(), expected):
-            torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        assert_gradients(lively_model(thinking_stages=stages, num_attention_heads=4), thinkingvit_stages)
 
     def test_gradients_through_the_two_part_last_layer(self):
         model, pixel_values = lively_model(), random_images()
@@ -110,23 +75,6 @@ class TestStages:
         alone = ThinkingViTForImageClassification(plain).eval()
         alone.load_state_dict(model.state_dict(), strict=False)
         torch.testing.assert_close(alone(pixel_values).logits, model(pixel_values, threshold=0.0).logits)
-
-    @torch.no_grad()
-    def test_offloaded_weights(self):
-        model, pixel_values = lively_model(), random_images()
-        expected = model(pixel_values).logits
-        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        torch.testing.assert_close(model(pixel_values).logits, expected)
-        assert all(parameter.device.type == "meta" for parameter in model.parameters())
-        assert not any("_cached_views" in module.__dict__ for module in model.modules())
-
-    @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-    @torch.no_grad()
-    def test_attention_backends_agree(self, backend):
-        model, pixel_values = lively_model(), random_images()
-        expected, _ = thinkingvit_stages(model, pixel_values)
-        model.set_attn_implementation(backend)
-        torch.testing.assert_close(model(pixel_values).logits, expected[-1], atol=1e-5, rtol=1e-5)
 
 
 class TestEarlyExit:
@@ -225,28 +173,6 @@ class TestEarlyExit:
         torch.testing.assert_close(outputs.entropy, expected_entropy, atol=1e-5, rtol=1e-5)
 
     @torch.no_grad()
-    def test_asking_for_all_answers_changes_no_exit(self):
-        model, pixel_values = lively_model(), random_images(16)
-        threshold = middle_threshold(model, pixel_values)
-        plain = model(pixel_values, threshold=threshold)
-        full = model(pixel_values, threshold=threshold, output_stage_logits=True)
-        assert plain.stage_logits is None and [len(logits) for logits in full.stage_logits] == [16, 16, 16]
-        assert torch.equal(plain.exit_stage, full.exit_stage)
-        torch.testing.assert_close(plain.logits, full.logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(plain.entropy, full.entropy, atol=1e-5, rtol=1e-5)
-
-    @torch.no_grad()
-    def test_an_answer_does_not_depend_on_the_other_images(self):
-        model, pixel_values = lively_model(), random_images(10)
-        threshold = middle_threshold(model, pixel_values)
-        together = model(pixel_values, threshold=threshold)
-        for row in range(10):
-            alone = model(pixel_values[row : row + 1], threshold=threshold)
-            assert alone.exit_stage.item() == together.exit_stage[row].item()
-            torch.testing.assert_close(alone.logits[0], together.logits[row], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(alone.entropy[0], together.entropy[row], atol=1e-5, rtol=1e-5)
-
-    @torch.no_grad()
     def test_call_arguments_override_the_configuration(self):
         model, pixel_values = lively_model(threshold=10.0), random_images()
         assert model(pixel_values).exit_stage.tolist() == [0] * 6
@@ -255,29 +181,6 @@ class TestEarlyExit:
         assert model(pixel_values, threshold=0.0, max_stages=2).exit_stage.tolist() == [1] * 6
         assert model(pixel_values).exit_stage.tolist() == [0] * 6
         assert model.config.threshold == 10.0
-
-    @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-    @torch.no_grad()
-    def test_broken_pixels_run_all_stages_and_leave_the_others_alone(self, broken):
-        model, pixel_values = lively_model(), random_images(5)
-        expected = model(pixel_values, threshold=10.0)
-        pixel_values[2, 1, 5, 7] = broken
-        outputs = model(pixel_values, threshold=10.0)
-        assert outputs.exit_stage.tolist() == [0, 0, 2, 0, 0]
-        assert outputs.logits[2].isnan().all() and outputs.entropy[2].isnan()
-        others = [0, 1, 3, 4]
-        torch.testing.assert_close(outputs.logits[others], expected.logits[others])
-
-    @pytest.mark.parametrize("mode", ["eval", "train"])
-    @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-    @torch.no_grad()
-    def test_an_empty_batch_gives_empty_outputs(self, mode, backend):
-        model = lively_model().train(mode == "train")
-        model.set_attn_implementation(backend)
-        outputs = model(torch.empty(0, 3, 32, 32))
-        assert outputs.logits.shape == (0, 12)
-        assert outputs.exit_stage.shape == outputs.entropy.shape == (0,)
-        assert model.thinkingvit(torch.empty(0, 3, 32, 32)).last_hidden_state.shape == (0, 17, 32)
 
 
 class TestOutputs:
@@ -306,28 +209,6 @@ class TestOutputs:
     def test_tuple_output(self):
         outputs = lively_model()(random_images(2), return_dict=False)
         assert isinstance(outputs, tuple) and [tuple(value.shape) for value in outputs] == [(2, 12), (2,), (2,)]
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @torch.no_grad()
-    def test_half_precision(self, dtype):
-        model, pixel_values = lively_model(), random_images(8)
-        threshold = middle_threshold(model, pixel_values)
-        reference = model(pixel_values, output_stage_logits=True)
-        model.to(dtype)
-        outputs = model(pixel_values, threshold=threshold)  # float32 pixels are cast, as in Transformers' ViT
-        assert outputs.logits.dtype == dtype and outputs.entropy.dtype == torch.float32
-        assert torch.equal(outputs.entropy, topk_entropy(outputs.logits))
-        assert len(outputs.exit_stage.unique()) > 1
-        expected = torch.stack([reference.stage_logits[s][row] for row, s in enumerate(outputs.exit_stage)])
-        scale = expected.abs().max()
-        assert (outputs.logits.float() - expected).abs().max() / scale < (0.01 if dtype == torch.float16 else 0.06)
-
-    @torch.no_grad()
-    def test_entropy_stays_float32_under_autocast(self):
-        model = lively_model()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = model(random_images(), threshold=1.0)
-        assert outputs.logits.dtype == torch.bfloat16 and outputs.entropy.dtype == torch.float32
 
     @torch.no_grad()
     def test_other_resolutions_by_interpolation(self):
@@ -391,16 +272,6 @@ class TestLoss:
         outputs = regression(random_images(), labels=torch.randn(6))
         assert outputs.loss.isfinite() and outputs.logits.shape == (6, 1)
 
-    @pytest.mark.parametrize("use_reentrant", [True, False])
-    def test_gradient_checkpointing_changes_no_gradient(self, use_reentrant):
-        pixel_values, labels = random_images(), torch.arange(6)
-        plain, checkpointed = lively_model().train(), lively_model().train()
-        checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        plain(pixel_values, labels=labels).loss.backward()
-        checkpointed(pixel_values, labels=labels).loss.backward()
-        for (name, expected), parameter in zip(plain.named_parameters(), checkpointed.parameters()):
-            torch.testing.assert_close(parameter.grad, expected.grad, msg=lambda m: f"{name}: {m}")
-
     def test_drop_path_drops_whole_images_and_only_in_training(self):
         model, pixel_values = lively_model(drop_path_rate=0.9, thinking_stages=[4]), random_images(64)
         rates = [layer.dropout.drop_path_rate for layer in model.thinkingvit.layers]
@@ -441,12 +312,6 @@ class TestBadInput:
     def test_threshold(self, threshold):
         with pytest.raises(ValueError, match="`threshold`"):
             lively_model()(random_images(), threshold=threshold)
-
-    @pytest.mark.parametrize("max_stages", [0, 4, -1, 1.5, True])
-    def test_max_stages(self, max_stages):
-        for model in (lively_model(), lively_model().thinkingvit):
-            with pytest.raises(ValueError, match="`max_stages` must be an integer from 1 to 3"):
-                model(random_images(), max_stages=max_stages)
 
     @pytest.mark.parametrize("labels", [torch.arange(5), torch.zeros(6, 1, dtype=torch.long), torch.zeros(6)])
     @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,9 @@
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def folder(request, tmp_path):
+    """A copy of the module's golden folder, to be damaged."""
+    return shutil.copytree(request.module.GOLDEN, tmp_path / "source")
