@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
@@ -67,6 +68,14 @@ def lively(model_class, config):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.5))
+    return model.eval()
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """The same model in evaluation mode, with noise on every weight, so that none is 0 or 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_thinkingvit import convert_checkpoint
 
@@ -22,3 +22,10 @@ def assert_refused(source: Path, tmp_path: Path, match: str, error: type[Excepti
     with pytest.raises(error, match=match):
         convert_checkpoint(source, tmp_path / "out", **overrides)
     assert not (tmp_path / "out").exists()
+
+
+def assert_refused_without(key: str, state_dict: dict[str, torch.Tensor], folder: Path, tmp_path: Path) -> None:
+    """A checkpoint in `folder` that lacks `key` is refused, and the message names the key."""
+    rest = {name: tensor for name, tensor in state_dict.items() if name != key}
+    save_file(rest, folder / "model.safetensors")
+    assert_refused(folder, tmp_path, f"Missing keys: {key}. Unexpected keys: none")

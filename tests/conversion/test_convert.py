@@ -15,7 +15,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification, convert_checkpoint
 from hf_thinkingvit.families.thinkingvit import official_name
-from tests.conversion.goldens import assert_golden_logits, assert_refused
+from tests.conversion.goldens import assert_golden_logits, assert_refused, assert_refused_without
 from tests.utils import FIXTURES
 
 
@@ -153,10 +153,7 @@ class TestRefusals:
         "missing", ["norm.weight", "blocks.1.attn.qkv.bias", "proj_layer2.weight", "alpha.1", "head.bias"]
     )
     def test_missing_keys(self, missing, folder, tmp_path):
-        state_dict = golden_state_dict()
-        del state_dict[missing]
-        save_file(state_dict, folder / "model.safetensors")
-        self.refuse(folder, tmp_path, f"Missing keys: {missing}. Unexpected keys: none")
+        assert_refused_without(missing, golden_state_dict(), folder, tmp_path)
 
     def test_a_missing_layer(self, folder, tmp_path):
         state_dict = {name: tensor for name, tensor in golden_state_dict().items() if "blocks.2." not in name}

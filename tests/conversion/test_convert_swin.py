@@ -13,7 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_thinkingvit import ThinkingSwinConfig, ThinkingSwinForImageClassification, convert_checkpoint
 from hf_thinkingvit.families.thinking_swin import official_name
-from tests.conversion.goldens import assert_golden_logits, assert_refused
+from tests.conversion.goldens import assert_golden_logits, assert_refused, assert_refused_without
 from tests.utils import FIXTURES
 
 
@@ -95,10 +95,7 @@ class TestRefusals:
         ["norm.weight", "layers.1.blocks.1.attn.qkv.bias", "proj_layer.upsample.weight", "alpha.0", "head.fc.bias"],
     )
     def test_missing_keys(self, missing, folder, tmp_path):
-        state_dict = golden_state_dict()
-        del state_dict[missing]
-        save_file(state_dict, folder / "model.safetensors")
-        self.refuse(folder, tmp_path, f"Missing keys: {missing}. Unexpected keys: none")
+        assert_refused_without(missing, golden_state_dict(), folder, tmp_path)
 
     def test_unexpected_keys(self, folder, tmp_path):
         save_file({**golden_state_dict(), "layers.0.blocks.0.ls1.gamma": torch.zeros(3)}, folder / "model.safetensors")

@@ -53,18 +53,17 @@ class ThinkingViTModelTester:
         self.is_training = True
 
     def get_config(self):
-        return ThinkingViTConfig(
+        return self.sized(
+            ThinkingViTConfig,
             thinking_stages=self.thinking_stages,
-            num_attention_heads=4,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=self.layers_per_stage,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_labels=self.num_labels,
             threshold=0.0,  # the tests compare outputs of batches and of rows, layer by layer: let every stage run
             initializer_range=0.02,
         )
+
+    def sized(self, config_class, **fields):
+        sizes = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64, "num_labels": self.num_labels}
+        images = {"image_size": self.image_size, "patch_size": self.patch_size}
+        return config_class(num_hidden_layers=self.layers_per_stage, **sizes, **images, **fields)
 
     def prepare_config_and_inputs_for_common(self):
         pixel_values = torch.rand(self.batch_size, 3, self.image_size, self.image_size)
@@ -149,16 +148,10 @@ class AViTModelTester(ThinkingViTModelTester):
         self.seq_length = self.encoder_seq_length = 11
 
     def get_config(self):
-        return AViTConfig(
-            num_attention_heads=4,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=self.num_hidden_layers,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_labels=self.num_labels,
+        return self.sized(
+            AViTConfig,
             target_depth=1,
-            distilled=True,
+            use_distillation_token=True,
             gate_scale=1000.0,
             gate_center=0.0,
             halting_epsilon=0.5,

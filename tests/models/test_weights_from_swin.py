@@ -4,7 +4,7 @@ from transformers import SwinConfig, SwinForImageClassification, SwinModel
 
 from hf_thinkingvit import ThinkingSwinForImageClassification
 from tests.models.test_weights_from_vit import trained_vit
-from tests.utils import random_images
+from tests.utils import perturbed, random_images
 
 
 def trained_swin(**overrides) -> SwinForImageClassification:
@@ -19,11 +19,7 @@ def trained_swin(**overrides) -> SwinForImageClassification:
         "id2label": {0: "cat", 1: "dog", 2: "owl"},
         "label2id": {"cat": 0, "dog": 1, "owl": 2},
     }
-    model = SwinForImageClassification(SwinConfig(**{**fields, **overrides})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return perturbed(SwinForImageClassification(SwinConfig(**{**fields, **overrides})))
 
 
 @pytest.mark.parametrize("rounds", [None, [[2, 4]], [[1, 2], [2, 4]], [[1, 1], [1, 3], [2, 4]]])

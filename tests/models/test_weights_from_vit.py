@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from hf_thinkingvit import AViTForImageClassification, ThinkingViTForImageClassification
-from tests.utils import lively_model, random_images
+from tests.utils import lively_model, perturbed, random_images
 
 
 def trained_vit(kind: str = "vit", **overrides):
@@ -32,11 +32,7 @@ def trained_vit(kind: str = "vit", **overrides):
         "id2label": {0: "cat", 1: "dog", 2: "owl"},
         "label2id": {"cat": 0, "dog": 1, "owl": 2},
     }
-    model = model_class(config_class(**{**fields, **overrides})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return perturbed(model_class(config_class(**{**fields, **overrides})))
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit"])

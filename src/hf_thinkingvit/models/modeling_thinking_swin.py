@@ -107,24 +107,21 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
         self.post_init()
 
     def begin(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool | None = None,
-        start: int = 0,
-        stop: int | None = None,
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, stages: range | None = None
     ) -> State:
         """
-        The state with which round `start` starts, without recycled tokens.
+        The state with which the first of `stages` (all rounds by default) starts, without recycled tokens.
 
         Raises:
-            ValueError: for images that do not fit, or, if further rounds up to `stop` (without it) are to run, that
-                tokens cannot be recycled for.
+            ValueError: for images that do not fit the model, and, if several rounds are to run, for sizes that tokens
+                cannot be recycled to.
         """
         self.embeddings.check(pixel_values, interpolate_pos_encoding)
-        if (self.config.num_stages if stop is None else stop) - start > 1:
+        stages = stages or range(self.config.num_stages)
+        if len(stages) > 1:
             self._check_recycling(tuple(pixel_values.shape[-2:]))
         embeddings = self.embeddings(pixel_values)
-        width = self.stages[start].layers[0].hidden_size
+        width = self.stages[stages.start].layers[0].hidden_size
         return {"embeddings": embeddings, "hidden_states": embeddings[..., :width]}
 
     def _check_recycling(self, image_size: tuple[int, int]) -> None:
@@ -187,7 +184,7 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
-        state = self.begin(pixel_values, interpolate_pos_encoding, stages.start, stages.stop)
+        state = self.begin(pixel_values, interpolate_pos_encoding, stages)
         for stage_index in stages:
             if stage_index > stages.start:
                 state = self.recycle(stage_index - 1, state, **kwargs)

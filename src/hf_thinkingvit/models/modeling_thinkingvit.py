@@ -80,18 +80,15 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         self.post_init()
 
     def begin(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool | None = None,
-        start: int = 0,
-        stop: int | None = None,
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, stages: range | None = None
     ) -> State:
         """
-        The state with which stage `start` starts, without recycled tokens: its channels of the embeddings, and the
-        pixels while a later stage will read more channels.
+        The state with which the first of `stages` (all by default) starts, without recycled tokens: its channels of the
+        embeddings, and the pixels while a later stage will read more channels.
         """
         self.embeddings.check(pixel_values, interpolate_pos_encoding)
-        hidden_states = self.embeddings(pixel_values, 0, self.stages[start].hidden_size)
+        first = stages.start if stages else 0
+        hidden_states = self.embeddings(pixel_values, 0, self.stages[first].hidden_size)
         pixels = {"pixel_values": pixel_values} if self._needs_pixels(hidden_states) else {}
         return {**pixels, "embeddings": hidden_states, "hidden_states": hidden_states}
 
@@ -155,7 +152,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
-        state = self.begin(pixel_values, interpolate_pos_encoding, stages.start, stages.stop)
+        state = self.begin(pixel_values, interpolate_pos_encoding, stages)
         for stage_index in stages:
             if stage_index > stages.start:
                 state = self.recycle(stage_index - 1, state, **kwargs)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .configuration_checks import as_pair
 from .configuration_nested_vit import NestedViTConfig
@@ -95,26 +96,6 @@ class NestedViTEmbeddings(nn.Module):
             raise ValueError(f"`pixel_values` of {got[0]}×{got[1]} pixels are smaller than a patch {self.patch_size}.")
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain operations: (batch, heads, tokens, head_dim) → (batch, tokens, heads, head_dim)."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    attn_weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
-    return attn_output, attn_weights
-
-
 def attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -124,7 +105,10 @@ def attend(
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention by the backend that the configuration of `module` names; shapes as in `eager_attention_forward`."""
+    """
+    Attention by the backend that the configuration of `module` names: (batch, heads, tokens, head_dim) → (batch,
+    tokens, heads, head_dim), and the attention probabilities where the backend returns them.
+    """
     attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention_forward
     )

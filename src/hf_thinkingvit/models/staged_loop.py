@@ -87,11 +87,7 @@ def step_stage(
     memory = {name.removeprefix(MEMORY_PREFIX): state[name] for name in state if name.startswith(MEMORY_PREFIX)}
     if stage_index == stages[0]:
         state = model.begin(
-            state["pixel_values"],
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            start=stages.start,
-            stop=stages.stop,
-            **kwargs,
+            state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding, stages=stages, **kwargs
         )
     else:
         state = {name: state[name] for name in state if not name.startswith(MEMORY_PREFIX)} if memory else state
@@ -164,16 +160,9 @@ class StagedModelMixin(CompiledStagesMixin, Task):
     """
 
     @compilable_step
-    def begin(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        **kwargs,
-    ) -> State:
-        """The state with which stage `start` starts, where the stages before `stop` are to run (`None`: all others)."""
-        return self.base_model.begin(pixel_values, interpolate_pos_encoding, start, stop)
+    def begin(self, pixel_values, interpolate_pos_encoding=None, stages: range | None = None, **kwargs) -> State:
+        """The state with which the first of the `stages` that are to run (all by default) starts."""
+        return self.base_model.begin(pixel_values, interpolate_pos_encoding, stages)
 
     @compilable_step
     def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> State:
