@@ -12,7 +12,8 @@ from .inference.pipeline import register_pipeline
 from .models.configuration_avit import AViTConfig
 from .models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
-from .models.exit_rules import EXIT_CRITERIA, ExitCriterion, ExitRule
+from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion
+from .models.exit_rules import ExitRule
 from .models.modeling_avit import (
     AViTForImageClassification,
     AViTImageClassifierOutput,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.exit_rules import EXIT_CRITERIA
+from ..models.exit_criteria import EXIT_CRITERIA
 from ..public_names import public_name
 from .conditions import check_same_model
 from .splits import UNKNOWN, is_training_split

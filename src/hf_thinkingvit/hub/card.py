@@ -17,7 +17,8 @@ from ..evaluation.statements import calibration_statement
 from ..families import FAMILIES, family_of
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
-from ..models.exit_rules import EXIT_CRITERIA, resolve_thresholds
+from ..models.exit_criteria import EXIT_CRITERIA
+from ..models.exit_rules import resolve_thresholds
 from ..public_names import public_name
 from .results import read_results
 

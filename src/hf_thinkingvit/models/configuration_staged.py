@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .configuration_checks import as_plain_numbers, check_label_smoothing
-from .exit_rules import check_exit_fields, default_exit_fields, same_threshold, suits_problem_type
+from .exit_criteria import same_threshold, suits_problem_type
+from .exit_rules import check_exit_fields, default_exit_fields
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_checks import configured_problem_type
-from .exit_rules import EXIT_CRITERIA
+from .exit_criteria import EXIT_CRITERIA
 from .module_arguments import warn_of_outside_loss
 from .staged_run import Answer, StagedRun
 from .tasks import Task

@@ -1,0 +1,113 @@
+"""
+What an image's certainty is measured by: exit criteria, by name.
+
+A criterion is a line in `EXIT_CRITERIA`: in the simplest case a function of a stage's logits. It may also read other
+entries of the answer (a learned halting score) and carry a memory from one stage to the next (the previous answer, a
+counter): whatever runs stages hands the memory on, with one row for each image that goes on.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .exit_scores import entropy, margin, max_probability, mean_binary_entropy, topk_entropy
+from .staged_run import Answer, Memory
+
+
+@dataclass(frozen=True)
+class ExitCriterion:
+    """
+    A score and its direction.
+
+    Attributes:
+        score (`Callable`): `(logits, top_k) -> scores` `(images,)`, float32, of the answer's entry `"logits"`. No score
+            is below 0.
+        exits_below (`bool`): `True` where a low score means certainty (entropies): exit iff score < τ.
+            `False` where a high score does (probabilities): exit iff score > τ.
+        maximum (`Callable`): `(num_labels, top_k) -> float`, the greatest score that there is.
+        description (`str`): the score in words, for model cards; `{top_k}` stands for `entropy_top_k`.
+        default_threshold (`float`, *optional*): τ where a configuration gives none. `None`: it must give one.
+        is_entropy (`bool`): whether the score is itself the entropy to report.
+        multi_label (`bool`): whether it judges each label by itself (sigmoid), instead of all as one choice (softmax).
+        score_with_memory (`Callable`, *optional*): used instead of `score`:
+            `(answer, memory, top_k) -> (scores, memory)`, where `answer` has every entry that the model answers with,
+            and `memory` is what the call for the stage before returned, of the same images (`{}` at the first stage).
+            Its tensors have one row per image. Scores must not depend on τ: then one pass serves every τ.
+    """
+
+    score: Callable[[torch.Tensor, int], torch.Tensor] | None
+    exits_below: bool
+    maximum: Callable[[int, int], float]
+    description: str
+    default_threshold: float | None = None
+    is_entropy: bool = False
+    multi_label: bool = False
+    score_with_memory: Callable[[Answer, Memory, int], tuple[torch.Tensor, Memory]] | None = None
+
+    def __call__(self, answer: Answer, memory: Memory, top_k: int) -> tuple[torch.Tensor, Memory]:
+        """Scores `(images,)`, float32, and the memory for the next stage."""
+        if self.score_with_memory is not None:
+            return self.score_with_memory(answer, memory, top_k)
+        return self.score(answer["logits"], top_k), {}
+
+
+EXIT_CRITERIA: dict[str, ExitCriterion] = {
+    "topk_entropy": ExitCriterion(
+        topk_entropy,
+        exits_below=True,
+        maximum=lambda num_labels, top_k: math.log(max(min(top_k, num_labels), 2)),
+        description="the entropy of the {top_k} largest probabilities (renormalised, in nats)",
+        default_threshold=0.5,
+        is_entropy=True,
+    ),
+    "entropy": ExitCriterion(
+        lambda logits, top_k: entropy(logits),
+        exits_below=True,
+        maximum=lambda num_labels, top_k: math.log(max(num_labels, 2)),
+        description="the entropy of all probabilities (in nats)",
+        is_entropy=True,
+    ),
+    "max_probability": ExitCriterion(
+        lambda logits, top_k: max_probability(logits),
+        exits_below=False,
+        maximum=lambda num_labels, top_k: 1.0,
+        description="the largest probability",
+    ),
+    "margin": ExitCriterion(
+        lambda logits, top_k: margin(logits),
+        exits_below=False,
+        maximum=lambda num_labels, top_k: 1.0,
+        description="the difference of the two largest probabilities",
+    ),
+    "mean_binary_entropy": ExitCriterion(
+        lambda logits, top_k: mean_binary_entropy(logits),
+        exits_below=True,
+        maximum=lambda num_labels, top_k: math.log(2),
+        description="the mean over the labels of the entropy of each label's probability (in nats)",
+        default_threshold=0.1,
+        is_entropy=True,
+        multi_label=True,
+    ),
+}
+
+
+def suits_problem_type(exit_criterion: str, problem_type: str | None) -> bool:
+    """Whether the criterion judges answers to such a problem: one choice (softmax), or each label by itself."""
+    criterion = EXIT_CRITERIA.get(exit_criterion) if isinstance(exit_criterion, str) else None
+    if criterion is None or problem_type not in ("single_label_classification", "multi_label_classification"):
+        return True
+    return criterion.multi_label == (problem_type == "multi_label_classification")
+
+
+def same_threshold(before: str, after: str, threshold: float | Sequence[float] | None) -> bool:
+    """Whether τ means the same to both criteria: if they are the same, or are two entropies and τ is 0."""
+    if before == after or threshold is None:
+        return True
+    criteria = [EXIT_CRITERIA.get(name) if isinstance(name, str) else None for name in (before, after)]
+    entropies = all(criterion is not None and criterion.exits_below for criterion in criteria)
+    return entropies and not any(threshold if isinstance(threshold, Sequence) else [threshold])
+
+
+__all__ = ["EXIT_CRITERIA", "ExitCriterion", "same_threshold", "suits_problem_type"]
