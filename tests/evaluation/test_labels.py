@@ -104,7 +104,7 @@ class TestLabel2Id:
 def test_imagenet_needs_no_map_and_short_names_are_not_guessed():
     names = imagenet_1k_classes()
     assert table(names, names) == list(range(1000))
-    with pytest.raises(ValueError, match=r"1 labels of birds are no classes of the model, such as \['tabby'\]"):
+    with pytest.raises(ValueError, match=r"1 labels of birds match no class of the model, such as \['tabby'\]"):
         table(names, ["tabby"])
 
 

@@ -166,7 +166,7 @@ class TestLabels:
         assert self.hits(labels, [[3, 5, -1], [-1, -1, -1], [7, -1, -1], [0, 1, 2]]) == [True, False, True, False]
 
     def test_refuses_names_that_are_not_the_models(self):
-        with pytest.raises(ValueError, match=r"1 labels of pets are no classes of the model, such as \['zebra'\]"):
+        with pytest.raises(ValueError, match=r"1 labels of pets match no class of the model, such as \['zebra'\]"):
             LabelMap(model().config, ["class 1", "zebra"], name="pets")
 
     def test_refuses_indices_beyond_the_classes(self):

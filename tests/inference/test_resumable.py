@@ -114,9 +114,7 @@ def test_a_run_of_something_else_is_refused(tmp_path, change):
     facts.pop("names", None)
     (output,) = processes(path, 1)
     answer(output, 3)
-    with pytest.raises(
-        FileExistsError, match=rf"is of something else: {next(iter(change))} was .* start anew by remov"
-    ):
+    with pytest.raises(FileExistsError, match=rf"has other facts: {next(iter(change))} was .* start anew by remov"):
         processes(path, 1, facts, names)
     (output,) = processes(path, 2)[:1]
     assert output.done == 3

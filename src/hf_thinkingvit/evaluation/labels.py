@@ -61,9 +61,9 @@ class LabelMap:
             unknown = [label for label, found in zip(label_names, classes) if found is None]
             if unknown:
                 raise ValueError(
-                    f"{len(unknown)} labels of {name} are no classes of the model, such as {unknown[:3]} (the model "
-                    f"has such as {[config.id2label[index] for index in range(min(3, self.num_classes))]}): give a "
-                    '`label_map` (--label-map) from the ones to the others, or "index" if both number the same classes.'
+                    f"{len(unknown)} labels of {name} match no class of the model, such as {unknown[:3]} (the model "
+                    f"has classes such as {[config.id2label[index] for index in range(min(3, self.num_classes))]}): "
+                    'give a `label_map` (--label-map) from labels to classes, or "index" if both number the same classes.'
                 )
             self.table = torch.tensor(classes)
         elif isinstance(label_map, Mapping):

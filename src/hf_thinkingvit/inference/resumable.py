@@ -186,8 +186,8 @@ class ResumableOutput:
             earlier = None
         if not isinstance(earlier, dict):
             raise FileExistsError(
-                f"An unfinished run to {self.path} cannot be continued: {self.header}, which says what was being "
-                f"answered, is missing or damaged. {anew}"
+                f"An unfinished run to {self.path} cannot be continued: {self.header}, which stores the facts of "
+                f"the run, is missing or damaged. {anew}"
             )
         changes = [
             f"{name} was {earlier.get(name)!r} and is {facts.get(name)!r}"
@@ -197,9 +197,7 @@ class ResumableOutput:
             and json.dumps(earlier.get(name), sort_keys=True) != json.dumps(facts.get(name), sort_keys=True)
         ]
         if changes:
-            raise FileExistsError(
-                f"An unfinished run to {self.path} is of something else: {'; '.join(changes)}. {anew}"
-            )
+            raise FileExistsError(f"An unfinished run to {self.path} has other facts: {'; '.join(changes)}. {anew}")
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:

@@ -28,7 +28,7 @@ class AViTConfig(NestedViTConfig):
         halting_epsilon (`float`, *optional*, defaults to 0.01):
             ε, at least 0 and below 1. A greater value halts tokens earlier.
         ponder_loss_weight (`float`, *optional*, defaults to 5e-4):
-            Weight of the ponder loss, the mean of what the tokens have computed.
+            Weight of the ponder loss, the mean computation of a token (layers, and the remainder of its scores).
         prior_loss_weight (`float`, *optional*, defaults to 1e-3):
             Weight of the distributional prior, which favours halting around `target_depth`.
         target_depth (`float`, *optional*, defaults to 8):

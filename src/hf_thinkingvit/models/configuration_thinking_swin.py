@@ -41,7 +41,7 @@ class ThinkingSwinConfig(StagedConfig):
             one round is a plain Swin Transformer.
         qkv_slicing (`str`, *optional*, defaults to `"leading_rows"`):
             Which rows of the fused query-key-value matrix (3 · channels) a round of n channels uses: `"leading_rows"`
-            the first 3n, cut into queries, keys and values, which is what the official weights are trained for; or
+            the first 3n, cut into queries, keys and values, as the official weights require; or
             `"each_projection"` the first n of each third, so that the heads of a plain Swin are nested as they are. At
             full width they are the same.
         image_size (`int` or `tuple[int, int]`, *optional*, defaults to 224):

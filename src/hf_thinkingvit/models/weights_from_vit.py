@@ -133,8 +133,8 @@ def thinkingvit_config_from_vit(
     The configuration of a ThinkingViT with the head size of the ViT or DeiT `config`, as wide as its widest stage.
 
     Raises:
-        ValueError: if all of `thinking_stages` have fewer heads than the source, or an override changes what the
-            source's weights fix.
+        ValueError: if all of `thinking_stages` have fewer heads than the source, or an override changes a field
+            that the source's weights fix.
     """
     check_overrides(overrides)
     source_heads = config.num_attention_heads
@@ -161,7 +161,7 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     The configuration of an A-ViT with the sizes of the ViT or DeiT `config`, and a distillation token for a DeiT.
 
     Raises:
-        ValueError: if an override changes what the source's weights fix.
+        ValueError: if an override changes a field that the source's weights fix.
     """
     check_overrides(overrides)
     names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
