@@ -262,7 +262,7 @@ def calibrate_budget(
     per_exit: bool = False,
 ) -> Calibration:
     """
-    The τ of greatest accuracy whose mean cost on these images is within a budget. It promises nothing for others.
+    The τ of greatest accuracy whose mean cost on these images is within a budget, without a promise for others.
 
     Args:
         answers (`StageAnswers`): the answers to images of the expected distribution.

@@ -63,7 +63,7 @@ class LabelMap:
                 raise ValueError(
                     f"{len(unknown)} labels of {name} match no class of the model, such as {unknown[:3]} (the model "
                     f"has classes such as {[config.id2label[index] for index in range(min(3, self.num_classes))]}): "
-                    'give a `label_map` (--label-map) from labels to classes, or "index" if both number the same classes.'
+                    'give a `label_map` (--label-map) from labels to classes, or "index" if both are numbered alike.'
                 )
             self.table = torch.tensor(classes)
         elif isinstance(label_map, Mapping):

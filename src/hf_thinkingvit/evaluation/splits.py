@@ -201,9 +201,9 @@ def _check_not_merged(dataset: str) -> None:
     if len(found) > 1:
         raise ValueError(
             f"`{dataset}` holds folders or files named after several splits "
-            f"({', '.join(sorted(set(found.values())))}), but `datasets`, which knows train, validation and test in lower "
-            "case, reads all of it as one. Give the one folder or file to evaluate on as the dataset, or rename them. "
-            'Where the model was trained on none of these images, `split="all"` (`--split all`) evaluates on all of them.'
+            f"({', '.join(sorted(set(found.values())))}), but `datasets`, which knows train, validation and test in "
+            "lower case, reads all of it as one. Give the one folder or file to evaluate on as the dataset, or rename "
+            'them. If the model was trained on none of these images, `split="all"` (`--split all`) evaluates on all.'
         )
 
 
