@@ -32,7 +32,7 @@ def staged(**overrides):
 
 
 def sweep(rows: int) -> list[dict]:
-    """τ = 0.5 is the row of index 5."""
+    """Rows of a sweep; τ = 0.5 has index 5."""
     return [
         {"threshold": index / 10, "top1": 80 - index, "top5": 95.0, "gmacs": 0.5, "exit_shares": [0.25, 0.75]}
         for index in range(rows)
@@ -40,7 +40,7 @@ def sweep(rows: int) -> list[dict]:
 
 
 def results(**overrides) -> dict:
-    """Of a model with two stages."""
+    """Results of a model with two stages."""
     fields = {
         "dataset": "org/animals",
         "split": "test",
@@ -264,7 +264,7 @@ def test_example_writes_everything_to_a_folder(saved, measured, tmp_path, monkey
     assert (card.data.license, card.data.datasets) == ("mit", ["org/animals"])
     assert "![Measured accuracy and cost](sweep.png)" in card.text and 'model="org/animals"' in card.text
     published = json.loads(measured.read_text())
-    del published["calibration"]["statement"]  # which the card says where it is true
+    del published["calibration"]["statement"]  # the card builds it from the facts
     assert json.loads((tmp_path / "push" / "results.json").read_text()) == published
     # All the code that the configuration names, and all that this code imports.
     config = json.loads((tmp_path / "push" / "config.json").read_text())
@@ -277,7 +277,7 @@ def test_example_writes_everything_to_a_folder(saved, measured, tmp_path, monkey
 
 
 def online(server, home: Path) -> dict[str, str]:
-    """An environment in which the client is online with this Hub, and has cached nothing."""
+    """Environment variables for a client that is online with this Hub and has an empty cache."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     return environment | {
         "HF_ENDPOINT": server.endpoint,
@@ -300,7 +300,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server, saved, tmp_path_factory):
-    """`client("avit", "org/name", results=...)` pushes that model from another process and tells what came of it."""
+    """`client("avit", "org/name", results=...)` pushes that model from another process and returns the result."""
     environment = online(server, tmp_path_factory.mktemp("client"))
     command = [sys.executable, str(CLIENT)]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

@@ -1,4 +1,4 @@
-"""The images that wait for a stage, and how long they do."""
+"""The queue of images that wait for a stage, and the limit of their waiting time."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from tests.utils import lively_model, random_images
 
 
 def part(*places: int) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Waiting images, whose state holds their places."""
+    """State and indices of waiting images; the state holds the indices."""
     return {"hidden_states": torch.tensor(places)[:, None]}, list(places)
 
 

@@ -1,4 +1,4 @@
-"""τ, its criterion and the problem type, which must fit together however a configuration comes about."""
+"""τ, exit criterion and problem type must fit together, however a configuration is made."""
 
 import json
 import math
@@ -141,7 +141,7 @@ class TestChangedCriterion:
             loaded = source.from_pretrained(tmp_path, exit_criterion="margin", threshold=0.8)
             config = getattr(loaded, "config", loaded)
             assert (config.exit_criterion, config.threshold) == ("margin", 0.8)
-            loaded = source.from_pretrained(tmp_path, exit_criterion="topk_entropy")  # the same, said again
+            loaded = source.from_pretrained(tmp_path, exit_criterion="topk_entropy")  # the saved value
             assert getattr(loaded, "config", loaded).threshold == 0.5
 
     def test_a_criterion_with_a_default_does_not_replace_a_saved_threshold(self):

@@ -51,7 +51,7 @@ def test_margin_is_the_distance_of_the_two_largest():
 
 @pytest.mark.parametrize("name", sorted(EXIT_CRITERIA))
 def test_scores_of_any_leading_dimensions(name):
-    """Such as those of all stages at once, `(images, stages, num_classes)`."""
+    """For example the logits of all stages at once, `(images, stages, num_classes)`."""
     score = EXIT_CRITERIA[name].score
     torch.testing.assert_close(score(LOGITS.view(10, 5, 20), 10), score(LOGITS, 10).view(10, 5))
     torch.testing.assert_close(score(LOGITS[0], 10), score(LOGITS, 10)[0])

@@ -1,4 +1,4 @@
-"""A second task, of dense answers, needs no change to anything that runs stages: forward, engine, sweep, programs."""
+"""A second task, with dense answers, works unchanged in forward, engine, sweep, export and compiled stages."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class DenseOutput(ModelOutput):
 
 
 class DenseTask(Task):
-    """A class for each patch: logits `(images, classes, rows, columns)`, and the class itself."""
+    """A class for each patch: logits `(images, classes, rows, columns)`, and the predicted classes."""
 
     reads_all_tokens = True
 
@@ -78,7 +78,7 @@ def model(dense_criterion):
     model = lively(ThinkingViTForDensePrediction, config)
     with torch.no_grad():
         _, run = model(random_images(8), run_all=True)
-    # Halfway between two images at each exit, so that some leave there and rounding decides nothing.
+    # Halfway between two images' scores at each exit, so that some exit there and rounding does not matter.
     orders = [step.score.sort().values for step in run.steps[:2]]
     model.config.threshold = [((order[2] + order[3]) / 2).item() for order in orders]
     return model
@@ -86,7 +86,7 @@ def model(dense_criterion):
 
 @torch.no_grad()
 def answers_of(model, images):
-    """Each image's accepted stage and answer, from all stages of every image, decided one by one."""
+    """Each image's accepted stage and answer, found image by image after running every stage."""
     _, run = model(images, run_all=True)
     scores = torch.stack([step.score for step in run.steps], dim=1)
     exits = scores < torch.tensor([*model.config.threshold, torch.inf])

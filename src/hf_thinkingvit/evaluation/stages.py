@@ -1,4 +1,4 @@
-"""One pass over the images in which every stage answers every image, and each answer is scored and measured."""
+"""One pass over images that runs every stage on every image, and records the score and measurements of each answer."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +13,7 @@ from ..models.staged_loop import run_stages
 from ..models.staged_run import Answer
 
 
-# Of one stage's answers to a batch: tensors whose first dimension is the image.
+# (answer of one stage, batch) → measurements: tensors whose first dimension is the image.
 Measure = Callable[[Answer, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -26,14 +26,14 @@ def measure_stages(
     progress: bool = True,
 ) -> tuple[dict[str, torch.Tensor], tuple[int, int] | None]:
     """
-    Run every stage once on every image. Every process calls it; each gets the measurements of all images.
+    Run every stage once on every image. Every process must call it, and gets the measurements of all images.
 
     Args:
-        model (`PreTrainedModel`): that thinks in stages, on the accelerator's device; left in the mode it was in.
-        batches: with `pixel_values` and what `measure` reads, prepared by `accelerator` where there is one.
-        measure (`Callable`): `(answer, batch) -> dict` of what to record of a stage's answers, tensors whose first
+        model (`PreTrainedModel`): a model that thinks in stages, on the accelerator's device; its mode is restored.
+        batches: with `pixel_values` and the entries that `measure` reads, prepared by `accelerator` if it is given.
+        measure (`Callable`): `(answer, batch) -> dict` of the measurements of a stage's answers, tensors whose first
             dimension is the image.
-        accelerator (`Accelerator`, *optional*): gathers what several processes compute.
+        accelerator (`Accelerator`, *optional*): gathers the results of several processes.
         progress (`bool`): show a progress bar, on the main process.
 
     Returns:

@@ -30,7 +30,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             `layer_norm_eps` (1e-6), `image_size` (224), `patch_size` (16), `num_channels` (3), `qkv_bias`.
 
     Raises:
-        ValueError: for values that cannot work; the message names the field.
+        ValueError: if a value is invalid; the message names the field.
 
     Example:
 
