@@ -12,7 +12,6 @@ from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
-from hf_thinkingvit.models.exit_scores import mean_binary_entropy
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import HostSynchronisations, lively_model, lively_swin, random_images
 
@@ -344,10 +343,3 @@ def iter_into(stream, found: list) -> None:
     """Append the results before an exception to `found`."""
     for result in stream:
         found.append(result)  # noqa: PERF402  extend() would lose the results before the exception
-
-
-def test_the_entropy_of_a_multi_label_avit_is_of_each_label():
-    network = lively_avit(problem_type="multi_label_classification")
-    results = list(AdaptiveEngine(network)(random_images(3)))
-    expected = mean_binary_entropy(torch.stack([result.logits for result in results]))
-    assert [result.entropy for result in results] == pytest.approx(expected.tolist())

@@ -153,7 +153,7 @@ class ExitRule:
         """
         Args:
             stage_index (`int`): the stage that answered, counted from 0.
-            answer (`dict[str, torch.Tensor]`): its answers; `"logits"` and what else the criterion reads.
+            answer (`dict[str, torch.Tensor]`): its answers, with every entry that the criterion reads.
             memory (`dict[str, torch.Tensor]`, *optional*): of the verdict on the same images at the stage before.
 
         Returns:

@@ -73,7 +73,7 @@ def step_stage(
     **kwargs,
 ) -> StageStep:
     """
-    Run a stage, with what leads to it, and decide which images exit.
+    Enter a stage (`begin` or `recycle`), run it, read its answers and judge them.
 
     Args:
         model (`StagedModelMixin`): provides the steps.
@@ -155,7 +155,7 @@ def run_stages(
 
 class StagedModelMixin(CompiledStagesMixin, Task):
     """
-    The steps of a model that thinks in stages: those of its backbone (`base_model`), and a task's `answer`. The first
+    The steps of a model that thinks in stages: three of its backbone (`base_model`), and a task's `answer`. The first
     three are `compilable_step`s, which `compile_stages` compiles.
     """
 

@@ -165,7 +165,7 @@ class SparseHalting(TokenPolicy):
             hidden_states = hidden_states.flatten(0, 1)[None]
         if layer < self.last_layer:
             return hidden_states, {"query_lengths": packed.lengths, "key_lengths": packed.lengths}
-        # Every token halts here, so that only what is read of this layer's output needs computing.
+        # Every token halts here, and only the outputs of prefix tokens are read.
         lengths = {"query_lengths": packed.prefix_lengths, "key_lengths": packed.lengths}
         return hidden_states, {"queries": packed.prefix, **lengths}
 

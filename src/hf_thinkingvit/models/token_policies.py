@@ -33,7 +33,7 @@ class TokenPolicy:
         return hidden_states, {}
 
     def after_layer(self, layer: int, output: Any) -> torch.Tensor:
-        """What the next layer's `before_layer` gets, from what the layer returned (a tuple if it got `queries`)."""
+        """The tokens for the next layer, from the output of this one (a tuple if it was called with `queries`)."""
         return output
 
 
