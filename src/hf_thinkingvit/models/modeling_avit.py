@@ -38,7 +38,7 @@ class AViTModelOutput(ModelOutput):
         ponder (`torch.FloatTensor` of shape `(batch_size, tokens)`):
             ρ: layers that each token ran, plus its remainder. Float32.
         halting_scores (`torch.FloatTensor` of shape `(layers, batch_size, tokens)`):
-            Scores of every layer's output, float32. Those of tokens that had halted have no meaning: their inputs are 0.
+            Scores of every layer's output, float32; meaningless for tokens that had halted, whose inputs are 0.
         hidden_states, attentions (`tuple[torch.Tensor]`, *optional*):
             As in Transformers' ViT; rows of halted tokens mean nothing.
     """
@@ -69,8 +69,8 @@ class AViTImageClassifierOutput(ModelOutput):
         mean_depth (`torch.FloatTensor` of shape `(batch_size,)`):
             Mean number of layers that the image's tokens run until its answer is there. An image leaves with its class
             token (and distillation token); other tokens that have not halted leave with it, and count with the layers
-            that they ran. The value is the same in training and does not depend on other outputs. The A-ViT paper's mean
-            depth, over every token's own depth, is the mean of `token_depth`.
+            that they ran. The same in training, and whatever other outputs are asked for. The A-ViT paper's mean depth,
+            of every token's own depth, is the mean of `token_depth`.
         macs (`torch.LongTensor` of shape `(batch_size,)`, *optional*, not returned in training mode):
             Multiply-accumulates in matrix products of the sparse computation until the image's answer is there. What
             runs only for `token_depth` or for recorded outputs is not counted.
@@ -303,7 +303,8 @@ class AViTForImageClassification(AViTPreTrainedModel):
                 than the source's gives a new classifier, freshly initialised.
 
         Raises:
-            ValueError: if the source is no ViT or DeiT classifier, or an override changes a field that its weights determine.
+            ValueError: if the source is not a ViT or DeiT classifier, or an override changes a field that its weights
+                determine.
         """
         vit = load_classifier(source, ONE_OR_TWO_HEADS, config_overrides)
         model = cls(avit_config_from_vit(vit.config, **config_overrides))

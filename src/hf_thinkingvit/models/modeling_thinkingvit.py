@@ -98,8 +98,8 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
 
     def run_stage(self, stage_index: int, state: State, all_tokens: bool = True, **kwargs) -> State:
         """
-        Run the layers of a stage. Unless `all_tokens`, the last layer computes the class token alone, and the state holds
-        the inputs, keys and values from which `recycle` computes its other tokens.
+        Run the layers of a stage. Unless `all_tokens`, the last layer computes the class token alone, and the state
+        holds the inputs, keys and values from which `recycle` computes its other tokens.
 
         Returns:
             The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm.

@@ -43,8 +43,8 @@ def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> 
 
 class NestedViTEmbeddings(nn.Module):
     """
-    Patches, class token (and distillation token) and position embeddings. Each channel is computed once: the channels of
-    the first stage for every image, further channels when a wider stage runs, for the images that it runs.
+    Patches, class token (and distillation token) and position embeddings. Each channel is computed once: those of the
+    first stage for every image, further ones when a wider stage runs, for the images that it runs.
     """
 
     def __init__(self, config: NestedViTConfig):
