@@ -145,6 +145,11 @@ def test_layers_compute_what_their_sizes_say(sub_network, layers, tokens):
     assert not pending
 
 
+def test_sizes_that_the_weights_lack_are_refused(layers, tokens):
+    with pytest.raises(ValueError, match=r"leading slice of \(999, 32\) does not fit into a weight of \(128, 32\)"):
+        run_layers(layers, tokens, SubNetwork(4, 32, 999))
+
+
 def test_head_dim_is_shared_out_unless_given():
     assert SubNetwork(3, 192, 768).head_dim == 64 and SubNetwork(3, 192, 768) == SubNetwork(3, 192, 768, 64)
     assert SubNetwork(3, 384, 768, head_dim=64).attention_size == 192
@@ -178,9 +183,10 @@ def test_refuses_sizes_that_are_none(fields, message):
     ],
 )
 def test_says_where_it_does_not_fit(fields, message):
-    FULL.check_fits(32, 32, 128, 3, "`sub_networks[0]`")
-    with pytest.raises(ValueError, match=f"`sub_networks\\[0\\]`.*{message}"):
-        replace(FULL, **fields).check_fits(32, 32, 128, 3, "`sub_networks[0]`")
+    config = tiny_config(thinking_stages=[4])
+    FULL.check_fits(config, "Stage 0")
+    with pytest.raises(ValueError, match=f"Stage 0.*{message}"):
+        replace(FULL, **fields).check_fits(config, "Stage 0")
 
 
 class DropLast(TokenPolicy):
@@ -193,10 +199,10 @@ class DropLast(TokenPolicy):
     def is_done(self):
         return bool(self.counts) and self.counts[-1] == 2
 
-    def before_layer(self, layer, hidden_states):
+    def before_layer(self, layer, hidden_states, is_last):
         return (hidden_states[:, :-1] if layer else hidden_states), {}
 
-    def after_layer(self, layer, output):
+    def after_layer(self, layer, output, is_last):
         self.counts.append(output.shape[1])
         return output
 

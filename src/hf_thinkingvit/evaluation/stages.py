@@ -37,9 +37,9 @@ def measure_stages(
         progress (`bool`): show a progress bar, on the main process.
 
     Returns:
-        For each entry of `measure` a float32 tensor `(images, stages, ...)` on the CPU, and `score`, the exit
-        criterion's `(images, stages)`; empty if there are no batches. And the (height, width) of the last batch, `None`
-        if there are none.
+        For each entry of `measure` a tensor `(images, stages, ...)` on the CPU, in its dtype (booleans as uint8, half
+        precision as float32), and `score`, the exit criterion's `(images, stages)`; empty if there are no batches. And
+        the (height, width) of the last batch, `None` if there are none.
 
     Raises:
         ValueError: if the model does not think in stages.
@@ -60,7 +60,7 @@ def measure_stages(
             sizes = {} if image_size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
             run = run_stages(model, rule, stages, pixel_values, run_all=True, **sizes)
             measured = [{"score": step.score, **measure(step.answer, batch)} for step in run.steps]
-            rows = {name: torch.stack([entry[name].float() for entry in measured], dim=1) for name in measured[0]}
+            rows = {name: torch.stack([_plain(entry[name]) for entry in measured], dim=1) for name in measured[0]}
             if accelerator is not None:
                 rows = accelerator.gather_for_metrics(rows)
             for name, tensor in rows.items():
@@ -68,3 +68,10 @@ def measure_stages(
     finally:
         model.train(was_training)
     return {name: torch.cat(parts) for name, parts in columns.items()}, image_size
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype that every backend of `torch.distributed` gathers, without loss."""
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8)
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -17,10 +17,11 @@ from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import Verdict, answer_entropy
 from ..models.staged_loop import resolve_stages, step_stage
 from ..models.staged_run import Answer, Memory, State, select_rows
+from ..models.tasks import Task
 from .stream import EngineResult, EngineStats, Stream
 
 
-class _WholeModel:
+class _WholeModel(Task):
     """Wraps a model that does not think in stages as one stage, with an exit rule by which every image exits."""
 
     def __init__(self, model: PreTrainedModel, **kwargs):
@@ -40,13 +41,33 @@ class _WholeModel:
         return Verdict(entropies, torch.ones_like(entropies, dtype=torch.bool), entropies, {})
 
 
+# Bytes of an image's answer up to which the answers to all images of a batch are copied with the decision.
+SMALL_ANSWER = 2**16
+
+
 def _to_host(exits: torch.Tensor, answer: Answer) -> tuple[torch.Tensor, Answer]:
-    """Move both to the CPU: `exits` and floating-point entries (as float32) in one copy, with one synchronisation."""
-    floats = {name: tensor for name, tensor in answer.items() if tensor.is_floating_point()}
-    columns = [exits[:, None], *(t.flatten(1) if t.dim() > 1 else t[:, None] for t in floats.values())]
-    first, *parts = torch.cat([c.float() for c in columns], dim=1).cpu().split([c.shape[1] for c in columns], dim=1)
-    on_host = {name: part.reshape(floats[name].shape) for name, part in zip(floats, parts)}
-    return first[:, 0] > 0, {name: on_host[name] if name in on_host else answer[name].cpu() for name in answer}
+    """
+    Which images exit, and the answers to those, on the CPU, float32 where they are floating-point. One copy for both,
+    and so one synchronisation, unless answers are large: then the decision first, and after it only those answers.
+    """
+    answer = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in answer.items()}
+    if sum(tensor.nbytes for tensor in answer.values()) > SMALL_ANSWER * len(exits):
+        on_host = exits.cpu()
+        rows = _rows(on_host).to(exits.device)
+        return on_host, {name: tensor.index_select(0, rows).cpu() for name, tensor in answer.items()}
+    tensors = [exits, *answer.values()]
+    columns = [tensor.contiguous().view(len(exits), -1).view(torch.uint8) for tensor in tensors]
+    parts = torch.cat(columns, dim=1).cpu().split([column.shape[1] for column in columns], dim=1)
+    on_host, *entries = (
+        part.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(parts, tensors)
+    )
+    rows = _rows(on_host)
+    return on_host, {name: entry.index_select(0, rows) for name, entry in zip(answer, entries)}
+
+
+def _rows(mask: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([row for row, chosen in enumerate(mask.tolist()) if chosen], dtype=torch.long)
 
 
 class AdaptiveEngine:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from transformers.utils import is_onnx_available
 
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
-from ..models.exit_rules import ExitRule
 from ..models.staged_loop import step_stage
 from ..models.staged_run import State
 
@@ -36,14 +35,14 @@ class _StageProgram(nn.Module):
         self.rule, self.stages = model.exit_rule(), range(model.config.num_stages)
 
     def forward(self, state: State, threshold: torch.Tensor) -> dict[str, torch.Tensor | State]:
-        rule = ExitRule(
-            self.rule.criterion, tuple(threshold.unbind()), self.rule.entropy_top_k, self.rule.reported_entropy
-        )
+        rule = replace(self.rule, thresholds=tuple(threshold.unbind()))
         step = step_stage(self.model, rule, self.stages, self.stage_index, state)
-        # Programs are specialised on strides. Callers pass selected rows, which are contiguous.
+        # Programs are specialised on strides. Callers pass selected rows, which are contiguous, and the branches of a
+        # conditional must agree.
+        answer = {name: tensor.contiguous() for name, tensor in step.answer.items()}
         is_last = self.stage_index == self.stages[-1]
         state = {} if is_last else {name: tensor.contiguous() for name, tensor in step.state.items()}
-        return {**step.answer, "exits": step.exits, "state": state}
+        return {**answer, "exits": step.exits, "state": state}
 
 
 class _AdaptiveProgram(nn.Module):
@@ -273,7 +272,7 @@ def _write_onnx(
     onnx_model.metadata_props.update(
         model_type=config.model_type,
         exit_criterion=config.exit_criterion,
-        threshold=json.dumps(ExitRule.from_config(config).thresholds),
+        threshold=json.dumps(model.exit_rule().thresholds),
         id2label=json.dumps(config.id2label, ensure_ascii=False),
     )
     temporary = path.with_suffix(".partial")

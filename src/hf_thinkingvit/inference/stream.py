@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,27 +29,19 @@ class EngineResult:
 
     Attributes:
         index: index of the image in the input, from 0.
-        answer: the model's answer, on the CPU, floating-point entries as float32: `"logits"` (for a classifier
-            `(num_labels,)`), their `"entropy"`, and any further entries of the task; `None` if the image could not be
-            read.
+        logits: of a classifier `(num_labels,)`, float32, on the CPU; `None` if the image could not be read.
         exit_stage: stage at which the image exited, from 0; `None` if it could not be read.
+        entropy: of the answer, in nats; `None` if the image could not be read.
         error: why the image could not be read, with `on_error="return"`.
+        others: further entries of the answer, which tasks other than classification may have, on the CPU.
     """
 
     index: int
-    answer: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
     exit_stage: int | None = None
+    entropy: float | None = None
     error: Exception | None = None
-
-    @property
-    def logits(self) -> torch.Tensor | None:
-        """`answer["logits"]`; `None` if the image could not be read."""
-        return None if self.answer is None else self.answer["logits"]
-
-    @property
-    def entropy(self) -> float | None:
-        """Entropy of the answer, in nats; `None` if the image could not be read."""
-        return None if self.answer is None else self.answer["entropy"].item()
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -170,12 +162,11 @@ class Stream:
             while not following.fits(state):
                 results += self._run_queue(stage + 1)
             following.put(state, going_on, since)
+        entropies, logits = answer.pop("entropy").tolist(), answer.pop("logits")
         # Copies, because a view would hold (and pickle) the answers to the whole batch.
-        results += [
-            EngineResult(index, {name: rows[row].clone() for name, rows in answer.items()}, stage)
-            for row, (index, exit_) in enumerate(zip(indices, exits))
-            if exit_
-        ]
+        for row, index in enumerate(index for index, exit_ in zip(indices, exits) if exit_):
+            others = {name: rows[row].clone() for name, rows in answer.items()}
+            results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=others))
         return results
 
     def _step(self, stage: int) -> tuple[list[int], float, tuple]:

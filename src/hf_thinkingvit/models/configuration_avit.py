@@ -3,7 +3,7 @@
 import math
 from typing import Any, ClassVar
 
-from .configuration_checks import check_integer, check_label_smoothing, check_number
+from .configuration_checks import check_boolean, check_integer, check_label_smoothing, check_number
 from .configuration_nested_vit import NestedViTConfig
 from .sub_networks import SubNetwork
 
@@ -84,7 +84,8 @@ class AViTConfig(NestedViTConfig):
 
     def __post_init__(self, distilled: bool | None = None, **kwargs):
         # `None` by default, so that a value that contradicts `distilled` can be told from no value.
-        self.use_distillation_token = bool(_one_value(self.use_distillation_token, distilled))
+        value = _one_value(self.use_distillation_token, distilled)
+        self.use_distillation_token = False if value is None else value
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -112,6 +113,7 @@ class AViTConfig(NestedViTConfig):
 
     def validate(self) -> None:
         super().validate()
+        check_boolean("use_distillation_token", self.use_distillation_token)
         for name in ("gate_scale", "gate_center"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -131,7 +133,7 @@ def _one_value(use_distillation_token: bool | None, distilled: bool | None) -> b
     """The value of a field that may be given under its present or its former name; `None` if under neither."""
     if use_distillation_token is None or distilled is None:
         return distilled if use_distillation_token is None else use_distillation_token
-    if bool(use_distillation_token) != bool(distilled):
+    if use_distillation_token != distilled:
         raise ValueError(
             f"`distilled` ({distilled}) is the former name of `use_distillation_token` ({use_distillation_token}), and "
             "the two contradict each other: give `use_distillation_token` alone."

@@ -12,6 +12,11 @@ def check_integer(name: str, value, minimum: int) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
 
 
+def check_boolean(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+
+
 def check_number(name: str, value, minimum: float = 0.0, maximum: float = math.inf) -> None:
     """Refuse a value that is not a number in [`minimum`, `maximum`], such as NaN. `maximum` may be infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
@@ -73,7 +78,6 @@ def check_backbone_fields(config) -> None:
         check_number(name, getattr(config, name), maximum=1.0)
     check_number("layer_norm_eps", config.layer_norm_eps)
     check_number("initializer_range", config.initializer_range)
-    if not isinstance(config.qkv_bias, bool):
-        raise ValueError(f"`qkv_bias` must be true or false, got {config.qkv_bias!r}.")
+    check_boolean("qkv_bias", config.qkv_bias)
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {config.hidden_act!r}.")

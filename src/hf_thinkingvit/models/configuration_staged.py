@@ -40,9 +40,22 @@ def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
     Whether a model answers after each of several stages, and so has an exit rule.
 
     Args:
-        model_or_config (`nn.Module` or `PreTrainedConfig`): of any model, including those of Transformers.
+        model_or_config (`nn.Module` or `PreTrainedConfig`): of any family, also of those in Transformers.
+
+    Raises:
+        ValueError: for a staged model that was loaded with the code of an earlier version, saved in its folder, which
+            has other steps than this version calls.
     """
-    return getattr(configuration_of(model_or_config), "is_staged", False)
+    config = configuration_of(model_or_config)
+    is_staged = getattr(config, "is_staged", None)
+    if is_staged is None and hasattr(config, "exit_criterion"):
+        raise ValueError(
+            f"This {config.model_type} model runs the code in its own folder (`trust_remote_code=True`), which an "
+            "earlier version of hf-thinkingvit saved and this version cannot use. Import `hf_thinkingvit` before the "
+            "model is loaded: then the installed code is used, with the same weights. Saving the model again updates "
+            "its folder."
+        )
+    return bool(is_staged)
 
 
 class StagedConfig(PreTrainedConfig):

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
-from .configuration_checks import as_pair, check_backbone_fields, check_integer, check_number
+from .configuration_checks import as_pair, check_backbone_fields, check_boolean, check_integer, check_number
 from .configuration_staged import StagedConfig
 from .sub_networks import SubNetwork
 
@@ -12,7 +12,10 @@ QKV_SLICINGS = ("leading_rows", "each_projection")
 
 
 class SwinRound(NamedTuple):
-    """One thinking round: for each hierarchical layer the leading heads, channels and MLP channels that it uses."""
+    """
+    One thinking round: for each hierarchical layer the leading heads, channels and MLP channels that it uses. All
+    blocks of a layer run, and a head has the same width in every round.
+    """
 
     layers: tuple[SubNetwork, ...]
 
@@ -200,8 +203,7 @@ class ThinkingSwinConfig(StagedConfig):
         width = self.embed_dim // self.num_heads[0] * self.head_rounds[0][0]
         if int(self.mlp_ratio * width) < 1:
             raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) leaves no MLP channel for a width of {width}: raise it.")
-        if not isinstance(self.use_absolute_embeddings, bool):
-            raise ValueError(f"`use_absolute_embeddings` must be true or false, got {self.use_absolute_embeddings!r}.")
+        check_boolean("use_absolute_embeddings", self.use_absolute_embeddings)
         if self.qkv_slicing not in QKV_SLICINGS:
             raise ValueError(f"`qkv_slicing` must be one of {list(QKV_SLICINGS)}, got {self.qkv_slicing!r}.")
 

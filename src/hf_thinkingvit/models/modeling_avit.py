@@ -161,7 +161,7 @@ class AViTModel(AViTPreTrainedModel):
         check_arguments(self, kwargs)
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
         hidden_states = self.begin(pixel_values, interpolate_pos_encoding)
-        halting = DenseHalting(self.config, epsilon, num_layers, hidden_states)
+        halting = DenseHalting(self.config, epsilon, hidden_states)
         run_layers(self.layers[:num_layers], hidden_states, self.config.sub_network, halting, **kwargs)
         return AViTModelOutput(
             last_hidden_state=self.layernorm(halting.output),
@@ -189,7 +189,7 @@ class AViTModel(AViTPreTrainedModel):
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
         hidden_states = self.begin(pixel_values, interpolate_pos_encoding)
         batch_size, num_tokens, width = hidden_states.shape
-        halting = SparseHalting(self.config, epsilon, num_layers, hidden_states, all_depths=output_token_depth)
+        halting = SparseHalting(self.config, epsilon, hidden_states, all_depths=output_token_depth)
         run_layers(self.layers[:num_layers], hidden_states, self.config.sub_network, halting)
         output = halting.output.view(batch_size, self.config.num_prefix_tokens, width)
         return self.layernorm(output), halting.token_depth.view(batch_size, num_tokens)

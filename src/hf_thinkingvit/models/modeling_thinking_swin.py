@@ -264,7 +264,7 @@ class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMix
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
-        self.warn_of_outside_loss(labels, stages, output_stage_logits)
+        self.check_call(pixel_values, labels, stages, output_stage_logits)
         run = run_stages(
             self,
             self.exit_rule(threshold),

@@ -31,6 +31,8 @@ class LeadingSliceMixin(ModuleCacheMixin):
         weight, bias = self.weight, self.bias
         if sizes == weight.shape:
             return weight, bias
+        if any(size > full for size, full in zip(sizes, weight.shape)):
+            raise ValueError(f"A leading slice of {sizes} does not fit into a weight of {tuple(weight.shape)}.")
         if torch.compiler.is_compiling():
             return self._corner(weight, bias, sizes)
         if torch.is_grad_enabled() or not self._may_cache(weight, bias):

@@ -52,8 +52,9 @@ class StagedImageClassifierOutput(ModelOutput):
             `exit_criterion` is `"entropy"`, of each label averaged over the labels where it is `"mean_binary_entropy"`,
             over the `entropy_top_k` most probable classes otherwise.
         stage_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_stage_logits=True` or in training mode):
-            Logits `(batch_size, num_labels)` of every stage for every image, also of stages after its exit: asking for
-            them makes all images run all stages. The other fields do not change.
+            Logits `(batch_size, num_labels)` of every stage that may run (with `sub_network`, of this one alone) for
+            every image, also of stages after its exit: asking for them makes all images run all stages. The other
+            fields do not change.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
@@ -214,22 +215,29 @@ class ImageClassificationTask(Task):
     def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
         return self.loss_function(labels, answer["logits"], self.config, **loss_arguments(self, kwargs))
 
-    def warn_of_outside_loss(
-        self, labels: torch.Tensor | None, stages: range, output_stage_logits: bool | None
+    def check_call(
+        self,
+        pixel_values: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        stages: range,
+        output_stage_logits: bool | None,
     ) -> None:
-        """Warn once if several stages are trained without labels: the caller's loss may be of the last stage alone."""
-        if labels is None and len(stages) > 1 and not output_stage_logits:
-            warn_of_outside_loss(self, OUTSIDE_LOSS)
+        """
+        `ValueError` for labels that do not fit, before anything is computed. And a warning, once, of training several
+        stages without labels, where the loss may be of the last stage alone.
+        """
+        if labels is None:
+            if len(stages) > 1 and not output_stage_logits:
+                warn_of_outside_loss(self, OUTSIDE_LOSS)
+        elif pixel_values is not None and pixel_values.dim() == 4:  # `begin` refuses other pixels
+            self.check_labels(labels, len(pixel_values))
 
     def build_output(
         self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
     ) -> StagedImageClassifierOutput:
         """The output of a run, with the loss if there are `labels`. The arguments are those of `forward`."""
         with_stage_logits = self.training or output_stage_logits
-        loss = None
-        if labels is not None:
-            self.check_labels(labels, len(run.exit_stage))
-            loss = self.run_loss(labels, run, **kwargs)
+        loss = None if labels is None else self.run_loss(labels, run, **kwargs)
         return StagedImageClassifierOutput(
             loss=loss,
             logits=run.accepted["logits"],
