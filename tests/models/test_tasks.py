@@ -150,13 +150,25 @@ def test_one_pass_measures_every_stage(model):
     def accuracy(answer, batch):
         return {"accuracy": (answer["prediction"] == batch["labels"]).float().mean(dim=(1, 2))}
 
-    measured, image_size = measure_stages(model, batches, accuracy, progress=False)
+    measured = measure_stages(model, batches, accuracy, progress=False)
     with torch.no_grad():
         _, run = model(images, run_all=True)
+        accepted, _ = model(images)
     expected = [(step.answer["prediction"] == truth).float().mean(dim=(1, 2)) for step in run.steps]
-    torch.testing.assert_close(measured["accuracy"], torch.stack(expected, dim=1))
-    torch.testing.assert_close(measured["score"], torch.stack([step.score for step in run.steps], dim=1))
-    assert image_size == (32, 32)
+    torch.testing.assert_close(measured.measures["accuracy"], torch.stack(expected, dim=1))
+    torch.testing.assert_close(measured.scores, torch.stack([step.score for step in run.steps], dim=1))
+    assert torch.equal(measured.exit_stages(model.config.threshold), accepted.exit_stage)
+    of_accepted = (accepted.prediction == truth).float().mean(dim=(1, 2))
+    torch.testing.assert_close(measured.measures_at(model.config.threshold)["accuracy"], of_accepted)
+    assert measured.image_size == (32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64])
+def test_measurements_lose_nothing(model, dtype):
+    values = torch.tensor([2**24 + 1, 3]).to(dtype)
+    batches = [{"pixel_values": random_images(2)}]
+    measured = measure_stages(model, batches, lambda answer, batch: {"value": values}, progress=False)
+    assert torch.equal(measured.measures["value"][:, 0].to(dtype), values)
 
 
 def test_exported_programs_give_the_same(model):

@@ -1,6 +1,7 @@
 """One pass over images that runs every stage on every image, and records the score and measurements of each answer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -9,12 +10,85 @@ from transformers import PreTrainedModel
 
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
+from ..models.exit_rules import ExitRule, resolve_thresholds
 from ..models.staged_loop import run_stages
 from ..models.staged_run import Answer
 
 
 # (answer of one stage, batch) → measurements: tensors whose first dimension is the image.
 Measure = Callable[[Answer, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+Threshold = float | Sequence[float]
+
+
+class StageScores:
+    """
+    The exit criterion's scores of every stage's answer to every image, from which the exits under any τ follow.
+
+    Attributes:
+        scores (`torch.FloatTensor` of shape `(images, stages)`): float32.
+        criterion (`str`), entropy_top_k (`int`): as in the model's configuration.
+    """
+
+    scores: torch.Tensor
+    criterion: str
+    entropy_top_k: int
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def num_stages(self) -> int:
+        return self.scores.shape[1]
+
+    def exit_stages(self, threshold: Threshold) -> torch.Tensor:
+        """
+        The stage at which each image exits under τ (one, or one per exit): int64 `(images,)`. `ValueError` if τ is
+        invalid.
+        """
+        return self.exit_stages_of_each([threshold])[0]
+
+    def exit_stages_of_each(self, thresholds: Sequence[Threshold]) -> torch.Tensor:
+        """`exit_stages` under several τ at once: int64 `(thresholds, images)`."""
+        resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
+        # One column per exit, one row per τ; float32 like the scores, to which torch rounds a scalar τ as well.
+        columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
+        rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
+        goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
+        stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
+        for stage in range(self.num_stages - 1):
+            goes_on &= ~rule.exits(stage, self.scores[:, stage])
+            stages += goes_on
+        return stages
+
+    def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
+        """Each image's entry of `values` `(images, stages, ...)` at its exit."""
+        return values[torch.arange(len(values)), exit_stages]
+
+
+@dataclass(frozen=True)
+class StageMeasurements(StageScores):
+    """
+    Scores, and what was measured of every stage's answer to every image, whatever the task.
+
+    Attributes:
+        scores, criterion, entropy_top_k: as in [`StageScores`].
+        measures (`dict[str, torch.Tensor]`): on the CPU, each of shape `(images, stages, ...)`, in its dtype (bool as
+            uint8, half precision as float32); empty if there were no images.
+        image_size (`tuple[int, int]`, *optional*): (height, width) of the last batch; `None` if there was none.
+    """
+
+    scores: torch.Tensor
+    criterion: str
+    entropy_top_k: int
+    measures: dict[str, torch.Tensor]
+    image_size: tuple[int, int] | None = None
+
+    def measures_at(self, threshold: Threshold) -> dict[str, torch.Tensor]:
+        """What was measured of each image's accepted answer under τ: `(images, ...)`."""
+        stages = self.exit_stages(threshold)
+        return {name: self.at(values, stages) for name, values in self.measures.items()}
 
 
 @torch.no_grad()
@@ -24,7 +98,7 @@ def measure_stages(
     measure: Measure,
     accelerator: Accelerator | None = None,
     progress: bool = True,
-) -> tuple[dict[str, torch.Tensor], tuple[int, int] | None]:
+) -> StageMeasurements:
     """
     Run every stage once on every image. Every process must call it, and gets the measurements of all images.
 
@@ -35,11 +109,6 @@ def measure_stages(
             dimension is the image.
         accelerator (`Accelerator`, *optional*): gathers the results of several processes.
         progress (`bool`): show a progress bar, on the main process.
-
-    Returns:
-        For each entry of `measure` a tensor `(images, stages, ...)` on the CPU, in its dtype (booleans as uint8, half
-        precision as float32), and `score`, the exit criterion's `(images, stages)`; empty if there are no batches. And
-        the (height, width) of the last batch, `None` if there are none.
 
     Raises:
         ValueError: if the model does not think in stages.
@@ -67,7 +136,9 @@ def measure_stages(
                 columns.setdefault(name, []).append(tensor.cpu())
     finally:
         model.train(was_training)
-    return {name: torch.cat(parts) for name, parts in columns.items()}, image_size
+    measures = {name: torch.cat(parts) for name, parts in columns.items()}
+    scores = measures.pop("score", torch.zeros(0, len(stages)))
+    return StageMeasurements(scores, config.exit_criterion, config.entropy_top_k, measures, image_size)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,21 +13,18 @@ from transformers import PreTrainedModel
 
 from ..data import as_image_split, evaluation_batches
 from ..models.configuration_checks import as_plain_numbers
-from ..models.exit_rules import ExitRule, resolve_thresholds
+from ..models.exit_rules import ExitRule
 from ..models.staged_run import Answer
 from ..public_names import public_name
 from .conditions import model_conditions
 from .labels import LabelMap
 from .macs import stage_macs
 from .splits import UNKNOWN, evaluation_rows, why_not_new
-from .stages import measure_stages
-
-
-Threshold = float | Sequence[float]
+from .stages import StageScores, Threshold, measure_stages
 
 
 @dataclass(frozen=True)
-class StageAnswers:
+class StageAnswers(StageScores):
     """
     Score and hits of every stage's answer to every image.
 
@@ -54,40 +51,9 @@ class StageAnswers:
     conditions: Mapping[str, Any] | None = None
     seen: str | None = None
 
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    @property
-    def num_stages(self) -> int:
-        return self.scores.shape[1]
-
     def select(self, rows: torch.Tensor) -> "StageAnswers":
         """The answers to the images `rows` (indices or a mask)."""
         return replace(self, scores=self.scores[rows], top1=self.top1[rows], top5=self.top5[rows])
-
-    def exit_stages(self, threshold: Threshold) -> torch.Tensor:
-        """
-        The stage at which each image exits under τ (one, or one per exit): int64 `(images,)`. `ValueError` if τ is
-        invalid.
-        """
-        return self.exit_stages_of_each([threshold])[0]
-
-    def exit_stages_of_each(self, thresholds: Sequence[Threshold]) -> torch.Tensor:
-        """`exit_stages` under several τ at once: int64 `(thresholds, images)`."""
-        resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
-        # One column per exit, one row per τ; float32 like the scores, to which torch rounds a scalar τ as well.
-        columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
-        rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
-        goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
-        stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
-        for stage in range(self.num_stages - 1):
-            goes_on &= ~rule.exits(stage, self.scores[:, stage])
-            stages += goes_on
-        return stages
-
-    def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
-        """Each image's entry of `values` `(images, stages)` at its exit."""
-        return values.gather(1, exit_stages[:, None]).squeeze(1)
 
     def row(self, threshold: Threshold) -> dict[str, Any]:
         """Accuracy (%), cost and exits under τ; `exit_top1` is `None` for exits that no image takes."""
@@ -158,16 +124,16 @@ def collect_stage_answers(
         hits = {f"top{k}": labels.hits(logits, truth, k) for k in (1, 5)}
         return {**hits, "counted": labels.counted(truth)}
 
-    measured, image_size = measure_stages(model, batches, measure, accelerator, progress)
-    counted = measured["counted"][:, 0] > 0 if measured else torch.zeros(0, dtype=torch.bool)
+    measured = measure_stages(model, batches, measure, accelerator, progress)
+    counted = measured.measures["counted"][:, 0] > 0 if len(measured) else torch.zeros(0, dtype=torch.bool)
     if not counted.any():
         raise ValueError(f"{labels.name} has no images with labels to evaluate on.")
     config = model.config
-    cumulative = torch.tensor(stage_macs(config, image_size)).cumsum(0).tolist()
+    cumulative = torch.tensor(stage_macs(config, measured.image_size)).cumsum(0).tolist()
     return StageAnswers(
-        scores=measured["score"][counted],
-        top1=measured["top1"][counted] > 0,
-        top5=measured["top5"][counted] > 0,
+        scores=measured.scores[counted],
+        top1=measured.measures["top1"][counted] > 0,
+        top5=measured.measures["top5"][counted] > 0,
         macs=tuple(cumulative),
         criterion=config.exit_criterion,
         entropy_top_k=config.entropy_top_k,
