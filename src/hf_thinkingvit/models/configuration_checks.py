@@ -19,6 +19,11 @@ def check_number(name: str, value, minimum: float = 0.0, maximum: float = math.i
         raise ValueError(f"`{name}` must be a number {limits}, got {value!r}.")
 
 
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
 def as_plain_numbers(value: Any) -> Any:
     """Tensors, NumPy arrays and NumPy scalars, also within a list, as Python numbers; anything else as it is."""
     if hasattr(value, "tolist"):
