@@ -12,6 +12,7 @@ from ..models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSeg
 from . import costs_vit
 from .official import Checkpoint, OfficialFormat
 from .official_deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
+from .official_segmenter import SEGMENTER
 from .official_supernet import cut_supernet, is_supernet
 from .record import (
     EXIT_FIELDS,
@@ -179,4 +180,5 @@ the recycled tokens.""",
     ),
     paper=THINKINGVIT_PAPER,
     official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
+    other_official=(SEGMENTER,),
 )
