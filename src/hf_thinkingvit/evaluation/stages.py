@@ -1,6 +1,6 @@
 """One pass over the images in which every stage answers every image, and each answer is scored and measured."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
+from ..models.exit_rules import ExitRule, resolve_thresholds
 from ..models.staged_loop import run_stages
 from ..models.staged_run import Answer
 
@@ -68,3 +69,33 @@ def measure_stages(
     finally:
         model.train(was_training)
     return {name: torch.cat(parts) for name, parts in columns.items()}, image_size
+
+
+def exit_stages_of_each(
+    scores: torch.Tensor, thresholds: Sequence[float | Sequence[float]], criterion: str, entropy_top_k: int
+) -> torch.Tensor:
+    """
+    Where each image leaves under several τ at once.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(images, stages)`): of the exit criterion.
+        thresholds (`list`): each one τ, or a list with one per exit.
+        criterion (`str`), entropy_top_k (`int`): as in the model's configuration.
+
+    Returns:
+        `torch.LongTensor` of shape `(thresholds, images)`.
+
+    Raises:
+        ValueError: for a τ that is none.
+    """
+    num_images, num_stages = scores.shape
+    resolved = [resolve_thresholds(threshold, num_stages - 1) for threshold in thresholds]
+    # Of each exit, one τ per row; float32 as the scores, to which torch rounds a single τ as well.
+    columns = torch.tensor(resolved, dtype=scores.dtype).unbind(dim=1)
+    rule = ExitRule(criterion, tuple(column[:, None] for column in columns), entropy_top_k)
+    goes_on = torch.ones(len(resolved), num_images, dtype=torch.bool)
+    stages = torch.zeros(len(resolved), num_images, dtype=torch.long)
+    for stage in range(num_stages - 1):
+        goes_on &= ~rule.exits(stage, scores[:, stage])
+        stages += goes_on
+    return stages

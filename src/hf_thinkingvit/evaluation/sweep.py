@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from ..data import as_image_split, evaluation_batches
 from ..models.configuration_checks import as_plain_numbers
-from ..models.exit_rules import ExitRule, resolve_thresholds
+from ..models.exit_rules import ExitRule
 from ..models.staged_run import Answer
 from ..public_names import public_name
 from .conditions import model_conditions
 from .labels import LabelMap
 from .macs import stage_macs
 from .splits import UNKNOWN, evaluation_rows, why_not_new
-from .stages import measure_stages
+from .stages import exit_stages_of_each, measure_stages
 
 
 Threshold = float | Sequence[float]
@@ -73,16 +73,7 @@ class StageAnswers:
 
     def exit_stages_of_each(self, thresholds: Sequence[Threshold]) -> torch.Tensor:
         """The same under several τ at once: int64 `(thresholds, images)`."""
-        resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
-        # Of each exit, one τ per row; float32 as the scores, to which torch rounds a single τ as well.
-        columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
-        rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
-        goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
-        stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
-        for stage in range(self.num_stages - 1):
-            goes_on &= ~rule.exits(stage, self.scores[:, stage])
-            stages += goes_on
-        return stages
+        return exit_stages_of_each(self.scores, thresholds, self.criterion, self.entropy_top_k)
 
     def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
         """Of `(images, stages)`, each image's entry at its exit."""
