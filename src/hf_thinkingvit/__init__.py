@@ -31,8 +31,10 @@ from .models.modeling_thinkingvit import (
     ThinkingViTModel,
     ThinkingViTPreTrainedModel,
 )
+from .models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation
 from .models.sub_networks import SubNetwork
 from .models.task_classification import StagedImageClassifierOutput
+from .models.task_segmentation import StagedSemanticSegmenterOutput
 from .version import __version__
 
 
@@ -49,6 +51,7 @@ __all__ = [
     "ExitRule",
     "SubNetwork",
     "StagedImageClassifierOutput",
+    "StagedSemanticSegmenterOutput",
     "SwinRound",
     "ThinkingSwinConfig",
     "ThinkingSwinForImageClassification",
@@ -56,6 +59,7 @@ __all__ = [
     "ThinkingSwinPreTrainedModel",
     "ThinkingViTConfig",
     "ThinkingViTForImageClassification",
+    "ThinkingViTForSemanticSegmentation",
     "ThinkingViTModel",
     "ThinkingViTPreTrainedModel",
     "__version__",

@@ -4,20 +4,27 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     BitImageProcessorPil,
 )
 
 # Imported from its module: some versions hide it at the top level without torchvision, although Pillow suffices.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+)
 from transformers.utils import is_torchvision_available
 
 from .families import FAMILIES
-from .families.record import IMAGE_CLASSIFICATION
+from .families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
 
 
 # For each task, its Auto class, and the names by which pipelines look up the models that they support.
-TASKS = {IMAGE_CLASSIFICATION: (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)}
+TASKS = {
+    IMAGE_CLASSIFICATION: (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    IMAGE_SEGMENTATION: (AutoModelForSemanticSegmentation, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
+}
 
 
 def register_models() -> None:

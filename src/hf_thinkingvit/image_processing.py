@@ -46,3 +46,34 @@ def evaluation_image_processor(
         image_mean=list(image_mean),
         image_std=list(image_std),
     )
+
+
+# Of the official segmentation code: ImageNet's, in steps of 1/255 rounded to two decimals.
+SEGMENTATION_MEAN = tuple(value / 255 for value in (123.68, 116.28, 103.53))
+SEGMENTATION_STD = tuple(value / 255 for value in (58.4, 57.12, 57.38))
+
+
+def segmentation_image_processor(
+    image_size: int | Sequence[int] = 512,
+    image_mean: Sequence[float] = SEGMENTATION_MEAN,
+    image_std: Sequence[float] = SEGMENTATION_STD,
+) -> BaseImageProcessor:
+    """
+    An image processor for semantic segmentation: it resizes whole images to `image_size` (bilinear; masks by nearest
+    neighbour), normalises, and has `post_process_semantic_segmentation`, which resizes answers to each image's size.
+    It uses torchvision if installed, else Pillow.
+
+    Args:
+        image_size (`int` or `(height, width)`): in pixels. Cost grows with it, whatever the size of the images.
+        image_mean, image_std (`list[float]`): one per channel, for pixel values between 0 and 1.
+    """
+    if is_torchvision_available():
+        from transformers import SegformerImageProcessor as processor_class
+    else:
+        from transformers.models.segformer.image_processing_pil_segformer import (
+            SegformerImageProcessorPil as processor_class,
+        )
+    height, width = as_pair(image_size)
+    return processor_class(
+        size={"height": height, "width": width}, image_mean=list(image_mean), image_std=list(image_std)
+    )

@@ -97,7 +97,7 @@ def test_costs_of_another_kind_of_model():
 
 def test_a_family_without_official_checkpoints(monkeypatch, tmp_path):
     """Conversion skips it, and does not list it if no family matches."""
-    ours = dataclasses.replace(FAMILIES["thinkingvit"], official=None, costs=Costs())
+    ours = dataclasses.replace(FAMILIES["thinkingvit"], official=None, other_official=(), costs=Costs())
     monkeypatch.setattr(convert, "FAMILIES", {"ours": ours, "avit": FAMILIES["avit"]})
     assert type(convert_checkpoint(FIXTURES / "avit", tmp_path / "out")).__name__ == "AViTForImageClassification"
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "a.pth")

@@ -17,6 +17,7 @@ from hf_thinkingvit import (
     ThinkingSwinModel,
     ThinkingViTConfig,
     ThinkingViTForImageClassification,
+    ThinkingViTForSemanticSegmentation,
     ThinkingViTModel,
 )
 from hf_thinkingvit.models.token_packing import PackedTokens
@@ -101,6 +102,33 @@ class PlainViTModelTest(ThinkingViTModelTest):
     def setUp(self):
         super().setUp()
         self.model_tester = ThinkingViTModelTester(self, thinking_stages=(4,))
+
+
+class LinearSegmenterTester(ThinkingViTModelTester):
+    """The same with a decoder, which reads all tokens."""
+
+    decoder_fields = {"decoder_type": "linear"}
+
+    def sized(self, config_class, **fields):
+        return super().sized(config_class, **fields, **self.decoder_fields)
+
+
+class MaskTransformerTester(LinearSegmenterTester):
+    decoder_fields = {
+        "decoder_type": "mask_transformer",
+        "decoder_hidden_size": 24,
+        "decoder_num_attention_heads": 3,
+        "decoder_num_hidden_layers": 1,
+    }
+
+
+class LinearSegmenterTest(ThinkingViTModelTest):
+    all_model_classes = (ThinkingViTModel, ThinkingViTForSemanticSegmentation)
+    model_tester_class = LinearSegmenterTester
+
+
+class MaskTransformerTest(LinearSegmenterTest):
+    model_tester_class = MaskTransformerTester
 
 
 class ThinkingSwinModelTester(ThinkingViTModelTester):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..families.official import Checkpoint
+from .variant import VARIANT_FILE, read_variant
 
 
 # What a folder is searched for, in this order, and what is downloaded from the Hub.
@@ -38,17 +39,19 @@ def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
         path = found[0]
     config_path = path.parent / CONFIG_FILE
     config = _read_json(config_path) if config_path.is_file() else {}
+    variant_path = path.parent / VARIANT_FILE
+    variant = read_variant(variant_path) if variant_path.is_file() else {}
     if path.suffix == ".safetensors":
-        return Checkpoint(path, _read_safetensors(path), config)
+        return Checkpoint(path, _read_safetensors(path), config, variant=variant)
     content = _unpickle(path)
     training_args = content.get("args")
     training_args = vars(training_args) if isinstance(training_args, argparse.Namespace) else {}
-    return Checkpoint(path, _state_dict(content, path), config, training_args)
+    return Checkpoint(path, _state_dict(content, path), config, training_args, variant)
 
 
 def _download(repo_id: str) -> Path:
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, *WEIGHT_FILES]))
+        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, VARIANT_FILE, *WEIGHT_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id} is no file or folder here, and cannot be downloaded from the Hub: {error}"

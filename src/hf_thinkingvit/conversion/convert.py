@@ -9,12 +9,25 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+)
 
 from ..families import FAMILIES, Family
-from ..families.official import Checkpoint
-from ..image_processing import evaluation_image_processor
+from ..families.official import Checkpoint, OfficialFormat
+from ..image_processing import evaluation_image_processor, segmentation_image_processor
 from .checkpoint import read_checkpoint
 from .labels import label_fields
+
+
+# What upstream Segmenter's `variant.yml` calls its normalisations; the official ThinkingViT code has one of its own.
+NORMALIZATIONS = {
+    "vit": {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD},
+    "deit": {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD},
+}
 
 
 def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
@@ -24,7 +37,8 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder or Hub id with `model.safetensors` and a timm-style `config.json`, or a `.pth` / `.pth.tar` file.
+            A folder or Hub id with `model.safetensors` and a timm-style `config.json`, or a `.pth` / `.pth.tar` file,
+            for segmentation models with the `variant.yml` beside it.
             Averaged weights (`state_dict_ema`) are preferred. Only tensors and plain data are unpickled.
         output_dir (`str` or `os.PathLike`):
             Where to write. Nothing is written unless every tensor fits.
@@ -56,17 +70,15 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
 
 def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel:
     """The model of a checkpoint, in its dtype; `ValueError` if a tensor is missing, unknown or has another shape."""
-    family = _detect(checkpoint, config_overrides)
-    official = family.official
+    family, official = _detect(checkpoint, config_overrides)
     _require(checkpoint, list(official.required))
     for name, dimensions in official.required.items():
         if checkpoint.state_dict[name].dim() != dimensions:
             shape = tuple(checkpoint.state_dict[name].shape)
             raise ValueError(f"{checkpoint.path}: {name} must have {dimensions} dimensions, got the shape {shape}.")
     checkpoint = replace(checkpoint, state_dict=official.prepare(checkpoint, **config_overrides))
-    num_labels = len(checkpoint.state_dict[official.official_name("classifier.weight")])
-    labels = label_fields(checkpoint, num_labels, config_overrides)
-    model = family.classifier(official.build_config(checkpoint, **{**labels, **config_overrides})).eval()
+    labels = label_fields(checkpoint, official.num_labels(checkpoint.state_dict), config_overrides)
+    model = family.heads[official.task](official.build_config(checkpoint, **{**labels, **config_overrides})).eval()
 
     parameters = model.state_dict()
     official_names = {name: official.official_name(name) for name in parameters}
@@ -88,7 +100,10 @@ def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel
 
 
 def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> BaseImageProcessor:
-    """The evaluation settings of `pretrained_cfg`, with the official ones as defaults."""
+    """The evaluation settings of `pretrained_cfg` or `variant.yml`, with the official ones as defaults."""
+    if getattr(model.config, "decoder_type", None) is not None:
+        normalization = (checkpoint.variant.get("net_kwargs") or {}).get("normalization")
+        return segmentation_image_processor(model.config.image_size, **NORMALIZATIONS.get(normalization, {}))
     settings = checkpoint.preprocessing
     options = {
         "crop_pct": settings.get("crop_pct"),
@@ -102,16 +117,16 @@ def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> Bas
     return evaluation_image_processor(model.config.image_size, **options)
 
 
-def _detect(checkpoint: Checkpoint, overrides: dict) -> Family:
-    official = {name: family.official for name, family in FAMILIES.items() if family.official is not None}
-    for name, form in official.items():
-        if form.matches(checkpoint, overrides):
-            return FAMILIES[name]
-    missing = {
-        name: [key for key in form.required if key not in checkpoint.state_dict] for name, form in official.items()
-    }
+def _detect(checkpoint: Checkpoint, overrides: dict) -> tuple[Family, OfficialFormat]:
+    missing = {}
+    for name, family in FAMILIES.items():
+        for form in family.official_formats:
+            if form.matches(checkpoint, overrides):
+                return family, form
+            form_name = name if form is family.official else f"{name} {form.task}"
+            missing[form_name] = [key for key in form.required if key not in checkpoint.state_dict]
     raise ValueError(
-        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(official)}). Missing keys: "
+        f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(missing)}). Missing keys: "
         + "; ".join(f"for {name}, {_shorten(keys)}" for name, keys in missing.items())
         + f". Unexpected keys: {_shorten(sorted(checkpoint.state_dict))}."
     )

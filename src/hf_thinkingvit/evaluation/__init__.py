@@ -5,6 +5,7 @@ from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_
 from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint
 from .labels import LabelMap, label_map_argument
 from .macs import halting_macs, published_stage_macs, stage_macs
+from .segmentation import StageConfusions, collect_stage_confusions, segmentation_measures
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
 
@@ -13,10 +14,12 @@ __all__ = [
     "CalibrationStatus",
     "LabelMap",
     "StageAnswers",
+    "StageConfusions",
     "calibrate_budget",
     "calibrate_risk",
     "calibration_status",
     "collect_stage_answers",
+    "collect_stage_confusions",
     "evaluate_accuracy",
     "evaluate_thresholds",
     "halting_macs",
@@ -24,6 +27,7 @@ __all__ = [
     "measure_stage_milliseconds",
     "model_conditions",
     "published_stage_macs",
+    "segmentation_measures",
     "stage_macs",
     "weights_fingerprint",
 ]

@@ -15,7 +15,11 @@ from ..models.sub_networks import SubNetwork
 
 
 def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
-    """As computed here: what a stage leaves uncomputed in its last layer is added by the next one."""
+    """
+    As computed here: what a stage leaves uncomputed in its last layer is added by the next one. With a decoder, which
+    reads all tokens, nothing is left uncomputed.
+    """
+    is_dense = config.decoder_type is not None
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
     stages, layers = config.stages, config.num_hidden_layers
     macs = []
@@ -24,24 +28,42 @@ def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None
             entry = _patch_embedding(config, num_patches, stage.hidden_size)
         else:  # the rest of the previous stage's last layer, its tokens to this stage's width, and the new channels
             previous = stages[index - 1]
-            entry = _tokens_of_layer(previous, num_tokens - 1, num_tokens)
+            entry = 0 if is_dense else _tokens_of_layer(previous, num_tokens - 1, num_tokens)
             entry += num_tokens * previous.hidden_size * stage.hidden_size
             entry += _patch_embedding(config, num_patches, stage.hidden_size - previous.hidden_size)
         whole_layers = (layers - 1) * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
-        answer = _key_value(stage, num_tokens) + _tokens_of_layer(stage, 1, num_tokens)
-        macs.append(entry + whole_layers + answer + stage.hidden_size * config.num_labels)
+        num_queries = num_tokens if is_dense else 1
+        last_layer = _key_value(stage, num_tokens) + _tokens_of_layer(stage, num_queries, num_tokens)
+        macs.append(entry + whole_layers + last_layer + _answer(config, stage, num_patches))
     return macs
 
 
 def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
-    """As published: every stage with all tokens of all layers and its own patch embedding, recycling not counted."""
+    """
+    As published: every stage with all tokens of all layers and its own patch embedding, recycling and decoders not
+    counted.
+    """
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
     return [
         _patch_embedding(config, num_patches, stage.hidden_size)
         + config.num_hidden_layers * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
-        + stage.hidden_size * config.num_labels
+        + (0 if config.decoder_type is not None else stage.hidden_size * config.num_labels)
         for stage in config.stages
     ]
+
+
+def _answer(config: ThinkingViTConfig, stage: SubNetwork, num_patches: int) -> int:
+    """The classifier, or a decoder."""
+    num_labels = config.num_labels
+    if config.decoder_type is None:
+        return stage.hidden_size * num_labels
+    if config.decoder_type == "linear":
+        return num_patches * stage.hidden_size * num_labels
+    sizes, num_tokens = config.decoder_sizes, num_patches + num_labels
+    layer = _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, num_tokens, num_tokens)
+    projections = num_patches * stage.hidden_size * sizes.hidden_size + num_tokens * sizes.hidden_size**2
+    masks = num_patches * num_labels * sizes.hidden_size
+    return config.decoder_num_hidden_layers * layer + projections + masks
 
 
 def halting_macs(
@@ -66,6 +88,8 @@ def halting_macs(
 def _num_patches_and_tokens(config: NestedViTConfig, image_size: int | Sequence[int] | None) -> tuple[int, int]:
     height, width = as_pair(config.image_size if image_size is None else image_size)
     patch_height, patch_width = as_pair(config.patch_size)
+    if getattr(config, "decoder_type", None) is not None:  # pads images to whole patches
+        height, width = height + -height % patch_height, width + -width % patch_width
     num_patches = (height // patch_height) * (width // patch_width)
     return num_patches, num_patches + config.num_prefix_tokens
 

@@ -19,12 +19,14 @@ class Checkpoint:
         state_dict (`dict[str, torch.Tensor]`): on the CPU.
         config (`dict`): the `config.json` beside it; empty without one.
         training_args (`dict`): the training script's pickled arguments; empty without them.
+        variant (`dict`): the sections of the `variant.yml` beside it; empty without one.
     """
 
     path: Path
     state_dict: dict[str, torch.Tensor]
     config: dict = field(default_factory=dict)
     training_args: dict = field(default_factory=dict)
+    variant: dict = field(default_factory=dict)
 
     @property
     def model_args(self) -> dict:
@@ -69,6 +71,9 @@ class OfficialFormat:
         prepare (`Callable`):
             `(checkpoint, **overrides)` to a state dict for the other functions, where checkpoints come in several forms
             or hold tensors that no model needs.
+        task (`str`): which of the family's heads the checkpoints have.
+        count_labels (`Callable`, *optional*):
+            The state dict that `prepare` returned to the number of classes; by default the rows of the classifier.
     """
 
     required: Mapping[str, int]
@@ -77,3 +82,11 @@ class OfficialFormat:
     official_name: Callable[[str], str]
     convert_tensor: Callable[[str, torch.Tensor], torch.Tensor]
     prepare: Callable[..., dict[str, torch.Tensor]] = unchanged_state_dict
+    task: str = "image-classification"
+    count_labels: Callable[[dict[str, torch.Tensor]], int] | None = None
+
+    def num_labels(self, state_dict: dict[str, torch.Tensor]) -> int:
+        """The number of classes, from the state dict that `prepare` returned."""
+        if self.count_labels is not None:
+            return self.count_labels(state_dict)
+        return len(state_dict[self.official_name("classifier.weight")])

@@ -13,7 +13,7 @@ import torch
 # Dimensions that grow with the number of heads, by the tensor's name. The rows of `qkv` are cut in each third; the
 # columns of `proj_layer*` have the width of the recycled stage and are not cut.
 SCALED_DIMENSIONS = (
-    (r"^(cls_token|pos_embed)$", (2,)),
+    (r"^(cls_token|dist_token|pos_embed)$", (2,)),
     (r"^patch_embed\.proj\.(weight|bias)$", (0,)),
     (r"^blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight$", (0, 1)),
     (r"^blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.bias$", (0,)),
@@ -61,13 +61,14 @@ def cut_supernet(
         )
     unread = {f"alpha.{index}" for index in range(len(thinking_stages) - 1, num_heads)}
     return {
-        name: _cut(name, tensor, num_heads, max(thinking_stages))
+        name: cut_tensor(name, tensor, num_heads, max(thinking_stages))
         for name, tensor in state_dict.items()
         if name not in unread
     }
 
 
-def _cut(name: str, tensor: torch.Tensor, num_heads: int, kept_heads: int) -> torch.Tensor:
+def cut_tensor(name: str, tensor: torch.Tensor, num_heads: int, kept_heads: int) -> torch.Tensor:
+    """The official tensor `name` of a model of `num_heads` heads, cut to the leading `kept_heads`."""
     dimensions = next((found for pattern, found in SCALED_DIMENSIONS if re.match(pattern, name)), ())
     if any(dimension >= tensor.dim() for dimension in dimensions):
         return tensor

@@ -15,6 +15,7 @@ from .official import OfficialFormat
 
 
 IMAGE_CLASSIFICATION = "image-classification"
+IMAGE_SEGMENTATION = "image-segmentation"
 
 # Fields of every family that only training reads.
 TRAINING_FIELDS = frozenset(
@@ -106,7 +107,8 @@ class Family:
             announces.
         card (`CardText`): of model cards.
         paper (`Paper`): to cite.
-        official (`OfficialFormat`, *optional*): how the authors' checkpoints are converted, where there are any.
+        official (`OfficialFormat`, *optional*): how the authors' classifiers are converted, where there are any.
+        other_official (`tuple[OfficialFormat, ...]`): the same for their checkpoints of other tasks.
         without_mixup (`str`, *optional*):
             For a family that is trained without mixup and cutmix: that statement with its source.
     """
@@ -122,6 +124,7 @@ class Family:
     card: CardText
     paper: Paper
     official: OfficialFormat | None = None
+    other_official: tuple[OfficialFormat, ...] = ()
     without_mixup: str | None = None
 
     @property
@@ -131,6 +134,11 @@ class Family:
     @property
     def classifier(self) -> type[PreTrainedModel]:
         return self.heads[IMAGE_CLASSIFICATION]
+
+    @property
+    def official_formats(self) -> tuple[OfficialFormat, ...]:
+        """In the order in which they are asked whether a checkpoint is of theirs."""
+        return (*self.other_official, *([] if self.official is None else [self.official]))
 
     def from_plain(self, source: Any, task: str = IMAGE_CLASSIFICATION, **config_overrides) -> PreTrainedModel:
         """A model for `task` that starts from the plain model `source`; see the head's own constructor."""

@@ -8,13 +8,16 @@ import torch
 from ..models import weights_from_vit
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 from ..models.modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViTModel
+from ..models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation
 from . import costs_vit
 from .official import Checkpoint, OfficialFormat
 from .official_deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
+from .official_segmenter import SEGMENTER
 from .official_supernet import cut_supernet, is_supernet
 from .record import (
     EXIT_FIELDS,
     IMAGE_CLASSIFICATION,
+    IMAGE_SEGMENTATION,
     TRAINING_FIELDS,
     CardText,
     Costs,
@@ -160,7 +163,10 @@ FAMILY = Family(
     name="ThinkingViT",
     config_class=ThinkingViTConfig,
     model_class=ThinkingViTModel,
-    heads={IMAGE_CLASSIFICATION: ThinkingViTForImageClassification},
+    heads={
+        IMAGE_CLASSIFICATION: ThinkingViTForImageClassification,
+        IMAGE_SEGMENTATION: ThinkingViTForSemanticSegmentation,
+    },
     costs=Costs(stages=costs_vit.stage_macs, published_stages=costs_vit.published_stage_macs),
     plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
     free_fields=TRAINING_FIELDS | EXIT_FIELDS,
@@ -174,4 +180,5 @@ the recycled tokens.""",
     ),
     paper=THINKINGVIT_PAPER,
     official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
+    other_official=(SEGMENTER,),
 )

@@ -142,7 +142,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _check_model(model: PreTrainedModel) -> None:
     # Compared by name, because a model that was loaded as remote code has a class of its own.
-    names = [head.__name__ for family in FAMILIES.values() for head in family.heads.values()]
+    names = [family.classifier.__name__ for family in FAMILIES.values()]  # cards are of classifiers
     if type(model).__name__ not in names:
         raise ValueError(f"`model` must be one of {', '.join(names)}, unwrapped, got {type(model).__name__}.")
 

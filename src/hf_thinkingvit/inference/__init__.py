@@ -5,6 +5,7 @@ from .engine import AdaptiveEngine, EngineResult, EngineStats
 from .export import OnnxFiles, export_adaptive, export_onnx, export_stages
 from .pipeline import ADAPTIVE_IMAGE_CLASSIFICATION, AdaptiveImageClassificationPipeline
 from .resumable import ResumableOutput
+from .sliding import ImageView, ImageViews, SlidingResult, SlidingWindowSegmenter, WindowExit, scaled_views
 
 
 __all__ = [
@@ -13,10 +14,16 @@ __all__ = [
     "AdaptiveImageClassificationPipeline",
     "EngineResult",
     "EngineStats",
+    "ImageView",
+    "ImageViews",
     "OnnxFiles",
     "ResumableOutput",
+    "SlidingResult",
+    "SlidingWindowSegmenter",
+    "WindowExit",
     "classify_across_processes",
     "export_adaptive",
     "export_onnx",
     "export_stages",
+    "scaled_views",
 ]

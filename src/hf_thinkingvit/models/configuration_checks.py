@@ -24,6 +24,11 @@ def check_number(name: str, value, minimum: float = 0.0, maximum: float = math.i
         raise ValueError(f"`{name}` must be a number {limits}, got {value!r}.")
 
 
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
 def as_plain_numbers(value: Any) -> Any:
     """Convert tensors, NumPy arrays and NumPy scalars, also within a list, to Python numbers; else `value` itself."""
     if hasattr(value, "tolist"):

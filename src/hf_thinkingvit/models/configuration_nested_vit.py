@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
-from .configuration_checks import as_pair, check_backbone_fields, check_integer
+from .configuration_checks import as_pair, check_backbone_fields, check_choice, check_integer
 
 
 class NestedViTConfig(PreTrainedConfig):
@@ -40,6 +40,9 @@ class NestedViTConfig(PreTrainedConfig):
             Input channels.
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether queries, keys and values have biases.
+        position_interpolation (`str`, *optional*, defaults to `"bicubic"`):
+            How position embeddings are resized for images of another size: `"bicubic"`, or `"bilinear"` as in the
+            official segmentation models.
     """
 
     is_staged: ClassVar[bool] = False
@@ -60,6 +63,7 @@ class NestedViTConfig(PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    position_interpolation: str = "bicubic"
 
     def __post_init__(self, **kwargs):
         check_integer("num_attention_heads", self.num_attention_heads, minimum=1)
@@ -98,6 +102,7 @@ class NestedViTConfig(PreTrainedConfig):
                 f"({self.num_attention_heads})."
             )
         check_backbone_fields(self)
+        check_choice("position_interpolation", self.position_interpolation, ("bicubic", "bilinear"))
 
 
 __all__ = ["NestedViTConfig"]

@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
-from .configuration_checks import check_boolean, check_integer
+from .configuration_checks import check_boolean, check_choice, check_integer, check_number
 from .configuration_nested_vit import NestedViTConfig
 from .configuration_staged import StagedConfig
+from .exit_criteria import EXIT_CRITERIA
 from .sub_networks import SubNetwork
 
 
@@ -20,6 +21,23 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             over the same sub-network, `[2, 3, 6]` has three stages. Every stage runs all layers.
         use_distillation_token (`bool`, *optional*, defaults to `False`):
             Whether a DeiT distillation token follows the class token in the sequence.
+        decoder_type (`str`, *optional*):
+            The decoder of a semantic segmentation model: `"linear"`, or `"mask_transformer"` (Segmenter, arXiv
+            2105.05633). None for the other tasks. With a decoder, `exit_criterion` is `"mean_pixel_entropy"` (of the
+            logits resized to pixels, as the official code computes it, averaged over pixels; by default, with τ = 0.5)
+            or `"mean_grid_entropy"` (averaged over patches; it has no default τ). Both are full-softmax entropies.
+        decoder_num_hidden_layers (`int`, *optional*, defaults to 2):
+            Layers of the mask transformer.
+        decoder_hidden_size (`int`, *optional*):
+            Width of the mask transformer, by default `hidden_size`.
+        decoder_num_attention_heads (`int`, *optional*):
+            Heads of the mask transformer, by default of the size of the backbone's.
+        decoder_intermediate_size (`int`, *optional*):
+            MLP width of the mask transformer, by default `4 * decoder_hidden_size`.
+        decoder_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout in the mask transformer, of attention probabilities too. Segmenter's recipe has 0.1.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label of the pixels that do not count in the segmentation loss.
         threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
         kwargs:
@@ -47,15 +65,30 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
         "AutoModel": "modeling_thinkingvit.ThinkingViTModel",
         "AutoModelForImageClassification": "modeling_thinkingvit.ThinkingViTForImageClassification",
     }
+    # With a decoder, this as well.
+    remote_code_of_decoders: ClassVar[dict[str, str]] = {
+        "AutoModelForSemanticSegmentation": "modeling_thinkingvit_segmentation.ThinkingViTForSemanticSegmentation",
+    }
 
     thinking_stages: list[int] | tuple[int, ...] = (3, 6)
     use_distillation_token: bool = False
+    decoder_type: str | None = None
+    decoder_num_hidden_layers: int = 2
+    decoder_hidden_size: int | None = None
+    decoder_num_attention_heads: int | None = None
+    decoder_intermediate_size: int | None = None
+    decoder_dropout_prob: float | int = 0.0
+    semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs):
         self._check_thinking_stages()
         self.thinking_stages = list(self.thinking_stages)
         if self.num_attention_heads is None:
             self.num_attention_heads = max(self.thinking_stages)
+        if self.decoder_type is not None:
+            kwargs.setdefault("auto_map", {**self.remote_code, **self.remote_code_of_decoders})
+            if self.exit_criterion is None:
+                self.exit_criterion = "mean_pixel_entropy"
         super().__post_init__(**kwargs)
 
     @property
@@ -95,6 +128,42 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
                 )
         for index, sub_network in enumerate(self.stages):
             sub_network.check_fits(self, f"Stage {index} of `thinking_stages`")
+
+        if self.decoder_type is not None:
+            self._check_decoder()
+
+    @property
+    def decoder_sizes(self) -> SubNetwork:
+        """The sizes of the mask transformer, with defaults where fields are `None`."""
+        hidden_size = self.hidden_size if self.decoder_hidden_size is None else self.decoder_hidden_size
+        heads, intermediate_size = self.decoder_num_attention_heads, self.decoder_intermediate_size
+        heads = max(hidden_size // self.head_dim, 1) if heads is None else heads
+        return SubNetwork(heads, hidden_size, 4 * hidden_size if intermediate_size is None else intermediate_size)
+
+    def _check_decoder(self) -> None:
+        check_choice("decoder_type", self.decoder_type, ("linear", "mask_transformer"))
+        if not EXIT_CRITERIA[self.exit_criterion].is_dense:
+            names = sorted(name for name, criterion in EXIT_CRITERIA.items() if criterion.is_dense)
+            raise ValueError(
+                f"`exit_criterion` = {self.exit_criterion!r} judges one answer for each image, but a model with a "
+                f"decoder answers for each patch: set `exit_criterion` to one of {names}, with its `threshold`. "
+                "`ThinkingViTForSemanticSegmentation.from_thinkingvit` starts from a classifier."
+            )
+        if isinstance(self.semantic_loss_ignore_index, bool) or not isinstance(self.semantic_loss_ignore_index, int):
+            raise ValueError(
+                f"`semantic_loss_ignore_index` must be an integer, got {self.semantic_loss_ignore_index!r}."
+            )
+        check_integer("decoder_num_hidden_layers", self.decoder_num_hidden_layers, minimum=1)
+        for name in ("decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), minimum=1)
+        check_number("decoder_dropout_prob", self.decoder_dropout_prob, maximum=1.0)
+        sizes = self.decoder_sizes
+        if sizes.hidden_size % sizes.num_attention_heads:
+            raise ValueError(
+                f"`decoder_hidden_size` ({sizes.hidden_size}) must be divisible by `decoder_num_attention_heads` "
+                f"({sizes.num_attention_heads})."
+            )
 
     def _check_thinking_stages(self) -> None:
         stages = self.thinking_stages

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .exit_scores import entropy, margin, max_probability, mean_binary_entropy, topk_entropy
+from .exit_scores import entropy, margin, max_probability, mean_binary_entropy, mean_grid_entropy, topk_entropy
 from .staged_run import Answer, Memory
 
 
@@ -31,6 +31,7 @@ class ExitCriterion:
         default_threshold (`float`, *optional*): τ for configurations without `threshold`. `None`: they must set it.
         is_entropy (`bool`): whether the score is itself the entropy to report.
         multi_label (`bool`): whether it judges each label by itself (sigmoid), instead of all as one choice (softmax).
+        is_dense (`bool`): whether it judges answers with a class for each place of the image (segmentation).
         score_with_memory (`Callable`, *optional*): used instead of `score`:
             `(answer, memory, top_k) -> (scores, memory)`, where `answer` has every entry that the model answers with,
             and `memory` is what the call for the stage before returned, of the same images (`{}` at the first stage).
@@ -44,6 +45,7 @@ class ExitCriterion:
     default_threshold: float | None = None
     is_entropy: bool = False
     multi_label: bool = False
+    is_dense: bool = False
     score_with_memory: Callable[[Answer, Memory, int], tuple[torch.Tensor, Memory]] | None = None
 
     def __call__(self, answer: Answer, memory: Memory, top_k: int) -> tuple[torch.Tensor, Memory]:
@@ -51,6 +53,16 @@ class ExitCriterion:
         if self.score_with_memory is not None:
             return self.score_with_memory(answer, memory, top_k)
         return self.score(answer["logits"], top_k), {}
+
+
+def _measured_entropy(answer: Answer, memory: Memory, top_k: int) -> tuple[torch.Tensor, Memory]:
+    """The entropy that the task has measured itself, knowing how its logits become pixels."""
+    if "entropy" not in answer:
+        raise ValueError(
+            "`mean_pixel_entropy` reads the entry `entropy`, which the answers of a segmentation model have, got the "
+            f"entries {sorted(answer)}: choose another `exit_criterion`, with its `threshold`."
+        )
+    return answer["entropy"], memory
 
 
 EXIT_CRITERIA: dict[str, ExitCriterion] = {
@@ -89,6 +101,24 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
         default_threshold=0.1,
         is_entropy=True,
         multi_label=True,
+    ),
+    "mean_pixel_entropy": ExitCriterion(
+        None,
+        exits_below=True,
+        maximum=lambda num_labels, top_k: math.log(max(num_labels, 2)),
+        description="the entropy of all probabilities, averaged over pixels (in nats)",
+        default_threshold=0.5,
+        is_entropy=True,
+        is_dense=True,
+        score_with_memory=_measured_entropy,
+    ),
+    "mean_grid_entropy": ExitCriterion(
+        lambda logits, top_k: mean_grid_entropy(logits),
+        exits_below=True,
+        maximum=lambda num_labels, top_k: math.log(max(num_labels, 2)),
+        description="the entropy of all probabilities, averaged over patches (in nats)",
+        is_entropy=True,
+        is_dense=True,
     ),
 }
 

@@ -145,7 +145,11 @@ class ExitRule:
         """`ValueError` if the criterion is not defined for answers to such a problem."""
         criterion = EXIT_CRITERIA[self.criterion]
         if not suits_problem_type(self.criterion, problem_type):
-            names = sorted(name for name in EXIT_CRITERIA if suits_problem_type(name, problem_type))
+            names = sorted(
+                name
+                for name, other in EXIT_CRITERIA.items()
+                if other.is_dense == criterion.is_dense and suits_problem_type(name, problem_type)
+            )
             usual = next(name for name in names if EXIT_CRITERIA[name].default_threshold is not None)
             judged = "each label by itself" if criterion.multi_label else "a softmax"
             raise ValueError(

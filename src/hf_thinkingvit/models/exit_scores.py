@@ -73,4 +73,71 @@ def mean_binary_entropy(logits: torch.Tensor) -> torch.Tensor:
     return entropies.mean(dim=-1)
 
 
-__all__ = ["entropy", "margin", "max_probability", "mean_binary_entropy", "topk_entropy"]
+def _softmax_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """As `entropy`, over dimension 1, without a logarithm for each class: of maps with many places and classes."""
+    logits = logits - logits.amax(dim=1, keepdim=True)
+    exponentials = logits.exp()
+    total = exponentials.sum(dim=1)
+    return (total.log() - (exponentials * logits).sum(dim=1) / total).clamp(min=0.0)
+
+
+def mean_grid_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Entropy of the softmax over all classes, in nats, averaged over the places of a grid.
+
+    Args:
+        logits (`torch.Tensor` of shape `(images, num_classes, rows, columns)`, any floating dtype).
+
+    Returns:
+        `torch.Tensor` of shape `(images,)`, float32, between 0 and ln(num_classes).
+
+    Raises:
+        ValueError: for logits without a grid.
+    """
+    if logits.dim() != 4:
+        raise ValueError(
+            "`mean_grid_entropy` judges logits of the shape (images, num_classes, rows, columns), one answer for each "
+            f"patch, got {tuple(logits.shape)}: choose another `exit_criterion`, with its `threshold`."
+        )
+    return _softmax_entropy(logits.float()).mean(dim=(1, 2))
+
+
+def mean_pixel_entropy(logits: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """
+    The same averaged over pixels, of logits that are resized bilinearly (`align_corners=False`) from patches to pixels:
+    what the official segmentation code computes. It carries no gradient.
+
+    The resized map is never held whole. Pixel row `y` lies in patch row `y // height` of the patches, at the same
+    distance from the row's centre as every `height`-th row, so one pass of the loop computes all of these.
+
+    Args:
+        logits (`torch.Tensor` of shape `(images, num_classes, rows, columns)`, any floating dtype).
+        patch_size (`tuple[int, int]`): (height, width) of a patch, in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(images,)`, float32, between 0 and ln(num_classes).
+    """
+    height, width = patch_size
+    rows, columns = logits.shape[2:]
+    wide = torch.nn.functional.interpolate(
+        logits.detach().float(), size=(rows, columns * width), mode="bilinear", align_corners=False
+    )
+    above = torch.cat([wide[:, :, :1], wide[:, :, :-1]], dim=2)  # beyond the border, the row at the border
+    below = torch.cat([wide[:, :, 1:], wide[:, :, -1:]], dim=2)
+    means = []
+    for row in range(height):
+        distance = (row + 0.5) / height - 0.5  # from the centre of the patch, in patches
+        resized = torch.lerp(wide, above if distance < 0 else below, abs(distance))
+        means.append(_softmax_entropy(resized).mean(dim=(1, 2)))
+    return torch.stack(means).mean(dim=0)
+
+
+__all__ = [
+    "entropy",
+    "margin",
+    "max_probability",
+    "mean_binary_entropy",
+    "mean_grid_entropy",
+    "mean_pixel_entropy",
+    "topk_entropy",
+]

@@ -7,6 +7,7 @@ From pixels to logits: the classifier's `forward` calls the loop over stages (`s
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -34,6 +35,12 @@ from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
+
+
+if TYPE_CHECKING:
+    # Never runs: Transformers copies the files that relative imports name along with the code of a saved model. With a
+    # decoder in the configuration, `auto_map` names this one, also in the folder of a bare model.
+    from .modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation  # noqa: F401
 
 
 class ThinkingViTRecycler(nn.Module):

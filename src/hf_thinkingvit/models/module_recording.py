@@ -15,9 +15,12 @@ from transformers.utils.output_capturing import OutputRecorder
 RECORDINGS = ("output_hidden_states", "output_attentions")
 
 
-def record(module_class: type[nn.Module], index: int = 0) -> OutputRecorder:
-    """Entry of `_can_record_outputs` that records output `index` of each module, stage after stage."""
-    recorder = OutputRecorder(module_class, index=index)
+def record(module_class: type[nn.Module], index: int = 0, layer_name: str | None = None) -> OutputRecorder:
+    """
+    Entry of `_can_record_outputs` that records output `index` of each module, stage after stage; only of modules within
+    the one called `layer_name`, if it is given.
+    """
+    recorder = OutputRecorder(module_class, index=index, layer_name=layer_name)
     # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
     recorder.num_hidden_layers_key = "num_recorded_layers"
     return recorder

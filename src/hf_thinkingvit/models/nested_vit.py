@@ -41,6 +41,22 @@ def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> 
         )
 
 
+def interpolate_positions(
+    position_embeddings: torch.Tensor,
+    num_prefix_tokens: int,
+    patch_grid: tuple[int, int],
+    new_patch_grid: tuple[int, int],
+    mode: str,
+) -> torch.Tensor:
+    """`position_embeddings` (1, tokens, channels) of one grid of (rows, columns) patches, resized to another."""
+    if new_patch_grid == patch_grid:
+        return position_embeddings
+    prefix, patches = position_embeddings[:, :num_prefix_tokens], position_embeddings[:, num_prefix_tokens:]
+    patches = patches.unflatten(1, patch_grid).permute(0, 3, 1, 2)
+    patches = nn.functional.interpolate(patches, size=new_patch_grid, mode=mode, align_corners=False)
+    return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
 class NestedViTEmbeddings(nn.Module):
     """
     Patches, class token (and distillation token) and position embeddings. Each channel is computed once: those of the
@@ -54,6 +70,7 @@ class NestedViTEmbeddings(nn.Module):
         self.patch_size = as_pair(config.patch_size)
         self.patch_grid = config.patch_grid
         self.num_prefix_tokens = config.num_prefix_tokens
+        self.position_interpolation = config.position_interpolation
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         if config.num_prefix_tokens == 2:
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
@@ -65,14 +82,9 @@ class NestedViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, position_embeddings: torch.Tensor, patch_grid: tuple[int, int]) -> torch.Tensor:
-        """`position_embeddings` (1, tokens, channels) for a grid of (rows, columns) patches, bicubic."""
-        if patch_grid == self.patch_grid:
-            return position_embeddings
-        prefix = position_embeddings[:, : self.num_prefix_tokens]
-        patches = position_embeddings[:, self.num_prefix_tokens :]
-        patches = patches.unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
-        patches = nn.functional.interpolate(patches, size=patch_grid, mode="bicubic", align_corners=False)
-        return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+        """`position_embeddings` (1, tokens, channels) for a grid of (rows, columns) patches."""
+        num_prefix_tokens, mode = self.num_prefix_tokens, self.position_interpolation
+        return interpolate_positions(position_embeddings, num_prefix_tokens, self.patch_grid, patch_grid, mode)
 
     def forward(self, pixel_values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """`pixel_values` (batch_size, num_channels, height, width) → channels (batch_size, tokens, stop - start)."""
@@ -122,18 +134,18 @@ def attend(
 class NestedViTAttention(nn.Module):
     """Multi-head self-attention with the leading heads of a sub-network."""
 
-    def __init__(self, config: NestedViTConfig):
+    def __init__(self, config: NestedViTConfig, sizes: SubNetwork):
         super().__init__()
         self.config = config
-        self.head_dim = config.head_dim
+        self.head_dim = sizes.head_dim
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         # Three matrices instead of a fused one: a leading slice of a fused matrix has no keys or values in it.
-        self.q_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.v_proj = NestedLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = NestedLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = NestedLinear(sizes.hidden_size, sizes.attention_size, bias=config.qkv_bias)
+        self.k_proj = NestedLinear(sizes.hidden_size, sizes.attention_size, bias=config.qkv_bias)
+        self.v_proj = NestedLinear(sizes.hidden_size, sizes.attention_size, bias=config.qkv_bias)
+        self.o_proj = NestedLinear(sizes.attention_size, sizes.hidden_size)
 
     def _project(self, projection: NestedLinear, hidden_states: torch.Tensor, sub_network: SubNetwork) -> torch.Tensor:
         """(batch, tokens, width) → (batch, heads, tokens, head_dim)."""
@@ -182,14 +194,19 @@ def _zero_inactive(hidden_states: torch.Tensor, active: torch.Tensor | None) -> 
 
 
 class NestedViTLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer block, on the leading channels and heads of a sub-network."""
+    """
+    A pre-norm transformer block, on the leading channels and heads of a sub-network. Its own sizes, of which those are
+    the leading ones, are the backbone's unless `sizes` says otherwise (a decoder's).
+    """
 
-    def __init__(self, config: NestedViTConfig, drop_path_rate: float = 0.0):
+    def __init__(self, config: NestedViTConfig, drop_path_rate: float = 0.0, sizes: SubNetwork | None = None):
         super().__init__()
-        self.attention = NestedViTAttention(config)
-        self.layernorm_before = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layernorm_after = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = NestedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        if sizes is None:
+            sizes = SubNetwork(config.num_attention_heads, config.hidden_size, config.intermediate_size)
+        self.attention = NestedViTAttention(config, sizes)
+        self.layernorm_before = NestedLayerNorm(sizes.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = NestedLayerNorm(sizes.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = NestedMLP(sizes.hidden_size, sizes.intermediate_size, config.hidden_act)
         self.dropout = ResidualDropout(config.hidden_dropout_prob, drop_path_rate)
 
     def forward(

@@ -1,0 +1,61 @@
+"""examples/segment_images.py, run as a user runs it."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from hf_thinkingvit.image_processing import segmentation_image_processor
+from hf_thinkingvit.inference import SlidingWindowSegmenter, scaled_views
+from tests.models.segmentation_models import lively_segmenter
+from tests.test_scripts import run_here
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "segment_images.py"
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    return run_here([str(SCRIPT), *map(str, words)])
+
+
+@pytest.fixture
+def folders(tmp_path):
+    model = lively_segmenter()
+    model.save_pretrained(tmp_path / "model")
+    segmentation_image_processor(32).save_pretrained(tmp_path / "model")
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    for name, size in (("a.png", (60, 90, 3)), ("more/b.jpg", (50, 40, 3))):
+        pixels = np.random.default_rng(len(name)).integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_label_maps_overlays_and_windows(folders):
+    words = ("--images", folders / "images", "--output", folders / "out", "--threshold", 10)
+    completed = run("--model", folders / "model", *words)
+    assert completed.returncode == 0, completed.stderr
+    assert "skipped" in completed.stderr and "broken.png" in completed.stderr
+    assert "left at each stage: [4, 0, 0]" in completed.stdout  # both images are two windows wide or high
+    segmenter = SlidingWindowSegmenter(lively_segmenter(), threshold=10.0)
+    processor = AutoImageProcessor.from_pretrained(folders / "model")
+    image = Image.open(folders / "images" / "a.png")
+    pixel_values = processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
+    (expected,) = segmenter([scaled_views(pixel_values, 32)])
+    labels = Image.open(folders / "out" / "a.png.labels.png")
+    assert labels.mode == "P" and torch.equal(torch.from_numpy(np.array(labels)).long(), expected.labels)
+    for name, size in (("a.png", (90, 60)), ("more/b.jpg", (40, 50))):
+        for kind in ("labels", "overlay", "windows"):
+            assert Image.open(folders / "out" / f"{name}.{kind}.png").size == size
+
+
+def test_settings_that_cannot_work_are_one_line(folders):
+    completed = run("--model", folders / "model", "--images", folders / "images", "--window", 30)
+    assert completed.returncode == 1 and "must be a multiple of the patch size" in completed.stderr
+    (folders / "empty").mkdir()
+    completed = run("--model", folders / "model", "--images", folders / "empty")
+    assert completed.returncode == 1 and "no images in" in completed.stderr
