@@ -76,7 +76,14 @@ class StagedConfig(PreTrainedConfig):
 
     is_staged: ClassVar[bool] = True
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
-    keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = [
+        "exit_stage",
+        "entropy",
+        "stage_logits",
+        "kept_tokens",
+        "hidden_states",
+        "attentions",
+    ]
 
     threshold: float | int | list[float] | tuple[float, ...] | None = None
     exit_criterion: str | None = None

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from .configuration_checks import check_integer
 from .configuration_nested_vit import NestedViTConfig
+from .configuration_pruning import DEFAULT_KEEP_RATE, check_pruning_fields
 from .configuration_staged import StagedConfig
 from .sub_networks import SubNetwork
 
@@ -20,6 +21,13 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             over the same sub-network, `[2, 3, 6]` has three stages. Every stage runs all layers.
         use_distillation_token (`bool`, *optional*, defaults to `False`):
             Whether a DeiT distillation token follows the class token in the sequence.
+        pruning_layers (`list[int]`, *optional*):
+            Layers, counted from 0, before which the last stage removes the patches that a small predictor scores lowest
+            (DynamicViT, arXiv 2106.02034: `[3, 6, 9]`). None by default. With `thinking_stages=[6]` this is DynamicViT
+            itself. In training mode the same patches are removed, so the predictors get no gradient.
+        pruning_keep_rate (`float` or `list[float]`, *optional*):
+            Share of the image's patches that remain: one number ρ, for ρ, ρ², ρ³ and so on, or one share per pruning
+            layer. By default 0.7 where there are `pruning_layers`.
         threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
         kwargs:
@@ -50,12 +58,16 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
 
     thinking_stages: list[int] | tuple[int, ...] = (3, 6)
     use_distillation_token: bool = False
+    pruning_layers: list[int] | tuple[int, ...] | None = None
+    pruning_keep_rate: float | int | list[float] | tuple[float, ...] | None = None
 
     def __post_init__(self, **kwargs):
         self._check_thinking_stages()
         self.thinking_stages = list(self.thinking_stages)
         if self.num_attention_heads is None:
             self.num_attention_heads = max(self.thinking_stages)
+        if self.pruning_layers and self.pruning_keep_rate is None:
+            self.pruning_keep_rate = DEFAULT_KEEP_RATE
         super().__post_init__(**kwargs)
 
     @property
@@ -92,6 +104,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
                     f"`intermediate_size` ({self.intermediate_size}) cannot be shared out: a stage of {heads} of "
                     f"{self.num_attention_heads} heads would get a fraction of a channel."
                 )
+        check_pruning_fields(self, self.stages[-1])
 
     def _check_thinking_stages(self) -> None:
         stages = self.thinking_stages

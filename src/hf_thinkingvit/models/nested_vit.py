@@ -83,6 +83,10 @@ class NestedViTEmbeddings(nn.Module):
         position_embeddings = self.interpolate_pos_encoding(self.position_embeddings[..., start:stop], patch_grid)
         return self.dropout(torch.cat(tokens, dim=1) + position_embeddings)
 
+    def count_patches(self, pixel_values: torch.Tensor) -> int:
+        """Patches of each image of `pixel_values` (batch_size, num_channels, height, width)."""
+        return (pixel_values.shape[2] // self.patch_size[0]) * (pixel_values.shape[3] // self.patch_size[1])
+
     def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
         """`ValueError` for images that do not fit: channels, or a size that is not to be interpolated to."""
         check_pixel_values(pixel_values, self.num_channels)

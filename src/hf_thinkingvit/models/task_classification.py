@@ -54,6 +54,10 @@ class StagedImageClassifierOutput(ModelOutput):
         stage_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_stage_logits=True` or in training mode):
             Logits `(batch_size, num_labels)` of every stage for every image, also of stages after its exit: asking for
             them makes all images run all stages. The other fields do not change.
+        kept_tokens (`tuple[torch.LongTensor]`, *optional*, returned with `output_kept_tokens=True`):
+            Of a model that prunes tokens, for each pruning layer the numbers of the patches that remain, counted from 0
+            row by row, in descending order of their scores: `(images, kept)`, of the images that ran the last stage, in
+            batch order.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
@@ -69,6 +73,7 @@ class StagedImageClassifierOutput(ModelOutput):
     exit_stage: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     stage_logits: tuple[torch.Tensor, ...] | None = None
+    kept_tokens: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

@@ -61,10 +61,12 @@ class Task:
 
         Args:
             accepted (`dict[str, torch.Tensor]`): one row per image of the batch.
-            answer (`dict[str, torch.Tensor]`): of a later stage, with the same entries.
+            answer (`dict[str, torch.Tensor]`): of a later stage, with the same entries. Further ones, which only some
+                stages answer with, are for the output to read from the steps of the run.
             chosen (`torch.Tensor`): where `answer` has a row for each image of the batch, which of them to take, bool
                 `(batch_size,)`; else the place in the batch of each of its rows, int64.
         """
+        answer = {name: rows for name, rows in answer.items() if name in accepted}
         if chosen.dtype != torch.bool:
             return {name: accepted[name].index_copy(0, chosen, rows) for name, rows in answer.items()}
         return {
