@@ -35,7 +35,8 @@ class StageAnswers:
         scores (`torch.FloatTensor` of shape `(images, stages)`): of the exit criterion, float32.
         top1, top5 (`torch.BoolTensor` of shape `(images, stages)`): whether the right class is among the best.
         macs (`tuple[int]`): multiply-accumulates of an image that exits at each stage.
-        criterion (`str`), entropy_top_k, num_labels (`int`): as in the model's configuration.
+        criterion (`str`), entropy_top_k, num_labels (`int`), exit_at_threshold (`bool`): as in the model's
+            configuration.
         dataset (`str`): what the images are of; a name that may be shared.
         split (`str`): which of them: a split's name, `"all"` of data without splits, or `"unknown"`.
         conditions (`dict`, *optional*): the model that was measured, as [`model_conditions`] describes it.
@@ -53,6 +54,7 @@ class StageAnswers:
     split: str = UNKNOWN
     conditions: Mapping[str, Any] | None = None
     seen: str | None = None
+    exit_at_threshold: bool = False
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -76,7 +78,12 @@ class StageAnswers:
         resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
         # Of each exit, one τ per row; float32 as the scores, to which torch rounds a single τ as well.
         columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
-        rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
+        rule = ExitRule(
+            self.criterion,
+            tuple(column[:, None] for column in columns),
+            self.entropy_top_k,
+            exit_at_threshold=self.exit_at_threshold,
+        )
         goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
         stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
         for stage in range(self.num_stages - 1):
@@ -175,6 +182,7 @@ def collect_stage_answers(
         split=split,
         conditions=model_conditions(model),
         seen=seen,
+        exit_at_threshold=getattr(config, "exit_at_threshold", False),  # missing in remote code of earlier versions
     )
 
 

@@ -24,7 +24,7 @@ TRAINING_FIELDS = frozenset(
     }
 )
 # Fields of every family that thinks in stages: when an image exits, and how the stages are weighted in training.
-EXIT_FIELDS = frozenset({"threshold", "exit_criterion", "entropy_top_k", "stage_loss_weights"})
+EXIT_FIELDS = frozenset({"threshold", "exit_criterion", "exit_at_threshold", "entropy_top_k", "stage_loss_weights"})
 
 
 @dataclass(frozen=True)

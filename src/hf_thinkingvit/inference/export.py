@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,9 +36,7 @@ class _StageProgram(nn.Module):
         self.rule, self.stages = model.exit_rule(), range(model.config.num_stages)
 
     def forward(self, state: State, threshold: torch.Tensor) -> dict[str, torch.Tensor | State]:
-        rule = ExitRule(
-            self.rule.criterion, tuple(threshold.unbind()), self.rule.entropy_top_k, self.rule.reported_entropy
-        )
+        rule = replace(self.rule, thresholds=tuple(threshold.unbind()))
         step = step_stage(self.model, rule, self.stages, self.stage_index, state)
         # Contiguous, as rows selected from it will be: programs are for certain strides.
         is_last = self.stage_index == self.stages[-1]

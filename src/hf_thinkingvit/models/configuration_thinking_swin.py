@@ -78,7 +78,7 @@ class ThinkingSwinConfig(StagedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Of the blocks' norms and the final one; those of patch embedding and patch merging have 1e-5 in any case, as
             in Transformers' Swin.
-        threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
+        threshold, exit_criterion, exit_at_threshold, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
 
     Raises:

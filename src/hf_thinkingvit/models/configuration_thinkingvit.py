@@ -28,7 +28,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
         pruning_keep_rate (`float` or `list[float]`, *optional*):
             Share of the image's patches that remain: one number ρ, for ρ, ρ², ρ³ and so on, or one share per pruning
             layer. By default 0.7 where there are `pruning_layers`.
-        threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
+        threshold, exit_criterion, exit_at_threshold, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
         kwargs:
             The ViT fields of [`NestedViTConfig`], at full width: `hidden_size` (by default 64 channels a head),
