@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..families import FAMILIES, Family
+from ..families import FAMILIES, Family, family_of
 from ..families.official import Checkpoint
 from ..image_processing import evaluation_image_processor
 from .checkpoint import read_checkpoint
@@ -31,8 +31,8 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
         config_overrides:
             Fields of the configuration, such as `threshold` or `id2label`, which win over the source. Some must be
             given where the source does not state them: `thinking_stages` or `head_rounds` for a bare file, `gate_scale`
-            and `gate_center` for an A-ViT. If neither names the classes and there are 1000, they get ImageNet-1K's
-            names.
+            and `gate_center` for an A-ViT, `pruning_keep_rate` for a model that prunes tokens. If neither names the
+            classes and there are 1000, they get ImageNet-1K's names.
 
     Returns:
         The converted model, in evaluation mode.
@@ -91,7 +91,7 @@ def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> Bas
     """The evaluation settings of `pretrained_cfg`, with the official ones as defaults."""
     settings = checkpoint.preprocessing
     options = {
-        "crop_pct": settings.get("crop_pct"),
+        "crop_pct": settings.get("crop_pct") or family_of(model).official.crop_pct(checkpoint),
         "image_mean": settings.get("mean"),
         "image_std": settings.get("std"),
     }

@@ -51,6 +51,10 @@ def unchanged_state_dict(checkpoint: Checkpoint, **overrides) -> dict[str, torch
     return checkpoint.state_dict
 
 
+def default_crop_pct(checkpoint: Checkpoint) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class OfficialFormat:
     """
@@ -69,6 +73,9 @@ class OfficialFormat:
         prepare (`Callable`):
             `(checkpoint, **overrides)` to a state dict for the other functions, where checkpoints come in several forms
             or hold tensors that no model needs.
+        crop_pct (`Callable`):
+            `(checkpoint)` to the share of the resized shorter side that evaluation crops, where the files do not state
+            it; `None` for the default.
     """
 
     required: Mapping[str, int]
@@ -77,3 +84,4 @@ class OfficialFormat:
     official_name: Callable[[str], str]
     convert_tensor: Callable[[str, torch.Tensor], torch.Tensor]
     prepare: Callable[..., dict[str, torch.Tensor]] = unchanged_state_dict
+    crop_pct: Callable[[Checkpoint], float | None] = default_crop_pct
