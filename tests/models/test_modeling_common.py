@@ -103,6 +103,22 @@ class PlainViTModelTest(ThinkingViTModelTest):
         self.model_tester = ThinkingViTModelTester(self, thinking_stages=(4,))
 
 
+class PruningModelTester(ThinkingViTModelTester):
+    """One stage that removes patches before its last layer: the first recorded layer has all of them."""
+
+    def __init__(self, parent):
+        super().__init__(parent, thinking_stages=(4,))
+
+    def get_config(self):
+        return self.sized(
+            ThinkingViTConfig, thinking_stages=[4], pruning_layers=[1], pruning_keep_rate=0.5, threshold=0.0
+        )
+
+
+class PruningModelTest(ThinkingViTModelTest):
+    model_tester_class = PruningModelTester
+
+
 class ThinkingSwinModelTester(ThinkingViTModelTester):
     """The same for ThinkingSwin: two rounds over two layers, 4 × 4 patches and then 2 × 2, in windows of 4 × 4."""
 

@@ -6,7 +6,7 @@ of. A new family is one module beside this one, and one configuration and one mo
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -104,6 +104,9 @@ class Family:
         announced_fields (`frozenset[str]`):
             Fields that may change as well, but then the same weights compute another function, which a training run
             announces.
+        added_parameters (`Mapping[str, str]`):
+            Fields that, where the starting point has none, add parameters without changing the others: by the field's
+            name, the pattern of their names. A training run initialises these freshly and announces it.
         card (`CardText`): of model cards.
         paper (`Paper`): to cite.
         official (`OfficialFormat`, *optional*): how the authors' checkpoints are converted, where there are any.
@@ -122,6 +125,7 @@ class Family:
     card: CardText
     paper: Paper
     official: OfficialFormat | None = None
+    added_parameters: Mapping[str, str] = field(default_factory=dict)
     without_mixup: str | None = None
 
     @property

@@ -182,8 +182,9 @@ FAMILY = Family(
     heads={IMAGE_CLASSIFICATION: ThinkingViTForImageClassification},
     costs=Costs(stages=costs_vit.stage_macs, published_stages=costs_vit.published_stage_macs),
     plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
-    free_fields=TRAINING_FIELDS | EXIT_FIELDS,
+    free_fields=TRAINING_FIELDS | EXIT_FIELDS | {"pruning_ratio_loss_weight"},
     announced_fields=frozenset({"thinking_stages", "pruning_keep_rate"}),
+    added_parameters={"pruning_layers": "thinkingvit.score_predictors.*"},
     card=CardText(
         description="""\
 A ThinkingViT ([arXiv 2507.10800](https://arxiv.org/abs/2507.10800)), a nested Vision Transformer: a few leading

@@ -53,8 +53,9 @@ def kept_counts(rates: Sequence[float], num_patches: int) -> list[int]:
 
 
 def check_pruning_fields(config, last_stage: SubNetwork) -> None:
-    """`ValueError` for `pruning_layers` or `pruning_keep_rate` that do not fit the model or each other."""
+    """`ValueError` for fields of pruning that do not fit the model or each other."""
     layers = config.pruning_layers
+    check_number("pruning_ratio_loss_weight", config.pruning_ratio_loss_weight)
     if not layers:
         if config.pruning_keep_rate is not None:
             raise ValueError(

@@ -24,10 +24,14 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
         pruning_layers (`list[int]`, *optional*):
             Layers, counted from 0, before which the last stage removes the patches that a small predictor scores lowest
             (DynamicViT, arXiv 2106.02034: `[3, 6, 9]`). None by default. With `thinking_stages=[6]` this is DynamicViT
-            itself. In training mode the same patches are removed, so the predictors get no gradient.
+            itself. In training mode the predictors' decisions are sampled, and patches are left out
+            of the attention instead of removed.
         pruning_keep_rate (`float` or `list[float]`, *optional*):
             Share of the image's patches that remain: one number ρ, for ρ, ρ², ρ³ and so on, or one share per pruning
             layer. By default 0.7 where there are `pruning_layers`.
+        pruning_ratio_loss_weight (`float`, *optional*, defaults to 2.0):
+            Weight in the training loss of how far the shares that the predictors keep are from `pruning_keep_rate`
+            (official: 2 for DeiT-S, 5 for DeiT-B).
         threshold, exit_criterion, exit_at_threshold, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
         kwargs:
@@ -60,6 +64,8 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
     use_distillation_token: bool = False
     pruning_layers: list[int] | tuple[int, ...] | None = None
     pruning_keep_rate: float | int | list[float] | tuple[float, ...] | None = None
+
+    pruning_ratio_loss_weight: float | int = 2.0
 
     def __post_init__(self, **kwargs):
         self._check_thinking_stages()

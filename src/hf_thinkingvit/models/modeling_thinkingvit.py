@@ -34,7 +34,8 @@ from .staged_loop import StagedModelMixin, resolve_stages, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
-from .token_pruning import ScorePredictors, kept_entries
+from .token_pruning import ScorePredictors, pruning_entries
+from .token_pruning_training import add_ratio_loss
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
@@ -118,11 +119,12 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
     ) -> State:
         """
         Run the layers of a stage. Of the last layer only the class token is computed, unless `all_tokens`; what the
-        other tokens need is in the state then. In the last stage of a model with pruning layers, patches are removed.
+        other tokens need is in the state then. In the last stage of a model with pruning layers, patches are removed,
+        or in training mode left out of the attention.
 
         Returns:
             The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm;
-            with `output_kept_tokens` where patches were removed, `kept_tokens.0` and so on, the remaining ones.
+            of a pruned stage `keep_decisions.0` and so on in training, `kept_tokens.0` and so on if they are asked for.
         """
         num_queries, hidden_states = None if all_tokens else 1, state["hidden_states"]
         is_pruned = len(self.score_predictors) > 0 and stage_index == len(self.stages) - 1
@@ -131,8 +133,8 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
             self.layers, hidden_states, self.stages[stage_index], policy=pruning, num_queries=num_queries, **kwargs
         )
         inputs = {name: state[name] for name in ("pixel_values", "embeddings") if name in state}
-        if is_pruned and output_kept_tokens:
-            inputs.update(pruning.kept_tokens())
+        if is_pruned and (output_kept_tokens or self.training):
+            inputs.update(pruning.entries())
         return {**inputs, "tokens": self.layernorm(tokens), **pending}
 
     def recycle(
@@ -143,10 +145,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         output_kept_tokens: bool = False,
         **kwargs,
     ) -> State:
-        """
-        The state with which stage `stage_index + 1` starts, from that in which `run_stage` left this one. Only the last
-        stage removes tokens, so all of them are recycled, whatever is asked of that stage.
-        """
+        """The state with which stage `stage_index + 1` starts: of all tokens, since only the last stage removes any."""
         tokens, embeddings = state["tokens"], state["embeddings"]
         if "key" in state:
             others = finish_layers(self.layers, state, self.stages[stage_index], **kwargs)
@@ -222,7 +221,7 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         self.post_init()
 
     def answer(self, stage_index: int, state: State) -> Answer:
-        return {"logits": self.classifier(state["tokens"][:, 0]), **kept_entries(state)}
+        return {"logits": self.classifier(state["tokens"][:, 0]), **pruning_entries(state)}
 
     @compilable_step
     def run_stage(
@@ -290,7 +289,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
-        pruning = self.thinkingvit.score_predictors.arguments(keep_rate, output_kept_tokens)
+        predictors = self.thinkingvit.score_predictors
+        pruning = predictors.arguments(keep_rate, output_kept_tokens)
         self.warn_of_outside_loss(labels, stages, output_stage_logits)
         run = run_stages(
             self,
@@ -303,9 +303,10 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             **kwargs,
         )
         outputs = self.build_output(run, labels, output_stage_logits, **kwargs)
+        add_ratio_loss(outputs, self.config, run, predictors.rates(keep_rate), labels, **kwargs)
         if output_kept_tokens:
             num_patches = self.thinkingvit.embeddings.count_patches(pixel_values)
-            outputs.kept_tokens = self.thinkingvit.score_predictors.kept_tokens(run, num_patches, keep_rate)
+            outputs.kept_tokens = predictors.kept_tokens(run, num_patches, keep_rate)
         return outputs
 
     @classmethod

@@ -58,6 +58,9 @@ class StagedImageClassifierOutput(ModelOutput):
             Of a model that prunes tokens, for each pruning layer the numbers of the patches that remain, counted from 0
             row by row, in descending order of their scores: `(images, kept)`, of the images that ran the last stage, in
             batch order.
+        ratio_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned in training mode):
+            Of a model that prunes tokens, how far the shares of patches that the predictors keep are from
+            `pruning_keep_rate`: a mean of squared differences, unweighted. Part of `loss`.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
@@ -74,6 +77,7 @@ class StagedImageClassifierOutput(ModelOutput):
     entropy: torch.Tensor | None = None
     stage_logits: tuple[torch.Tensor, ...] | None = None
     kept_tokens: tuple[torch.Tensor, ...] | None = None
+    ratio_loss: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

@@ -13,15 +13,16 @@ from .configuration_checks import as_plain_numbers
 from .configuration_pruning import kept_counts, resolve_keep_rates
 from .staged_run import StagedRun
 from .token_policies import TokenPolicy
+from .token_pruning_training import DECISIONS, TrainedPruning
 
 
 # Entries of a stage's state and answer: of each pruning layer, the patches that remain.
 KEPT_TOKENS = "kept_tokens."
 
 
-def kept_entries(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pruning_entries(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries of a state or answer that say which patches remain, in the order of the pruning layers."""
-    return {name: state[name] for name in state if name.startswith(KEPT_TOKENS)}
+    return {name: state[name] for name in state if name.startswith((KEPT_TOKENS, DECISIONS))}
 
 
 class ScorePredictor(nn.Module):
@@ -42,16 +43,24 @@ class ScorePredictor(nn.Module):
         self.fc3 = nn.Linear(width // 4, 2)
         self.activation_fn = nn.GELU()
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             patches (`torch.Tensor` of shape `(batch, patches, width)`): the residual stream before the layer.
+            kept (`torch.Tensor` of shape `(batch, patches)`, *optional*): 1 for the patches that are averaged over, 0
+                for the others; all by default. Where an image has none, the average is 0.
 
         Returns:
             `torch.Tensor` of shape `(batch, patches, 2)`: log-probabilities of keeping and of removing each, float32.
         """
         local, shared = self.activation_fn(self.in_proj(self.layernorm(patches))).chunk(2, dim=-1)
-        shared = shared.mean(dim=1, keepdim=True).expand_as(local)
+        if kept is None:
+            shared = shared.mean(dim=1, keepdim=True)
+        else:
+            kept = kept[..., None].to(shared.dtype)
+            # A kept patch counts as 1 up to rounding, so the bound is for images without any.
+            shared = (kept * shared).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=0.5)
+        shared = shared.expand_as(local)
         hidden_states = self.activation_fn(self.fc1(torch.cat([local, shared], dim=-1)))
         return self.fc3(self.activation_fn(self.fc2(hidden_states))).float().log_softmax(dim=-1)
 
@@ -95,7 +104,7 @@ class TokenPruning(TokenPolicy):
         patches = patches.gather(1, best[..., None].expand(-1, -1, patches.shape[-1]))
         return torch.cat([prefix, patches], dim=1), {}
 
-    def kept_tokens(self) -> dict[str, torch.Tensor]:
+    def entries(self) -> dict[str, torch.Tensor]:
         """`kept` as entries of a state."""
         return {f"{KEPT_TOKENS}{index}": kept for index, kept in enumerate(self.kept)}
 
@@ -122,27 +131,41 @@ class ScorePredictors(nn.ModuleList):
         Raises:
             ValueError: for a rate that is invalid, or given to a model without pruning layers.
         """
-        if not self.pruning_layers:
-            if keep_rate is not None:
-                raise ValueError("`keep_rate` is of models with `pruning_layers`, and this one removes no tokens.")
-            return []
-        keep_rate = self.config.pruning_keep_rate if keep_rate is None else keep_rate
-        return kept_counts(resolve_keep_rates(keep_rate, len(self.pruning_layers)), num_patches)
+        return kept_counts(self.rates(keep_rate), num_patches)
 
     def check_keep_rate(self, keep_rate: float | Sequence[float] | None) -> None:
         """`ValueError` for a rate that does not fit, also where no stage that runs would read it."""
-        self.counts(1, keep_rate)
+        self.rates(keep_rate)
 
-    def policy(self, hidden_states: torch.Tensor, keep_rate: float | Sequence[float] | None) -> TokenPruning:
+    def rates(self, keep_rate: float | Sequence[float] | None = None) -> tuple[float, ...]:
+        """The share of patches that remains from each pruning layer on; arguments and errors as of `counts`."""
+        if not self.pruning_layers:
+            if keep_rate is not None:
+                raise ValueError("`keep_rate` is of models with `pruning_layers`, and this one removes no tokens.")
+            return ()
+        keep_rate = self.config.pruning_keep_rate if keep_rate is None else keep_rate
+        return resolve_keep_rates(keep_rate, len(self.pruning_layers))
+
+    def policy(
+        self, hidden_states: torch.Tensor, keep_rate: float | Sequence[float] | None
+    ) -> TokenPruning | TrainedPruning:
         """The policy for one run of the layers, from their input `(batch, tokens, width)`."""
         num_prefix = self.config.num_prefix_tokens
-        return TokenPruning(
-            self, self.pruning_layers, self.counts(hidden_states.shape[1] - num_prefix, keep_rate), num_prefix
-        )
+        if self.training:
+            return TrainedPruning(self, self.pruning_layers, num_prefix)
+        counts = self.counts(hidden_states.shape[1] - num_prefix, keep_rate)
+        return TokenPruning(self, self.pruning_layers, counts, num_prefix)
 
     def arguments(self, keep_rate: float | Sequence[float] | None, output_kept_tokens: bool | None) -> dict[str, Any]:
-        """What a call tells its stages, with plain values; nothing where it asks for nothing. Checks the rate."""
+        """
+        What a call tells its stages, with plain values; nothing where it asks for nothing.
+
+        Raises:
+            ValueError: for a rate that does not fit, and in training mode for `output_kept_tokens`.
+        """
         self.check_keep_rate(keep_rate)
+        if self.training and self.pruning_layers and output_kept_tokens:
+            raise ValueError("`output_kept_tokens` is of evaluation mode: in training mode no token is removed.")
         arguments = {"output_kept_tokens": True} if output_kept_tokens else {}
         if keep_rate is not None:
             keep_rate = as_plain_numbers(keep_rate)
@@ -156,8 +179,8 @@ class ScorePredictors(nn.ModuleList):
         The patches that remain at each pruning layer, int64 `(images that ran the last stage, kept)`, from a run whose
         stages were told to put them out. Of no image where the last stage did not run.
         """
-        kept = tuple(kept_entries(run.steps[-1].answer).values())
+        kept = tuple(pruning_entries(run.steps[-1].answer).values())
         return kept or tuple(run.exit_stage.new_empty(0, count) for count in self.counts(num_patches, keep_rate))
 
 
-__all__ = ["ScorePredictor", "ScorePredictors", "TokenPruning", "kept_entries"]
+__all__ = ["ScorePredictor", "ScorePredictors", "TokenPruning", "pruning_entries"]

@@ -146,6 +146,24 @@ class HaltingObjective(Objective):
         return outputs.loss - outputs.task_loss, parts
 
 
+class PruningObjective(Objective):
+    """
+    DynamicViT's ratio loss (arXiv 2106.02034, section 3.3), weighted by the model's `pruning_ratio_loss_weight`. Logged
+    without its weight.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        self.weight = model_config.pruning_ratio_loss_weight
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return bool(getattr(model_config, "pruning_layers", None))
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = batch.outputs.ratio_loss
+        return self.weight * loss, {"ratio_loss": loss.detach()}
+
+
 # The first that applies to the model, in this order.
 TASK_OBJECTIVES: dict[str, type[Objective]] = {
     "stages": StagesObjective,
@@ -153,7 +171,7 @@ TASK_OBJECTIVES: dict[str, type[Objective]] = {
     "heads": HeadsObjective,
 }
 # All that apply to the model.
-ADDED_OBJECTIVES: dict[str, type[Objective]] = {"halting": HaltingObjective}
+ADDED_OBJECTIVES: dict[str, type[Objective]] = {"halting": HaltingObjective, "pruning": PruningObjective}
 
 
 def choose_objectives(model_config: PreTrainedConfig, teacher: Teacher | None) -> list[type[Objective]]:
