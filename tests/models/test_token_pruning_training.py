@@ -1,5 +1,6 @@
 """Training of token pruning: sampled decisions, attention to what is kept, the ratio loss; and what trains them."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,9 @@ from hf_thinkingvit.conversion.convert import load_official, read_checkpoint
 from hf_thinkingvit.models import token_pruning_training
 from hf_thinkingvit.models.token_pruning import ScorePredictor
 from hf_thinkingvit.models.token_pruning_training import attention_to_kept, sample_kept
+from hf_thinkingvit.training import TrainingConfig
+from hf_thinkingvit.training.distillation import Teacher
+from hf_thinkingvit.training.losses import TrainingLoss
 from tests.utils import FIXTURES, lively_model, random_images
 
 
@@ -23,67 +27,64 @@ class Golden:
     def __init__(self, name: str, monkeypatch):
         self.expected = load_file(FIXTURES / name / "expected.safetensors")
         self.model = load_official(read_checkpoint(FIXTURES / name)).train()
-        noise = [self.expected[f"train.gumbel_noise.{index}"] for index in range(3)] * 2
+        noise = [self.expected[f"train.gumbel_noise.{index}"] for index in range(3)]
         monkeypatch.setattr(token_pruning_training, "gumbel_noise", lambda log_probabilities: noise.pop(0))
         self.log_probabilities = []
         for predictor in self.model.thinkingvit.score_predictors:
             predictor.register_forward_hook(lambda module, inputs, output: self.log_probabilities.append(output))
         self.pixel_values, self.labels = self.expected["pixel_values"], self.expected["train.labels"]
-        self.outputs = self.model(self.pixel_values, self.labels, output_stage_logits=True)
-        # Recorded outputs are of all tokens, as the official training needs them; the same noise comes again.
-        last = self.model.config.num_stages - 1
-        model, state = self.model.thinkingvit, {}
-        for stage in range(last + 1):
-            state = model.recycle(stage - 1, state) if stage else model.begin(self.pixel_values)
-            state = model.run_stage(stage, state)
-        self.tokens = state["tokens"][:, 1:]
-        self.logits = self.model.classifier(state["tokens"][:, 0])
-        self.decisions = [state[f"keep_decisions.{index}"] for index in range(3)]
+        self.outputs = self.model(self.pixel_values, self.labels)
+
+    def loss(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a run, without label smoothing; the teacher's outputs are stored."""
+        teacher = StoredTeacher(self.model)
+        teacher.stored = self.expected["teacher.logits"], F.pad(self.expected["teacher.tokens"], (0, 0, 1, 0))
+        config = TrainingConfig(label_smoothing=0.0, distillation="tokens")
+        loss = TrainingLoss(config, self.model.config, teacher)
+        return loss(self.outputs, self.pixel_values, self.labels, 0)
 
     def close(self, ours: torch.Tensor, name: str, atol: float = 1e-4) -> None:
         torch.testing.assert_close(
             ours, self.expected[name].view(ours.shape), atol=atol, rtol=0, msg=lambda m: name + m
         )
 
-    def total_loss(self, class_losses: list[torch.Tensor]) -> torch.Tensor:
-        """As officially combined, from our parts; the teacher's outputs are stored."""
-        log_probabilities = self.logits.log_softmax(-1)
-        teacher = self.expected["teacher.logits"].log_softmax(-1)
-        class_distillation = F.kl_div(log_probabilities, teacher, reduction="batchmean", log_target=True)
-        self.close(class_distillation, "train.loss.class_distillation")
-        kept = self.decisions[-1].detach().bool()
-        token_distillation = (self.tokens - self.expected["teacher.tokens"])[kept].square().mean()
-        self.close(token_distillation, "train.loss.token_distillation")
-        ratio = token_pruning_training.ratio_loss(
-            {f"keep_decisions.{index}": decision for index, decision in enumerate(self.decisions)},
-            self.model.thinkingvit.score_predictors.rates(),
-        )
-        return sum(class_losses) + 2.0 * ratio + 0.5 * class_distillation + 0.5 * token_distillation
+
+class StoredTeacher(Teacher):
+    """A teacher that gives stored outputs."""
+
+    def __init__(self, model):
+        unpruned = copy.deepcopy(model)
+        unpruned.config.pruning_layers = unpruned.config.pruning_keep_rate = None
+        super().__init__(unpruned)
+
+    def answer_and_tokens(self, pixel_values):
+        return self.stored
 
 
 @pytest.mark.parametrize("name", ["dynamicvit", "thinking_dynamicvit"])
 def test_decisions_and_losses_are_the_official_ones(name, monkeypatch):
     golden = Golden(name, monkeypatch)
-    last = golden.model.config.num_stages - 1
-    for index, decision in enumerate(golden.decisions):
+    outputs = golden.outputs
+    for index, decision in enumerate(outputs.keep_decisions):
         golden.close(golden.log_probabilities[index], f"train.predictor_log_prob.{index}")
         assert torch.equal(decision.detach().round(), golden.expected[f"train.decision.{index}"].round())
         golden.close(decision, f"train.decision.{index}", atol=1e-6)
-    golden.close(golden.tokens, "train.tokens")
-    golden.close(3 * golden.outputs.ratio_loss, "train.loss.ratio", atol=1e-5)
+    golden.close(outputs.keep_decisions[-1].detach(), "train.mask", atol=1e-6)
+    golden.close(outputs.patch_tokens, "train.tokens")
+    _, parts = golden.loss()
+    golden.close(parts["answer_distillation"], "train.loss.class_distillation")
+    golden.close(parts["token_distillation"], "train.loss.token_distillation")
+    golden.close(3 * parts["ratio_loss"], "train.loss.ratio", atol=1e-5)
     staged = name == "thinking_dynamicvit"
     for stage, logits in enumerate(golden.outputs.stage_logits):
         golden.close(logits, f"train.stage{stage}.logits" if staged else "train.logits")
         class_loss = f"train.loss.classification.stage{stage}" if staged else "train.loss.classification"
         golden.close(F.cross_entropy(logits, golden.labels), class_loss)
-    golden.close(golden.logits, f"train.stage{last}.logits" if staged else "train.logits")
-    if staged:
-        golden.total_loss([])
 
 
 def test_gradients_are_the_official_ones(monkeypatch):
     golden = Golden("dynamicvit", monkeypatch)
-    loss = golden.total_loss([F.cross_entropy(golden.logits, golden.labels)])
+    loss, _ = golden.loss()
     golden.close(loss, "train.loss")
     loss.backward()
     model = golden.model.thinkingvit

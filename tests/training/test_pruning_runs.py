@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from hf_thinkingvit import ThinkingViTForImageClassification
 from hf_thinkingvit.training import TrainingConfig, parse_config, train
+from hf_thinkingvit.training.distillation import Teacher, token_distance
 from hf_thinkingvit.training.losses import TrainingLoss
 from hf_thinkingvit.training.starting_point import build_model
 from tests.training.test_starting_point import LABELS, named
@@ -34,6 +35,49 @@ def test_the_ratio_loss_is_added_and_logged(with_labels):
     answers = sum(F.cross_entropy(logits, labels) / 3 for logits in outputs.stage_logits)
     torch.testing.assert_close(total, answers + 3.0 * outputs.ratio_loss)
     assert parts["ratio_loss"] == outputs.ratio_loss and not parts["ratio_loss"].requires_grad
+
+
+class TestTokenDistillation:
+    def loss(self, model, teacher=None, **fields):
+        teacher = Teacher(teacher) if teacher is not None else None
+        return TrainingLoss(TrainingConfig(distillation="tokens", label_smoothing=0.0, **fields), model.config, teacher)
+
+    def test_from_the_same_model_without_pruning(self):
+        """The real teacher; what it says of its own answer and tokens is 0."""
+        teacher, model = lively_model(), lively_model(**PRUNING).train()
+        images, labels = random_images(4), torch.tensor([3, 0, 11, 5])
+        outputs = model(images, labels)
+        total, parts = self.loss(model, teacher, distillation_weight=0.25)(outputs, images, labels, 0)
+        with torch.no_grad():
+            expected, tokens = teacher(images), teacher.thinkingvit(images).last_hidden_state
+        divergence = F.kl_div(
+            outputs.logits.log_softmax(-1), expected.logits.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        torch.testing.assert_close(parts["answer_distillation"], divergence)
+        kept = outputs.keep_decisions[-1].round().bool()
+        distance = (outputs.patch_tokens - tokens[:, 1:])[kept].square().mean()
+        torch.testing.assert_close(parts["token_distillation"], distance)
+        answers = sum(F.cross_entropy(logits, labels) / 3 for logits in outputs.stage_logits)
+        torch.testing.assert_close(total, answers + 2.0 * outputs.ratio_loss + 0.25 * (divergence + distance))
+
+    def test_where_no_token_is_kept(self):
+        tokens = torch.randn(2, 3, 4, requires_grad=True)
+        distance = token_distance(tokens, torch.zeros(2, 3, 4), torch.zeros(2, 3))
+        distance.backward()
+        assert distance == 0 and not tokens.grad.any()
+
+    def test_what_does_not_fit(self):
+        model = lively_model(**PRUNING)
+        with pytest.raises(ValueError, match="needs a `teacher`"):
+            self.loss(model)
+        with pytest.raises(ValueError, match="teacher's `stages`"):
+            self.loss(model, lively_model(thinking_stages=[2, 4]))
+        with pytest.raises(ValueError, match="teacher's `patch_grid`"):
+            self.loss(model, lively_model(patch_size=16))
+        with pytest.raises(ValueError, match="prunes no tokens"):
+            self.loss(model, model)
+        with pytest.raises(ValueError, match="is of models with `pruning_layers`"):
+            self.loss(lively_model(), lively_model())
 
 
 def test_starts_from_a_model_that_prunes_nothing(tmp_path):

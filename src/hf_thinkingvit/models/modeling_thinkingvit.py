@@ -34,8 +34,8 @@ from .staged_loop import StagedModelMixin, resolve_stages, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
-from .token_pruning import ScorePredictors, pruning_entries
-from .token_pruning_training import add_ratio_loss
+from .token_pruning import ScorePredictors, kept_entries
+from .token_pruning_training import add_pruning_outputs, training_entries
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
@@ -62,10 +62,7 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
     def __init__(self, config: ThinkingViTConfig):
         super().__init__(config)
         if config.pruning_layers and getattr(self, "reads_all_tokens", False):
-            raise ValueError(
-                f"{type(self).__name__} reads every patch of the last stage, so none can be removed: set "
-                f"`pruning_layers` to None, got {config.pruning_layers}."
-            )
+            raise ValueError(f"{type(self).__name__} reads every patch: it cannot have `pruning_layers`.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,8 +123,9 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
             The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm;
             of a pruned stage `keep_decisions.0` and so on in training, `kept_tokens.0` and so on if they are asked for.
         """
-        num_queries, hidden_states = None if all_tokens else 1, state["hidden_states"]
+        hidden_states = state["hidden_states"]
         is_pruned = len(self.score_predictors) > 0 and stage_index == len(self.stages) - 1
+        num_queries = None if all_tokens or (is_pruned and self.training) else 1
         pruning = self.score_predictors.policy(hidden_states, keep_rate) if is_pruned else None
         tokens, pending = run_layers(
             self.layers, hidden_states, self.stages[stage_index], policy=pruning, num_queries=num_queries, **kwargs
@@ -145,7 +143,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         output_kept_tokens: bool = False,
         **kwargs,
     ) -> State:
-        """The state with which stage `stage_index + 1` starts: of all tokens, since only the last stage removes any."""
+        """The state with which stage `stage_index + 1` starts, of all tokens: only the last stage removes any."""
         tokens, embeddings = state["tokens"], state["embeddings"]
         if "key" in state:
             others = finish_layers(self.layers, state, self.stages[stage_index], **kwargs)
@@ -221,7 +219,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         self.post_init()
 
     def answer(self, stage_index: int, state: State) -> Answer:
-        return {"logits": self.classifier(state["tokens"][:, 0]), **pruning_entries(state)}
+        pruning = training_entries(state, self.config.num_prefix_tokens) if self.training else kept_entries(state)
+        return {"logits": self.classifier(state["tokens"][:, 0]), **pruning}
 
     @compilable_step
     def run_stage(
@@ -303,7 +302,7 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             **kwargs,
         )
         outputs = self.build_output(run, labels, output_stage_logits, **kwargs)
-        add_ratio_loss(outputs, self.config, run, predictors.rates(keep_rate), labels, **kwargs)
+        add_pruning_outputs(outputs, self.config, run, predictors.rates(keep_rate), labels, **kwargs)
         if output_kept_tokens:
             num_patches = self.thinkingvit.embeddings.count_patches(pixel_values)
             outputs.kept_tokens = predictors.kept_tokens(run, num_patches, keep_rate)

@@ -61,6 +61,11 @@ class StagedImageClassifierOutput(ModelOutput):
         ratio_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned in training mode):
             Of a model that prunes tokens, how far the shares of patches that the predictors keep are from
             `pruning_keep_rate`: a mean of squared differences, unweighted. Part of `loss`.
+        keep_decisions (`tuple[torch.FloatTensor]`, *optional*, returned in training mode):
+            Of a model that prunes tokens, for each pruning layer 1 where a patch is kept and 0 where it is left out:
+            `(batch_size, patches)`, differentiable.
+        patch_tokens (`torch.FloatTensor` of shape `(batch_size, patches, width)`, *optional*, in training mode):
+            Of a model that prunes tokens, all patches of the last stage after the final LayerNorm.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
@@ -78,6 +83,8 @@ class StagedImageClassifierOutput(ModelOutput):
     stage_logits: tuple[torch.Tensor, ...] | None = None
     kept_tokens: tuple[torch.Tensor, ...] | None = None
     ratio_loss: torch.Tensor | None = None
+    keep_decisions: tuple[torch.Tensor, ...] | None = None
+    patch_tokens: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

@@ -13,16 +13,16 @@ from .configuration_checks import as_plain_numbers
 from .configuration_pruning import kept_counts, resolve_keep_rates
 from .staged_run import StagedRun
 from .token_policies import TokenPolicy
-from .token_pruning_training import DECISIONS, TrainedPruning
+from .token_pruning_training import TrainedPruning
 
 
 # Entries of a stage's state and answer: of each pruning layer, the patches that remain.
 KEPT_TOKENS = "kept_tokens."
 
 
-def pruning_entries(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def kept_entries(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries of a state or answer that say which patches remain, in the order of the pruning layers."""
-    return {name: state[name] for name in state if name.startswith((KEPT_TOKENS, DECISIONS))}
+    return {name: state[name] for name in state if name.startswith(KEPT_TOKENS)}
 
 
 class ScorePredictor(nn.Module):
@@ -179,8 +179,8 @@ class ScorePredictors(nn.ModuleList):
         The patches that remain at each pruning layer, int64 `(images that ran the last stage, kept)`, from a run whose
         stages were told to put them out. Of no image where the last stage did not run.
         """
-        kept = tuple(pruning_entries(run.steps[-1].answer).values())
+        kept = tuple(kept_entries(run.steps[-1].answer).values())
         return kept or tuple(run.exit_stage.new_empty(0, count) for count in self.counts(num_patches, keep_rate))
 
 
-__all__ = ["ScorePredictor", "ScorePredictors", "TokenPruning", "pruning_entries"]
+__all__ = ["ScorePredictor", "ScorePredictors", "TokenPruning", "kept_entries"]

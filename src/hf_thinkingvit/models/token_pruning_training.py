@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .staged_run import Answer, StagedRun
+from .staged_run import Answer, StagedRun, State
 from .task_classification import share_of_batch
 from .token_policies import TokenPolicy
 
 
-# Entries of a stage's state and answer: of each pruning layer, which patches are kept.
+# Entries of a stage's state and answer: of each pruning layer, which patches are kept; and the stage's final patches.
 DECISIONS = "keep_decisions."
+PATCHES = "patch_tokens"
 
 EPSILON = 1e-6  # of the official attention; with it, also an image whose patches are all left out has finite values
 
@@ -110,19 +111,30 @@ def attention_to_kept(
     return (probabilities @ value).transpose(1, 2), probabilities
 
 
+def decisions_of(answer: Answer) -> tuple[torch.Tensor, ...]:
+    """The decisions of each pruning layer; none of a stage that was not pruned."""
+    return tuple(answer[name] for name in answer if name.startswith(DECISIONS))
+
+
+def training_entries(state: State, num_prefix_tokens: int) -> State:
+    """What a pruned stage answers with in training, beside its logits: the decisions, and its final patches."""
+    entries = {name: state[name] for name in state if name.startswith(DECISIONS)}
+    return {**entries, PATCHES: state["tokens"][:, num_prefix_tokens:]} if entries else {}
+
+
 def ratio_loss(answer: Answer, rates: Sequence[float]) -> torch.Tensor | None:
     """
     How far the share of patches that each image keeps is from the `rates`: the squared difference, averaged over the
     batch and the pruning layers, a float32 scalar. `None` where the answer is of a stage that was not pruned.
     """
-    decisions = [answer[name] for name in answer if name.startswith(DECISIONS)]
+    decisions = decisions_of(answer)
     if not decisions:
         return None
     losses = [(kept.mean(dim=1) - rate).square().mean() for kept, rate in zip(decisions, rates, strict=True)]
     return torch.stack(losses).mean()
 
 
-def add_ratio_loss(
+def add_pruning_outputs(
     outputs: ModelOutput,
     config: Any,
     run: StagedRun,
@@ -132,16 +144,27 @@ def add_ratio_loss(
     **kwargs,
 ) -> None:
     """
-    Set `ratio_loss` of a classifier's outputs where the pruned stage ran, and add it to `loss` where there are labels.
-    Scaled by the part's share of a batch of which `num_items_in_batch` labels are counted, as all of `loss`.
+    Set `ratio_loss`, `keep_decisions` and `patch_tokens` of a classifier's outputs where the pruned stage ran in
+    training, and add the ratio loss to `loss` where there are labels. It is scaled by the part's share of a batch of
+    which `num_items_in_batch` labels are counted, as all of `loss`.
     """
-    loss = ratio_loss(run.steps[-1].answer, rates)
+    answer = run.steps[-1].answer
+    loss = ratio_loss(answer, rates)
     if loss is None:
         return
-    outputs.ratio_loss = loss
+    outputs.ratio_loss, outputs.keep_decisions = loss, decisions_of(answer)
+    outputs.patch_tokens = answer[PATCHES]
     if labels is not None:
         outputs.ratio_loss = loss * share_of_batch(labels.to(loss.device), num_items_in_batch)
         outputs.loss = outputs.loss + config.pruning_ratio_loss_weight * outputs.ratio_loss
 
 
-__all__ = ["DECISIONS", "TrainedPruning", "add_ratio_loss", "attention_to_kept", "ratio_loss", "sample_kept"]
+__all__ = [
+    "DECISIONS",
+    "TrainedPruning",
+    "add_pruning_outputs",
+    "attention_to_kept",
+    "ratio_loss",
+    "sample_kept",
+    "training_entries",
+]

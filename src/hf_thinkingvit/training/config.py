@@ -118,8 +118,15 @@ class TrainingConfig:
     sandwich_samples: int = _help("random stages between, with stage_sampling sandwich", 1)
     inplace_distillation: float = _help("share of the last stage's answer in the earlier stages' targets", 0.0)
     teacher: str | None = _help("image classifier to distil from: folder or Hub id")
-    distillation: str = _help("from the teacher's answer or its distribution", "hard", choices=["hard", "soft"])
-    distillation_weight: float = _help("share of the teacher in the loss", 0.5)
+    distillation: str = _help(
+        "from the teacher's answer or its distribution; tokens: of a model that prunes, from the last stage of the "
+        "same model without pruning",
+        "hard",
+        choices=["hard", "soft", "tokens"],
+    )
+    distillation_weight: float = _help(
+        "share of the teacher in the loss; with tokens, the weight of each of its two terms", 0.5
+    )
     distillation_temperature: float = _help("of soft and in-place distillation", 3.0)
 
     mixed_precision: str = _help("of the computation", "no", choices=["no", "fp16", "bf16"])
