@@ -8,6 +8,7 @@ from hf_thinkingvit import ThinkingViTForImageClassification
 from hf_thinkingvit.training import TrainingConfig, parse_config, train
 from hf_thinkingvit.training.distillation import Teacher, token_distance
 from hf_thinkingvit.training.losses import TrainingLoss
+from hf_thinkingvit.training.recipe import build_optimizer, build_schedule
 from hf_thinkingvit.training.starting_point import build_model
 from tests.training.test_starting_point import LABELS, named
 from tests.training.tiny_runs import flags
@@ -103,8 +104,70 @@ def test_trained_predictors_are_not_replaced(tmp_path):
     assert model.config.pruning_keep_rate == 0.75 and "`pruning_keep_rate` 0.5 → 0.75" in said
 
 
+def learning_rates(model, config, step: int) -> dict[str, float]:
+    """Of each parameter, at a step of epochs of 10 steps."""
+    optimizer = build_optimizer(config, model)
+    build_schedule(config, optimizer, steps_per_epoch=10).step_update(step)
+    by_parameter = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    return {name: by_parameter[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def test_the_backbone_learns_later_and_slower():
+    """DynamicViT: not in the first 5 epochs, then with a hundredth of the predictors' rate. Decay as without."""
+    model = lively_model(**PRUNING)
+    config = TrainingConfig(backbone_learning_rate=0.01, frozen_backbone_epochs=5.0)
+    usual = {step: set(learning_rates(model, TrainingConfig(), step).values()) for step in (0, 49, 50, 1500)}
+    for step, (rate,) in usual.items():
+        for name, found in learning_rates(model, config, step).items():
+            factor = 1.0 if "score_predictors" in name else 0.0 if step < 50 else 0.01
+            assert found == pytest.approx(factor * rate), name
+    plain, split = (build_optimizer(each, model).param_groups for each in (TrainingConfig(), config))
+    decays = [{id(p): group["weight_decay"] for group in groups for p in group["params"]} for groups in (plain, split)]
+    assert decays[0] == decays[1]
+
+
+@pytest.mark.parametrize("fields", [{"backbone_learning_rate": 0.1}, {"frozen_backbone_epochs": 1.0}], ids=str)
+def test_rates_of_a_backbone_need_predictors(fields):
+    with pytest.raises(ValueError, match=r"are of models with `model.pruning_layers`"):
+        build_optimizer(TrainingConfig(**fields), lively_model())
+
+
+def test_a_run_with_a_frozen_backbone_goes_on(images, tmp_path):
+    """Interrupted and resumed, it is the run without interruption."""
+    fields = {
+        "model.pruning_layers": "[1]",
+        "backbone_learning_rate": 0.1,
+        "frozen_backbone_epochs": 1,
+        "save_steps": 1,
+    }
+    train(parse_config(flags(images, tmp_path / "whole", max_steps=5, **fields)))
+    train(parse_config(flags(images, tmp_path / "parts", max_steps=2, **fields)))
+    train(parse_config(flags(images, tmp_path / "parts", max_steps=5, resume="auto", **fields)))
+    whole, parts = (
+        ThinkingViTForImageClassification.from_pretrained(tmp_path / name / "last").state_dict()
+        for name in ("whole", "parts")
+    )
+    for name, expected in whole.items():
+        assert torch.equal(parts[name], expected), name
+
+
 def test_a_run(images, tmp_path):
     fields = {"model.pruning_layers": "[1]", "model.pruning_keep_rate": 0.5}
     train(parse_config(flags(images, tmp_path, max_steps=2, **fields)))
     model = ThinkingViTForImageClassification.from_pretrained(tmp_path / "last")
     assert model.config.pruning_layers == [1] and len(model.thinkingvit.score_predictors) == 1
+
+
+def test_a_run_from_the_model_that_teaches_it(images, tmp_path):
+    """As the shipped configurations train."""
+    train(parse_config(flags(images, tmp_path / "plain", max_steps=1)))
+    plain = tmp_path / "plain" / "last"
+    fields = {"from_pretrained": plain, "teacher": plain, "distillation": "tokens", "frozen_backbone_epochs": 9}
+    train(parse_config(flags(images, tmp_path / "pruned", max_steps=2, **{"model.pruning_layers": "[1]"}, **fields)))
+    source, model = (
+        ThinkingViTForImageClassification.from_pretrained(folder).state_dict()
+        for folder in (plain, tmp_path / "pruned" / "last")
+    )
+    for name, tensor in model.items():  # the backbone is frozen to the end
+        assert name not in source or torch.equal(tensor, source[name]), name
+    assert model.keys() - source.keys()

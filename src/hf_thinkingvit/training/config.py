@@ -87,6 +87,12 @@ class TrainingConfig:
     learning_rate_batch: int = _help("see learning_rate", 512)
     warmup_learning_rate: float = _help("where the warm-up starts; not scaled", 1e-6)
     min_learning_rate: float = _help("where the cosine ends; not scaled", 1e-5)
+    backbone_learning_rate: float = _help(
+        "factor of the learning rate of all but the score predictors, of a model that prunes tokens", 1.0
+    )
+    frozen_backbone_epochs: float = _help(
+        "first epochs in which the score predictors alone learn, of a model that prunes tokens", 0.0
+    )
     weight_decay: float = _help("of AdamW; none on norms, biases, class token and position embeddings or biases", 0.05)
     adam_beta1: float = _help("of AdamW", 0.9)
     adam_beta2: float = _help("of AdamW", 0.999)
@@ -159,6 +165,7 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         not_negative = ("cooldown_epochs", "warmup_epochs", "learning_rate", "warmup_learning_rate", "num_workers")
+        not_negative += ("backbone_learning_rate", "frozen_backbone_epochs")
         for name in (*not_negative, "min_learning_rate", "weight_decay", "mixup", "cutmix", "color_jitter"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)!r}.")
