@@ -338,7 +338,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         r"""
         A stand-alone Transformers `ViTForImageClassification` (with a distillation token: `DeiTForImageClassification`)
         with the weights of one stage. For stage 0 it gives the same logits as this model with `max_stages=1`; a later
-        stage is extracted without the recycled tokens, so it gives the same logits only while its α are 0.
+        stage is extracted without the recycled tokens, so it gives the same logits only while its α are 0; a
+        pruned one without its pruning.
 
         Raises:
             ValueError: if there is no such stage.

@@ -69,7 +69,8 @@ class StagedImageClassifierOutput(ModelOutput):
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
-            `exit_stage >= i`, in batch order. On Swin tokens and width are those of the layer of the hierarchy.
+            `exit_stage >= i`, in batch order. Layers after a pruning layer have fewer tokens. On
+            Swin tokens and width are those of the layer of the hierarchy.
         attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
             Attention probabilities `(images, heads of stage i, tokens, tokens)`, one per layer and stage that ran, for
             the same images as in `hidden_states`. On Swin one per block and stage: `(images * windows, heads,
