@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .configuration_checks import check_integer
+from .configuration_checks import check_boolean, check_integer
 from .configuration_nested_vit import NestedViTConfig
 from .configuration_pruning import DEFAULT_KEEP_RATE, check_pruning_fields
 from .configuration_staged import StagedConfig
@@ -42,7 +42,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             `layer_norm_eps` (1e-6), `image_size` (224), `patch_size` (16), `num_channels` (3), `qkv_bias`.
 
     Raises:
-        ValueError: for values that cannot work; the message names the field.
+        ValueError: if a value is invalid; the message names the field.
 
     Example:
 
@@ -99,6 +99,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
     def validate(self) -> None:
         self._check_thinking_stages()
         super().validate()
+        check_boolean("use_distillation_token", self.use_distillation_token)
         if max(self.thinking_stages) > self.num_attention_heads:
             raise ValueError(
                 f"`thinking_stages` asks for {max(self.thinking_stages)} heads, but the model has "
@@ -110,6 +111,8 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
                     f"`intermediate_size` ({self.intermediate_size}) cannot be shared out: a stage of {heads} of "
                     f"{self.num_attention_heads} heads would get a fraction of a channel."
                 )
+        for index, sub_network in enumerate(self.stages):
+            sub_network.check_fits(self, f"Stage {index} of `thinking_stages`")
         check_pruning_fields(self, self.stages[-1])
 
     def _check_thinking_stages(self) -> None:

@@ -93,7 +93,9 @@ class TokenPruning(TokenPolicy):
         self.num_prefix_tokens = num_prefix_tokens
         self.kept: list[torch.Tensor] = []
 
-    def before_layer(self, layer: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def before_layer(
+        self, layer: int, hidden_states: torch.Tensor, is_last: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         if layer not in self.layers:
             return hidden_states, {}
         index, num_prefix = self.layers.index(layer), self.num_prefix_tokens

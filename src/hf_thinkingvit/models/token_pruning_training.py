@@ -63,7 +63,9 @@ class TrainedPruning(TokenPolicy):
         self.predictors, self.layers, self.num_prefix_tokens = predictors, list(layers), num_prefix_tokens
         self.decisions: list[torch.Tensor] = []
 
-    def before_layer(self, layer: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def before_layer(
+        self, layer: int, hidden_states: torch.Tensor, is_last: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         patches = hidden_states[:, self.num_prefix_tokens :]
         previous = self.decisions[-1] if self.decisions else patches.new_ones(patches.shape[:2], dtype=torch.float32)
         if layer in self.layers:
