@@ -25,6 +25,8 @@ from tests.utils import (
         {"thinking_stages": [1, 3], "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 60},
         {"image_size": (32, 48), "patch_size": (8, 16), "use_distillation_token": True},
         {"num_hidden_layers": 1, "num_channels": 1},
+        {"pruning_layers": [1, 2], "pruning_keep_rate": 0.5},
+        {"thinking_stages": [4], "pruning_layers": [0, 2], "pruning_keep_rate": [0.3, 0.2]},
     ],
 )
 def test_equal_to_the_operations_of_the_real_forward(overrides):
@@ -107,6 +109,14 @@ def test_published_figures():
     assert tiny / 1e9 == pytest.approx(1.25, abs=0.005) and small / 1e9 == pytest.approx(4.60, abs=0.005)
     assert (tiny + small) / 1e9 == pytest.approx(5.85, abs=0.005)
     assert sum(stage_macs(ThinkingViTConfig(num_labels=1000))) < tiny + small
+
+
+@pytest.mark.parametrize("rate, gmacs", [(0.7, 2.98), (0.8, 3.46), (0.9, 4.04)])
+def test_published_figures_of_dynamicvit(rate, gmacs):
+    """Of DeiT-S, with the predictors (raoyongming/DynamicViT)."""
+    config = ThinkingViTConfig(thinking_stages=[6], num_labels=1000, pruning_layers=[3, 6, 9], pruning_keep_rate=rate)
+    assert published_stage_macs(config)[0] / 1e9 == pytest.approx(gmacs, abs=0.005)
+    assert stage_macs(config)[0] < published_stage_macs(config)[0]
 
 
 def test_published_figures_of_swin():

@@ -131,6 +131,22 @@ class MaskTransformerTest(LinearSegmenterTest):
     model_tester_class = MaskTransformerTester
 
 
+class PruningModelTester(ThinkingViTModelTester):
+    """One stage that removes patches before its last layer: the first recorded layer has all of them."""
+
+    def __init__(self, parent):
+        super().__init__(parent, thinking_stages=(4,))
+
+    def get_config(self):
+        return self.sized(
+            ThinkingViTConfig, thinking_stages=[4], pruning_layers=[1], pruning_keep_rate=0.5, threshold=0.0
+        )
+
+
+class PruningModelTest(ThinkingViTModelTest):
+    model_tester_class = PruningModelTester
+
+
 class ThinkingSwinModelTester(ThinkingViTModelTester):
     """A ThinkingSwin: two rounds over two layers, 4 × 4 patches and then 2 × 2, in windows of 4 × 4."""
 

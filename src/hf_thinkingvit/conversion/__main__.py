@@ -32,10 +32,31 @@ def main() -> None:
     )
     parser.add_argument("--gate-scale", type=float, metavar="γ", help="of an A-ViT, if the source does not state it")
     parser.add_argument("--gate-center", type=float, metavar="β", help="of an A-ViT, if the source does not state it")
+    parser.add_argument(
+        "--pruning-layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="of a model that prunes tokens, the layers before which it does, if the source does not state them",
+    )
+    parser.add_argument(
+        "--pruning-keep-rate",
+        type=float,
+        metavar="ρ",
+        help="of a model that prunes tokens, the share that it keeps, if the source does not state it",
+    )
     parser.add_argument("--threshold", type=float, nargs="+", metavar="τ", help="τ to store: one, or one per exit")
     arguments = parser.parse_args()
     stated = {
-        name: getattr(arguments, name) for name in ("thinking_stages", "head_rounds", "gate_scale", "gate_center")
+        name: getattr(arguments, name)
+        for name in (
+            "thinking_stages",
+            "head_rounds",
+            "gate_scale",
+            "gate_center",
+            "pruning_layers",
+            "pruning_keep_rate",
+        )
     }
     overrides = {name: value for name, value in stated.items() if value is not None}
     if arguments.threshold is not None:

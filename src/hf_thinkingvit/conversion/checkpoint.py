@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -19,6 +20,18 @@ from .variant import VARIANT_FILE, read_variant
 # What a folder is searched for, in this order, and what is downloaded from the Hub.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "*.pth.tar", "*.pth")
 CONFIG_FILE = "config.json"
+
+
+# What training scripts pickle beside tensors: their arguments, and best accuracies as NumPy scalars. Neither runs code.
+# Versions of NumPy have the function that makes a scalar under two names.
+_scalar = np.float64(0).__reduce__()[0]
+PLAIN_OBJECTS = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
 
 
 def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
@@ -77,14 +90,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _unpickle(path: Path) -> dict:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(PLAIN_OBJECTS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here: all mean that this file cannot be read safely
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
             raise ValueError(
-                f"{path} holds a `{foreign[1]}`. Only tensors, plain values and `argparse.Namespace` are unpickled, "
-                "since anything else could run code: save the checkpoint again without it."
+                f"{path} holds a `{foreign[1]}`. Only tensors, plain values, NumPy scalars and `argparse.Namespace` "
+                "are unpickled, since anything else could run code: save the checkpoint again without it."
             ) from None
         raise ValueError(
             f"{path} is damaged or no PyTorch checkpoint: {type(error).__name__}: {str(error).splitlines()[:1]}"
@@ -95,12 +108,15 @@ def _unpickle(path: Path) -> dict:
 
 
 def _state_dict(content: dict, path: Path) -> dict[str, torch.Tensor]:
-    """The averaged weights if the file has them, else the plain ones, else `content`; without wrappers' prefixes."""
-    candidates = [content.get(name) for name in ("state_dict_ema", "state_dict", "model")] + [content]
+    """
+    The averaged weights if the file has them under timm's name, else the plain ones, else averaged ones under
+    DynamicViT's name (whose evaluation prefers the plain ones), else `content`; without wrappers' prefixes.
+    """
+    candidates = [content.get(name) for name in ("state_dict_ema", "state_dict", "model", "model_ema")] + [content]
     for candidate in candidates:
         if isinstance(candidate, dict) and candidate and all(torch.is_tensor(value) for value in candidate.values()):
             return {name.removeprefix("module."): tensor for name, tensor in candidate.items()}
     raise ValueError(
-        f"{path} holds no state dict: expected tensors under `state_dict_ema`, `state_dict` or at the top, "
-        f"got the keys {sorted(map(str, content))[:20]}."
+        f"{path} holds no state dict: expected tensors under `state_dict_ema`, `state_dict`, `model`, `model_ema` or "
+        f"at the top, got the keys {sorted(map(str, content))[:20]}."
     )

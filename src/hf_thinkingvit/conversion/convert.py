@@ -16,7 +16,7 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
 )
 
-from ..families import FAMILIES, Family
+from ..families import FAMILIES, Family, family_of
 from ..families.official import Checkpoint, OfficialFormat
 from ..image_processing import evaluation_image_processor, segmentation_image_processor
 from .checkpoint import read_checkpoint
@@ -45,8 +45,8 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
         config_overrides:
             Fields of the configuration, such as `threshold` or `id2label`, which win over the source. Some must be
             given where the source does not state them: `thinking_stages` or `head_rounds` for a bare file, `gate_scale`
-            and `gate_center` for an A-ViT. If neither names the classes and there are 1000, they get ImageNet-1K's
-            names.
+            and `gate_center` for an A-ViT, `pruning_keep_rate` for a model that prunes tokens. If neither names the
+            classes and there are 1000, they get ImageNet-1K's names.
 
     Returns:
         The converted model, in evaluation mode.
@@ -106,7 +106,7 @@ def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> Bas
         return segmentation_image_processor(model.config.image_size, **NORMALIZATIONS.get(normalization, {}))
     settings = checkpoint.preprocessing
     options = {
-        "crop_pct": settings.get("crop_pct"),
+        "crop_pct": settings.get("crop_pct") or family_of(model).official.crop_pct(checkpoint),
         "image_mean": settings.get("mean"),
         "image_std": settings.get("std"),
     }

@@ -114,7 +114,8 @@ def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
     criterion = EXIT_CRITERIA[answers.criterion]
     limit = criterion.maximum(answers.num_labels, answers.entropy_top_k)
     if not criterion.exits_below:
-        return np.linspace(limit, 0.0, steps + 1).tolist()
+        highest = limit + limit / steps if answers.exit_at_threshold else limit
+        return np.linspace(highest, 0.0, steps + 1).tolist()
     return np.linspace(0.0, limit + limit / steps, steps + 2).tolist()
 
 
@@ -334,7 +335,7 @@ def measure_stage_milliseconds(model: PreTrainedModel, pixel_values: torch.Tenso
     # The τ at which nothing exits early.
     config = model.config
     criterion = EXIT_CRITERIA[config.exit_criterion]
-    never = 0.0 if criterion.exits_below else criterion.maximum(config.num_labels, config.entropy_top_k)
+    never = 0.0 if criterion.exits_below else 2 * criterion.maximum(config.num_labels, config.entropy_top_k)
     was_training = model.training
     model.eval()
     try:

@@ -73,7 +73,7 @@ class StageConfusions(StageScores):
         confusions (`torch.FloatTensor` of shape `(images, stages, num_labels, num_labels)`):
             Pixels by true and predicted class: 90 KB per image and stage with 150 classes.
         macs (`tuple[int]`): multiply-accumulates of an image that exits at each stage.
-        criterion (`str`), entropy_top_k (`int`): as in the model's configuration.
+        criterion (`str`), entropy_top_k (`int`), exit_at_threshold (`bool`): as in the model's configuration.
     """
 
     scores: torch.Tensor
@@ -81,6 +81,7 @@ class StageConfusions(StageScores):
     macs: tuple[int, ...]
     criterion: str
     entropy_top_k: int
+    exit_at_threshold: bool = False
 
     def row(self, threshold: Threshold) -> dict[str, Any]:
         """The measures under a τ, the mean cost of an image in GMACs, and the share of images that leave per stage."""
@@ -137,4 +138,5 @@ def collect_stage_confusions(
         macs=tuple(torch.tensor(stage_macs(model.config, measured.image_size)).cumsum(0).tolist()),
         criterion=model.config.exit_criterion,
         entropy_top_k=model.config.entropy_top_k,
+        exit_at_threshold=model.config.exit_at_threshold,
     )

@@ -28,12 +28,13 @@ class StageScores:
 
     Attributes:
         scores (`torch.FloatTensor` of shape `(images, stages)`): float32.
-        criterion (`str`), entropy_top_k (`int`): as in the model's configuration.
+        criterion (`str`), entropy_top_k (`int`), exit_at_threshold (`bool`): as in the model's configuration.
     """
 
     scores: torch.Tensor
     criterion: str
     entropy_top_k: int
+    exit_at_threshold: bool
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -54,7 +55,12 @@ class StageScores:
         resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
         # One column per exit, one row per τ; float32 like the scores, to which torch rounds a scalar τ as well.
         columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
-        rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
+        rule = ExitRule(
+            self.criterion,
+            tuple(column[:, None] for column in columns),
+            self.entropy_top_k,
+            exit_at_threshold=self.exit_at_threshold,
+        )
         goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
         stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
         for stage in range(self.num_stages - 1):
@@ -73,7 +79,7 @@ class StageMeasurements(StageScores):
     Scores, and what was measured of every stage's answer to every image, whatever the task.
 
     Attributes:
-        scores, criterion, entropy_top_k: as in [`StageScores`].
+        scores, criterion, entropy_top_k, exit_at_threshold: as in [`StageScores`].
         measures (`dict[str, torch.Tensor]`): on the CPU, each of shape `(images, stages, ...)`, in its dtype (bool as
             uint8, half precision as float32); empty if there were no images.
         image_size (`tuple[int, int]`, *optional*): (height, width) of the last batch; `None` if there was none.
@@ -82,6 +88,7 @@ class StageMeasurements(StageScores):
     scores: torch.Tensor
     criterion: str
     entropy_top_k: int
+    exit_at_threshold: bool
     measures: dict[str, torch.Tensor]
     image_size: tuple[int, int] | None = None
 
@@ -138,7 +145,9 @@ def measure_stages(
         model.train(was_training)
     measures = {name: torch.cat(parts) for name, parts in columns.items()}
     scores = measures.pop("score", torch.zeros(0, len(stages)))
-    return StageMeasurements(scores, config.exit_criterion, config.entropy_top_k, measures, image_size)
+    return StageMeasurements(
+        scores, config.exit_criterion, config.entropy_top_k, config.exit_at_threshold, measures, image_size
+    )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

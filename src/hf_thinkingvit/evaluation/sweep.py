@@ -32,7 +32,8 @@ class StageAnswers(StageScores):
         scores (`torch.FloatTensor` of shape `(images, stages)`): the exit criterion's, float32.
         top1, top5 (`torch.BoolTensor` of shape `(images, stages)`): whether the right class is among the best.
         macs (`tuple[int]`): multiply-accumulates of an image that exits at each stage.
-        criterion (`str`), entropy_top_k, num_labels (`int`): as in the model's configuration.
+        criterion (`str`), entropy_top_k, num_labels (`int`), exit_at_threshold (`bool`): as in the model's
+            configuration.
         dataset (`str`): name of the data set, without local paths.
         split (`str`): a split's name, `"all"` for data without splits, or `"unknown"`.
         conditions (`dict`, *optional*): the model that was measured, as [`model_conditions`] describes it.
@@ -50,6 +51,7 @@ class StageAnswers(StageScores):
     split: str = UNKNOWN
     conditions: Mapping[str, Any] | None = None
     seen: str | None = None
+    exit_at_threshold: bool = False
 
     def select(self, rows: torch.Tensor) -> "StageAnswers":
         """The answers to the images `rows` (indices or a mask)."""
@@ -142,6 +144,7 @@ def collect_stage_answers(
         split=split,
         conditions=model_conditions(model),
         seen=seen,
+        exit_at_threshold=getattr(config, "exit_at_threshold", False),  # missing in remote code of earlier versions
     )
 
 

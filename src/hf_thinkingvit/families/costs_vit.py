@@ -1,6 +1,6 @@
 """
 Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages, and of
-tokens that halt. `evaluation/macs.py` says what is counted.
+tokens that halt or are pruned. `evaluation/macs.py` says what is counted.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from ..models.configuration_avit import AViTConfig
 from ..models.configuration_checks import as_pair
 from ..models.configuration_nested_vit import NestedViTConfig
+from ..models.configuration_pruning import kept_counts, resolve_keep_rates
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 from ..models.sub_networks import SubNetwork
 
@@ -21,7 +22,7 @@ def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None
     """
     is_dense = config.decoder_type is not None
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
-    stages, layers = config.stages, config.num_hidden_layers
+    stages = config.stages
     macs = []
     for index, stage in enumerate(stages):
         if index == 0:
@@ -31,25 +32,30 @@ def stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None
             entry = 0 if is_dense else _tokens_of_layer(previous, num_tokens - 1, num_tokens)
             entry += num_tokens * previous.hidden_size * stage.hidden_size
             entry += _patch_embedding(config, num_patches, stage.hidden_size - previous.hidden_size)
-        whole_layers = (layers - 1) * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
-        num_queries = num_tokens if is_dense else 1
-        last_layer = _key_value(stage, num_tokens) + _tokens_of_layer(stage, num_queries, num_tokens)
-        macs.append(entry + whole_layers + last_layer + _answer(config, stage, num_patches))
+        pruned = index == len(stages) - 1
+        *whole, last = _tokens_in_layers(config, num_patches) if pruned else [num_tokens] * config.num_hidden_layers
+        layers = sum(_key_value(stage, tokens) + _tokens_of_layer(stage, tokens, tokens) for tokens in whole)
+        layers += _score_predictors(config, num_patches) if pruned else 0
+        last_layer = _key_value(stage, last) + _tokens_of_layer(stage, last if is_dense else 1, last)
+        macs.append(entry + layers + last_layer + _answer(config, stage, num_patches))
     return macs
 
 
 def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
     """
-    As published: every stage with all tokens of all layers and its own patch embedding, recycling and decoders not
-    counted.
+    As published: every stage with all tokens of all layers (that were not pruned before) and its own patch embedding,
+    recycling and decoders not counted.
     """
     num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
-    return [
-        _patch_embedding(config, num_patches, stage.hidden_size)
-        + config.num_hidden_layers * (_key_value(stage, num_tokens) + _tokens_of_layer(stage, num_tokens, num_tokens))
-        + (0 if config.decoder_type is not None else stage.hidden_size * config.num_labels)
-        for stage in config.stages
-    ]
+    macs = []
+    for index, stage in enumerate(config.stages):
+        pruned = index == len(config.stages) - 1
+        tokens_in_layers = _tokens_in_layers(config, num_patches) if pruned else [num_tokens] * config.num_hidden_layers
+        layers = sum(_key_value(stage, tokens) + _tokens_of_layer(stage, tokens, tokens) for tokens in tokens_in_layers)
+        layers += _score_predictors(config, num_patches) if pruned else 0
+        classifier = 0 if config.decoder_type is not None else stage.hidden_size * config.num_labels
+        macs.append(_patch_embedding(config, num_patches, stage.hidden_size) + layers + classifier)
+    return macs
 
 
 def _answer(config: ThinkingViTConfig, stage: SubNetwork, num_patches: int) -> int:
@@ -92,6 +98,33 @@ def _num_patches_and_tokens(config: NestedViTConfig, image_size: int | Sequence[
         height, width = height + -height % patch_height, width + -width % patch_width
     num_patches = (height // patch_height) * (width // patch_width)
     return num_patches, num_patches + config.num_prefix_tokens
+
+
+def _kept_patches(config: ThinkingViTConfig, num_patches: int) -> dict[int, int]:
+    """The patches that remain from each pruning layer on, by the layer's number."""
+    layers = config.pruning_layers or []
+    if not layers:
+        return {}
+    rates = resolve_keep_rates(config.pruning_keep_rate, len(layers))
+    return dict(zip(layers, kept_counts(rates, num_patches)))
+
+
+def _tokens_in_layers(config: ThinkingViTConfig, num_patches: int) -> list[int]:
+    """Tokens in each layer of the last stage."""
+    kept, tokens = _kept_patches(config, num_patches), []
+    for layer in range(config.num_hidden_layers):
+        num_patches = kept.get(layer, num_patches)
+        tokens.append(num_patches + config.num_prefix_tokens)
+    return tokens
+
+
+def _score_predictors(config: ThinkingViTConfig, num_patches: int) -> int:
+    """The predictors of the last stage, each of which scores the patches that it is given."""
+    width, macs = config.stages[-1].hidden_size, 0
+    for remaining in _kept_patches(config, num_patches).values():
+        macs += num_patches * (width**2 + width * (width // 2) + (width // 2) * (width // 4) + (width // 4) * 2)
+        num_patches = remaining
+    return macs
 
 
 def _patch_embedding(config: NestedViTConfig, num_patches: int, width: int) -> int:

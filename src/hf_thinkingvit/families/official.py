@@ -53,6 +53,10 @@ def unchanged_state_dict(checkpoint: Checkpoint, **overrides) -> dict[str, torch
     return checkpoint.state_dict
 
 
+def default_crop_pct(checkpoint: Checkpoint) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class OfficialFormat:
     """
@@ -74,6 +78,9 @@ class OfficialFormat:
         task (`str`): which of the family's heads the checkpoints have.
         count_labels (`Callable`, *optional*):
             The state dict that `prepare` returned to the number of classes; by default the rows of the classifier.
+        crop_pct (`Callable`):
+            `(checkpoint)` to the share of the resized shorter side that evaluation crops, where the files do not state
+            it; `None` for the default.
     """
 
     required: Mapping[str, int]
@@ -84,6 +91,7 @@ class OfficialFormat:
     prepare: Callable[..., dict[str, torch.Tensor]] = unchanged_state_dict
     task: str = "image-classification"
     count_labels: Callable[[dict[str, torch.Tensor]], int] | None = None
+    crop_pct: Callable[[Checkpoint], float | None] = default_crop_pct
 
     def num_labels(self, state_dict: dict[str, torch.Tensor]) -> int:
         """The number of classes, from the state dict that `prepare` returned."""

@@ -6,7 +6,7 @@ of. A new family is one module beside this one, and one configuration and one mo
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,7 +25,7 @@ TRAINING_FIELDS = frozenset(
     }
 )
 # Fields of every family that thinks in stages: when an image exits, and how the stages are weighted in training.
-EXIT_FIELDS = frozenset({"threshold", "exit_criterion", "entropy_top_k", "stage_loss_weights"})
+EXIT_FIELDS = frozenset({"threshold", "exit_criterion", "exit_at_threshold", "entropy_top_k", "stage_loss_weights"})
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ class Family:
         announced_fields (`frozenset[str]`):
             Fields that may change as well, but then the same weights compute another function, which a training run
             announces.
+        added_parameters (`Mapping[str, str]`):
+            Fields that, where the starting point has none, add parameters without changing the others: by the field's
+            name, the pattern of their names. A training run initialises these freshly and announces it.
         card (`CardText`): of model cards.
         paper (`Paper`): to cite.
         official (`OfficialFormat`, *optional*): how the authors' classifiers are converted, where there are any.
@@ -125,6 +128,7 @@ class Family:
     paper: Paper
     official: OfficialFormat | None = None
     other_official: tuple[OfficialFormat, ...] = ()
+    added_parameters: Mapping[str, str] = field(default_factory=dict)
     without_mixup: str | None = None
 
     @property

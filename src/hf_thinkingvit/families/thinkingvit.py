@@ -12,6 +12,7 @@ from ..models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSeg
 from . import costs_vit
 from .official import Checkpoint, OfficialFormat
 from .official_deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
+from .official_pruning import CROP_PCT, cut_to_stages, predictor_name, predictor_width, pruning_fields
 from .official_segmenter import SEGMENTER
 from .official_supernet import cut_supernet, is_supernet
 from .record import (
@@ -32,28 +33,36 @@ def official_name(name: str) -> str:
     name = name.removeprefix("thinkingvit.")
     recycler = re.match(r"^recyclers\.(\d+)\.(?:projection\.)?(.*)$", name)
     if recycler is None:
-        return deit_name(name)
+        return predictor_name(name) or deit_name(name)
     index, rest = int(recycler[1]), recycler[2]
     return f"alpha.{index}" if rest == "alpha" else f"proj_layer{index + 1 if index else ''}.{rest}"
 
 
 def matches(checkpoint: Checkpoint, overrides: dict) -> bool:
-    """Whether this is a ThinkingViT on DeiT: there are recycling weights, or the files or overrides state stages."""
+    """
+    Whether this is a ThinkingViT on DeiT: there are recycling weights or predictors of token pruning, or the files or
+    overrides state stages.
+    """
     return (
         "alpha.0" in checkpoint.state_dict
         or "proj_layer.weight" in checkpoint.state_dict
+        or predictor_width(checkpoint.state_dict) is not None
         or "thinking_stages" in {**checkpoint.model_args, **overrides}
     ) and not any(name.startswith("layers.") for name in checkpoint.state_dict)
 
 
 def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
     """
-    The state dict, which for checkpoints of the first release is cut to the widest stage.
+    The state dict, which for checkpoints of the first release, and for those with token pruning, is cut to the widest
+    stage.
 
     Raises:
         ValueError: if it is of the first release, and neither files nor overrides state the heads of the stages.
     """
     hidden_size = checkpoint.state_dict["patch_embed.proj.weight"].shape[0]
+    if predictor_width(checkpoint.state_dict) is not None:
+        stages = _stated_stages(checkpoint, overrides) or _stages_from_widths(checkpoint, hidden_size)
+        return cut_to_stages(checkpoint, _head_dim(checkpoint, hidden_size), stages)
     num_heads = checkpoint.model_args.get("num_heads") or hidden_size // DEIT_HEAD_DIM
     thinking_stages = _stated_stages(checkpoint, overrides)
     num_stages = len(thinking_stages or _projection_widths(checkpoint)) + (thinking_stages is None)
@@ -94,6 +103,8 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingViTConfig:
     fields = deit_fields(checkpoint)
     thinking_stages = _stated_stages(checkpoint, overrides) or _stages_from_widths(checkpoint, fields["hidden_size"])
     fields["num_attention_heads"] = max(thinking_stages)
+    if predictor_width(checkpoint.state_dict) is not None:
+        fields |= pruning_fields(checkpoint, fields["num_hidden_layers"], len(thinking_stages), overrides)
     return ThinkingViTConfig(**{**fields, **overrides, "thinking_stages": thinking_stages})
 
 
@@ -132,16 +143,24 @@ def _projection_widths(checkpoint: Checkpoint) -> list[int]:
 
 
 def _stages_from_widths(checkpoint: Checkpoint, hidden_size: int) -> list[int]:
-    widths = [*_projection_widths(checkpoint), hidden_size]
-    head_dim = DEIT_HEAD_DIM
-    if checkpoint.model_args.get("num_heads"):
-        head_dim = hidden_size // checkpoint.model_args["num_heads"]
+    widths = [*_projection_widths(checkpoint), predictor_width(checkpoint.state_dict) or hidden_size]
+    head_dim = _head_dim(checkpoint, hidden_size)
     if any(width % head_dim for width in widths):
         raise ValueError(
             f"{checkpoint.path} has stages of {widths} channels and does not say how many heads they have. "
             "Pass `thinking_stages`, the heads of each stage (--thinking-stages on the command line)."
         )
     return [width // head_dim for width in widths]
+
+
+def _head_dim(checkpoint: Checkpoint, hidden_size: int) -> int:
+    """Channels of a head, of tensors that may have been cut since the files stated their sizes."""
+    stated = checkpoint.model_args
+    return (stated.get("embed_dim") or hidden_size) // stated["num_heads"] if stated.get("num_heads") else DEIT_HEAD_DIM
+
+
+def crop_pct(checkpoint: Checkpoint) -> float | None:
+    return CROP_PCT if predictor_width(checkpoint.state_dict) is not None else None
 
 
 STAGED_LIMITS = (
@@ -169,8 +188,9 @@ FAMILY = Family(
     },
     costs=Costs(stages=costs_vit.stage_macs, published_stages=costs_vit.published_stage_macs),
     plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
-    free_fields=TRAINING_FIELDS | EXIT_FIELDS,
-    announced_fields=frozenset({"thinking_stages"}),
+    free_fields=TRAINING_FIELDS | EXIT_FIELDS | {"pruning_ratio_loss_weight"},
+    announced_fields=frozenset({"thinking_stages", "pruning_keep_rate"}),
+    added_parameters={"pruning_layers": "thinkingvit.score_predictors.*"},
     card=CardText(
         description="""\
 A ThinkingViT ([arXiv 2507.10800](https://arxiv.org/abs/2507.10800)), a nested Vision Transformer: a few leading
@@ -179,6 +199,6 @@ the recycled tokens.""",
         limits=STAGED_LIMITS,
     ),
     paper=THINKINGVIT_PAPER,
-    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
+    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare, crop_pct),
     other_official=(SEGMENTER,),
 )

@@ -152,7 +152,8 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
             description["threshold"] = _threshold(config.threshold)
         criterion = EXIT_CRITERIA[config.exit_criterion]
         description["criterion"] = criterion.description.format(top_k=config.entropy_top_k)
-        description["side"] = "below" if criterion.exits_below else "above"
+        side = "below" if criterion.exits_below else "above"
+        description["side"] = f"{side} or equal to" if config.exit_at_threshold else side
     return description
 
 

@@ -77,6 +77,9 @@ class StagedConfig(PreTrainedConfig):
             0 to ln 2). By default `"mean_binary_entropy"` where `problem_type` is `"multi_label_classification"`, and
             `"topk_entropy"` otherwise. Setting another one later (or a `problem_type` that it does not suit) resets
             `threshold` to `None`, and it must then be set as well; only 0 remains valid from one entropy to another.
+        exit_at_threshold (`bool`, *optional*, defaults to `False`):
+            Whether an image whose score equals τ exits as well, as in the published ThinkingViT with DynamicViT (which
+            also has `exit_criterion="entropy"`). Then a τ of 0 still lets an entropy of exactly 0 exit.
         entropy_top_k (`int`, *optional*, defaults to 10):
             How many of the largest probabilities `"topk_entropy"` uses.
         stage_loss_weights (`list[float]`, *optional*):
@@ -89,10 +92,18 @@ class StagedConfig(PreTrainedConfig):
 
     is_staged: ClassVar[bool] = True
     # So that `Trainer` hands `compute_metrics` the logits alone, as for any classifier.
-    keys_to_ignore_at_inference = ["exit_stage", "entropy", "stage_logits", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = [
+        "exit_stage",
+        "entropy",
+        "stage_logits",
+        "kept_tokens",
+        "hidden_states",
+        "attentions",
+    ]
 
     threshold: float | int | list[float] | tuple[float, ...] | None = None
     exit_criterion: str | None = None
+    exit_at_threshold: bool = False
     entropy_top_k: int = 10
     stage_loss_weights: list[float] | tuple[float, ...] | None = None
     label_smoothing: float | int = 0.0

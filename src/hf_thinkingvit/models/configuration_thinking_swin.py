@@ -81,7 +81,7 @@ class ThinkingSwinConfig(StagedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             ε of the blocks' norms and the final one; the norms of patch embedding and patch merging always have 1e-5,
             as in Transformers' Swin.
-        threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
+        threshold, exit_criterion, exit_at_threshold, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
 
     Raises:

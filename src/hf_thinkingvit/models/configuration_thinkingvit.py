@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from .configuration_checks import check_boolean, check_choice, check_integer, check_number
 from .configuration_nested_vit import NestedViTConfig
+from .configuration_pruning import DEFAULT_KEEP_RATE, check_pruning_fields
 from .configuration_staged import StagedConfig
 from .exit_criteria import EXIT_CRITERIA
 from .sub_networks import SubNetwork
@@ -38,7 +39,18 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             Dropout in the mask transformer, of attention probabilities too. Segmenter's recipe has 0.1.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
             Label of the pixels that do not count in the segmentation loss.
-        threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
+        pruning_layers (`list[int]`, *optional*):
+            Layers, counted from 0, before which the last stage removes the patches that a small predictor scores lowest
+            (DynamicViT, arXiv 2106.02034: `[3, 6, 9]`). None by default. With `thinking_stages=[6]` this is DynamicViT
+            itself. In training mode the predictors' decisions are sampled, and patches are left out
+            of the attention instead of removed.
+        pruning_keep_rate (`float` or `list[float]`, *optional*):
+            Share of the image's patches that remain: one number ρ, for ρ, ρ², ρ³ and so on, or one share per pruning
+            layer. By default 0.7 where there are `pruning_layers`.
+        pruning_ratio_loss_weight (`float`, *optional*, defaults to 2.0):
+            Weight in the training loss of how far the shares that the predictors keep are from `pruning_keep_rate`
+            (official: 2 for DeiT-S, 5 for DeiT-B).
+        threshold, exit_criterion, exit_at_threshold, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
         kwargs:
             The ViT fields of [`NestedViTConfig`], at full width: `hidden_size` (by default 64 channels a head),
@@ -79,6 +91,10 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
     decoder_intermediate_size: int | None = None
     decoder_dropout_prob: float | int = 0.0
     semantic_loss_ignore_index: int = 255
+    pruning_layers: list[int] | tuple[int, ...] | None = None
+    pruning_keep_rate: float | int | list[float] | tuple[float, ...] | None = None
+
+    pruning_ratio_loss_weight: float | int = 2.0
 
     def __post_init__(self, **kwargs):
         self._check_thinking_stages()
@@ -89,6 +105,8 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             kwargs.setdefault("auto_map", {**self.remote_code, **self.remote_code_of_decoders})
             if self.exit_criterion is None:
                 self.exit_criterion = "mean_pixel_entropy"
+        if self.pruning_layers and self.pruning_keep_rate is None:
+            self.pruning_keep_rate = DEFAULT_KEEP_RATE
         super().__post_init__(**kwargs)
 
     @property
@@ -128,6 +146,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
                 )
         for index, sub_network in enumerate(self.stages):
             sub_network.check_fits(self, f"Stage {index} of `thinking_stages`")
+        check_pruning_fields(self, self.stages[-1])
 
         if self.decoder_type is not None:
             self._check_decoder()

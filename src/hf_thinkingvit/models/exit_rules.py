@@ -1,7 +1,8 @@
 """
 When is an answer good enough? An exit rule compares the scores of an exit criterion (`exit_criteria.py`) with τ.
 
-Comparisons are strict, and a NaN score never passes one: an image with a broken answer goes on to the last stage.
+Comparisons are strict unless the configuration says otherwise (`exit_at_threshold`), and a NaN score never passes one:
+an image with a broken answer goes on to the last stage.
 """
 
 import math
@@ -106,6 +107,7 @@ class ExitRule:
         reported_entropy (`Callable`, *optional*): `(logits, top_k) -> (images,)`, the entropy to report where the
             criterion's score is not an entropy; by default `topk_entropy`, and `mean_binary_entropy` for criteria that
             judge each label by itself.
+        exit_at_threshold (`bool`): whether a score equal to τ exits as well.
 
     Not for subclassing: sweep and exports compare scores with τ as this class does. Another way to decide is another
     criterion.
@@ -115,6 +117,7 @@ class ExitRule:
     thresholds: tuple[float, ...]
     entropy_top_k: int
     reported_entropy: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    exit_at_threshold: bool = False
 
     @classmethod
     def from_config(
@@ -137,6 +140,7 @@ class ExitRule:
             resolve_thresholds(threshold, config.num_stages - 1),
             config.entropy_top_k,
             reported_entropy,
+            getattr(config, "exit_at_threshold", False),  # missing in remote code of earlier versions
         )
         rule.check_problem_type(configured_problem_type(config))
         return rule
@@ -165,6 +169,11 @@ class ExitRule:
                 + ("" if criterion.exits_below else " and `exit_criterion` to 'topk_entropy'")
                 + ", at which no image exits early, and choose the compute of a call by its argument `max_stages`. A "
                 "saved model takes it on loading: `from_pretrained(..., threshold=0)`."
+            )
+        if problem_type == "regression" and self.thresholds and self.exit_at_threshold:
+            raise ValueError(
+                "`exit_at_threshold` lets every image of a regression exit at once, since a score of 0 equals "
+                "`threshold` = 0: set it to False."
             )
 
     def judge(self, stage_index: int, answer: Answer, memory: Memory | None = None) -> Verdict:
@@ -200,13 +209,20 @@ class ExitRule:
         if stage_index >= len(self.thresholds):
             return torch.ones_like(score, dtype=torch.bool)
         threshold = self.thresholds[stage_index]
-        return score < threshold if EXIT_CRITERIA[self.criterion].exits_below else score > threshold
+        if EXIT_CRITERIA[self.criterion].exits_below:
+            return score <= threshold if self.exit_at_threshold else score < threshold
+        return score >= threshold if self.exit_at_threshold else score > threshold
 
 
 def check_exit_fields(config) -> None:
-    """`ValueError` for invalid `threshold`, `exit_criterion`, `entropy_top_k` or `stage_loss_weights`."""
+    """
+    `ValueError` for invalid `threshold`, `exit_criterion`, `exit_at_threshold`, `entropy_top_k` or
+    `stage_loss_weights`.
+    """
     if not isinstance(config.exit_criterion, str) or config.exit_criterion not in EXIT_CRITERIA:
         raise ValueError(f"`exit_criterion` must be one of {sorted(EXIT_CRITERIA)}, got {config.exit_criterion!r}.")
+    if not isinstance(config.exit_at_threshold, bool):
+        raise ValueError(f"`exit_at_threshold` must be true or false, got {config.exit_at_threshold!r}.")
     check_integer("entropy_top_k", config.entropy_top_k, minimum=2)  # the entropy of one class is always 0
     ExitRule.from_config(config)
     weights = config.stage_loss_weights

@@ -30,10 +30,13 @@ from .nested_vit import (
     finish_layers,
     run_layers,
 )
+from .staged_compilation import compilable_step
 from .staged_loop import StagedModelMixin, resolve_stages, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
+from .token_pruning import ScorePredictors, kept_entries
+from .token_pruning_training import add_pruning_outputs, training_entries
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
@@ -63,6 +66,11 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
     _supports_flex_attn = True
     _can_record_outputs = {"hidden_states": record(NestedViTLayer), "attentions": NestedViTAttention}
 
+    def __init__(self, config: ThinkingViTConfig):
+        super().__init__(config)
+        if config.pruning_layers and getattr(self, "reads_all_tokens", False):
+            raise ValueError(f"{type(self).__name__} reads every patch: it cannot have `pruning_layers`.")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -84,6 +92,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         self.layers = build_layers(config)
         self.layernorm = NestedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recyclers = nn.ModuleList([ThinkingViTRecycler(config, sub_network) for sub_network in self.stages[:-1]])
+        self.score_predictors = ScorePredictors(config, self.stages[-1].hidden_size)
         self.post_init()
 
     def begin(
@@ -103,23 +112,45 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         """Whether a later stage reads channels that `embeddings` lacks."""
         return embeddings.shape[-1] < self.stages[-1].hidden_size
 
-    def run_stage(self, stage_index: int, state: State, all_tokens: bool = True, **kwargs) -> State:
+    def run_stage(
+        self,
+        stage_index: int,
+        state: State,
+        all_tokens: bool = True,
+        keep_rate: float | Sequence[float] | None = None,
+        output_kept_tokens: bool = False,
+        **kwargs,
+    ) -> State:
         """
         Run the layers of a stage. Unless `all_tokens`, the last layer computes the class token alone, and the state
-        holds the inputs, keys and values from which `recycle` computes its other tokens.
+        holds the inputs, keys and values from which `recycle` computes its other tokens. In the last stage of a model
+        with pruning layers, patches are removed, or in training mode left out of the attention.
 
         Returns:
-            The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm.
+            The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm;
+            of a pruned stage `keep_decisions.0` and so on in training, `kept_tokens.0` and so on if they are asked for.
         """
-        num_queries = None if all_tokens else 1
+        hidden_states = state["hidden_states"]
+        is_pruned = len(self.score_predictors) > 0 and stage_index == len(self.stages) - 1
+        num_queries = None if all_tokens or (is_pruned and self.training) else 1
+        pruning = self.score_predictors.policy(hidden_states, keep_rate) if is_pruned else None
         tokens, pending = run_layers(
-            self.layers, state["hidden_states"], self.stages[stage_index], num_queries=num_queries, **kwargs
+            self.layers, hidden_states, self.stages[stage_index], policy=pruning, num_queries=num_queries, **kwargs
         )
         inputs = {name: state[name] for name in ("pixel_values", "embeddings") if name in state}
+        if is_pruned and (output_kept_tokens or self.training):
+            inputs.update(pruning.entries())
         return {**inputs, "tokens": self.layernorm(tokens), **pending}
 
-    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
-        """The state with which stage `stage_index + 1` starts, from that in which `run_stage` left this one."""
+    def recycle(
+        self,
+        stage_index: int,
+        state: State,
+        keep_rate: float | Sequence[float] | None = None,
+        output_kept_tokens: bool = False,
+        **kwargs,
+    ) -> State:
+        """The state with which stage `stage_index + 1` starts, of all tokens: only the last stage removes any."""
         tokens, embeddings = state["tokens"], state["embeddings"]
         if "key" in state:
             others = finish_layers(self.layers, state, self.stages[stage_index], **kwargs)
@@ -138,6 +169,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         *,
         max_stages: int | None = None,
         sub_network: int | None = None,
+        keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
@@ -146,24 +178,28 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
             max_stages (`int`, *optional*): run only this many stages; all by default.
             sub_network (`int`, *optional*): run the sub-network of this stage alone, without recycled tokens.
+            keep_rate (`float` or `list[float]`, *optional*): share of patches that remain where tokens are pruned,
+                instead of `config.pruning_keep_rate`.
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens of the last stage
-            that ran, after the final LayerNorm, `(batch_size, tokens, width of that stage)`. `hidden_states` and
+            that ran, after the final LayerNorm, `(batch_size, tokens, width of that stage)`; where patches were
+            removed, the remaining ones in descending order of their last scores. `hidden_states` and
             `attentions` hold every layer of every stage, in order, as in `StagedImageClassifierOutput`.
 
         Raises:
-            ValueError: for pixel values, `max_stages` or `sub_network` that do not fit the model.
+            ValueError: for pixel values, `max_stages`, `sub_network` or `keep_rate` that do not fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
+        self.score_predictors.check_keep_rate(keep_rate)
         state = self.begin(pixel_values, interpolate_pos_encoding, stages)
         for stage_index in stages:
             if stage_index > stages.start:
                 state = self.recycle(stage_index - 1, state, **kwargs)
-            state = self.run_stage(stage_index, state, **kwargs)
+            state = self.run_stage(stage_index, state, keep_rate=keep_rate, **kwargs)
         return BaseModelOutput(last_hidden_state=state["tokens"])
 
 
@@ -190,7 +226,20 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         self.post_init()
 
     def answer(self, stage_index: int, state: State) -> Answer:
-        return {"logits": self.classifier(state["tokens"][:, 0])}
+        pruning = training_entries(state, self.config.num_prefix_tokens) if self.training else kept_entries(state)
+        return {"logits": self.classifier(state["tokens"][:, 0]), **pruning}
+
+    @compilable_step
+    def run_stage(
+        self,
+        stage_index: int,
+        state: State,
+        is_last: bool = False,
+        keep_rate: float | tuple[float, ...] | None = None,
+        **kwargs,
+    ) -> State:
+        """As in [`StagedModelMixin`]. Sizes depend on `keep_rate`, so there is a compiled program for each."""
+        return super().run_stage(stage_index, state, is_last=is_last, keep_rate=keep_rate, **kwargs)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -201,7 +250,9 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
         sub_network: int | None = None,
+        keep_rate: float | Sequence[float] | None = None,
         output_stage_logits: bool | None = None,
+        output_kept_tokens: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> StagedImageClassifierOutput:
@@ -224,8 +275,13 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             sub_network (`int`, *optional*):
                 Run the sub-network of this stage alone, from the embeddings and without recycled tokens. It is the
                 `exit_stage` of every image.
+            keep_rate (`float` or `list[float]`, *optional*):
+                Of a model with pruning layers: the share of the image's patches that remain, instead of
+                `config.pruning_keep_rate`. The same weights serve several rates.
             output_stage_logits (`bool`, *optional*):
                 Return every stage's logits for every image, which makes all of them run.
+            output_kept_tokens (`bool`, *optional*):
+                Return the patches that remain at each pruning layer, `kept_tokens`; empty without pruning layers.
             interpolate_pos_encoding (`bool`, *optional*):
                 Accept images of another size than `config.image_size`, and interpolate the position embeddings.
 
@@ -233,11 +289,14 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             [`StagedImageClassifierOutput`]
 
         Raises:
-            ValueError: for pixel values, labels, `threshold`, `max_stages` or `sub_network` that do not fit the model.
+            ValueError: for pixel values, labels, `threshold`, `max_stages`, `sub_network` or `keep_rate` that do not
+                fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
+        predictors = self.thinkingvit.score_predictors
+        pruning = predictors.arguments(keep_rate, output_kept_tokens)
         self.check_call(pixel_values, labels, stages, output_stage_logits)
         run = run_stages(
             self,
@@ -246,9 +305,15 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             pixel_values,
             run_all=bool(output_stage_logits),
             interpolate_pos_encoding=interpolate_pos_encoding,
+            **pruning,
             **kwargs,
         )
-        return self.build_output(run, labels, output_stage_logits, **kwargs)
+        outputs = self.build_output(run, labels, output_stage_logits, **kwargs)
+        add_pruning_outputs(outputs, self.config, run, predictors.rates(keep_rate), labels, **kwargs)
+        if output_kept_tokens:
+            num_patches = self.thinkingvit.embeddings.count_patches(pixel_values)
+            outputs.kept_tokens = predictors.kept_tokens(run, num_patches, keep_rate)
+        return outputs
 
     @classmethod
     def from_vit(cls, source, thinking_stages=None, **config_overrides) -> "ThinkingViTForImageClassification":
@@ -280,7 +345,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         r"""
         A stand-alone Transformers `ViTForImageClassification` (with a distillation token: `DeiTForImageClassification`)
         with the weights of one stage. For stage 0 it gives the same logits as this model with `max_stages=1`; a later
-        stage is extracted without the recycled tokens, so it gives the same logits only while its α are 0.
+        stage is extracted without the recycled tokens, so it gives the same logits only while its α are 0; a
+        pruned one without its pruning.
 
         Raises:
             ValueError: if there is no such stage.

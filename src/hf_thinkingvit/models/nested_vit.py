@@ -95,6 +95,10 @@ class NestedViTEmbeddings(nn.Module):
         position_embeddings = self.interpolate_pos_encoding(self.position_embeddings[..., start:stop], patch_grid)
         return self.dropout(torch.cat(tokens, dim=1) + position_embeddings)
 
+    def count_patches(self, pixel_values: torch.Tensor) -> int:
+        """Patches of each image of `pixel_values` (batch_size, num_channels, height, width)."""
+        return (pixel_values.shape[2] // self.patch_size[0]) * (pixel_values.shape[3] // self.patch_size[1])
+
     def check(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool | None) -> None:
         """`ValueError` for images that do not fit: channels, or a size that is not to be interpolated to."""
         check_pixel_values(pixel_values, self.num_channels)
@@ -170,11 +174,13 @@ class NestedViTAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         query_lengths: tuple[int, ...] | None = None,
         key_lengths: tuple[int, ...] | None = None,
+        kept_keys: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         `hidden_states` (batch, queries, width), normalised; key and value of all tokens; additive mask. With lengths,
-        the batch is one row in which images lie packed one after another (`packed_attention`).
+        the batch is one row in which images lie packed one after another (`packed_attention`); with `kept_keys`
+        (batch, tokens), tokens are left out as in the training of token pruning (`attention_to_kept`).
         """
         width = hidden_states.shape[-1]
         scaling = self.scaling if sub_network.head_dim == self.head_dim else sub_network.head_dim**-0.5
@@ -184,6 +190,12 @@ class NestedViTAttention(nn.Module):
 
             attn_output = packed_attention(query, key, value, query_lengths, key_lengths, scaling)
             return self.o_proj(attn_output.flatten(2), width), None
+        if kept_keys is not None:
+            from .token_pruning_training import attention_to_kept
+
+            dropout = self.attention_dropout if self.training else 0.0
+            attn_output, attn_weights = attention_to_kept(query, key, value, kept_keys, scaling, dropout)
+            return self.o_proj(attn_output.flatten(2), width), attn_weights
         attn_output, attn_weights = attend(self, query, key, value, attention_mask, scaling, **kwargs)
         attn_output = attn_output.reshape(*hidden_states.shape[:2], sub_network.attention_size).contiguous()
         return self.o_proj(attn_output, width), attn_weights
@@ -213,6 +225,7 @@ class NestedViTLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         sub_network: SubNetwork,
+        kept_keys: torch.Tensor | None = None,
         queries: slice | torch.Tensor | None = None,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
@@ -226,6 +239,9 @@ class NestedViTLayer(GradientCheckpointingLayer):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, tokens, sub_network.hidden_size)`): the tokens.
             sub_network (`SubNetwork`): the sizes, with one `intermediate_size`.
+            kept_keys (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
+                Which tokens the attention does not leave out, see [`NestedViTAttention`]. Differentiable, so it must be
+                a positional argument: re-entrant gradient checkpointing gives no gradient to others.
             queries (`slice` or `torch.LongTensor`, *optional*):
                 Compute only these of the tokens; the others are their keys and values.
             key, value (`torch.Tensor` of shape `(batch, heads, all tokens, head_dim)`, *optional*):
@@ -245,7 +261,7 @@ class NestedViTLayer(GradientCheckpointingLayer):
         if queries is not None:
             hidden_states, normed = hidden_states[:, queries], normed[:, queries]
         attention, mlp, dropout = self.attention, self.mlp, self.dropout
-        attn_output, _ = attention(normed, sub_network, key, value, **kwargs)
+        attn_output, _ = attention(normed, sub_network, key, value, kept_keys=kept_keys, **kwargs)
         hidden_states = add_residual(hidden_states, dropout(attn_output), attention.o_proj, attention, dropout)
         normed = _zero_inactive(self.layernorm_after(hidden_states), active)
         mlp_output = mlp(normed, sub_network.intermediate_size)
@@ -290,11 +306,13 @@ def run_layers(
             if policy.is_done:
                 break
             hidden_states, arguments = policy.before_layer(number, hidden_states, is_last)
+        kept_keys = arguments.pop("kept_keys", None)
         if num_queries is None or not is_last:
-            hidden_states = layer(hidden_states, sizes, **arguments, **kwargs)
+            hidden_states = layer(hidden_states, sizes, kept_keys, **arguments, **kwargs)
         else:
             others = hidden_states[:, num_queries:]
-            hidden_states, key, value = layer(hidden_states, sizes, slice(num_queries), **arguments, **kwargs)
+            arguments["queries"] = slice(num_queries)
+            hidden_states, key, value = layer(hidden_states, sizes, kept_keys, **arguments, **kwargs)
             pending = {"hidden_states": others, "key": key, "value": value}
         if policy is not None:
             hidden_states = policy.after_layer(number, hidden_states, is_last)
@@ -307,7 +325,7 @@ def finish_layers(
     """The tokens of the last layer that `run_layers` left out: `(batch, tokens - num_queries, width)`."""
     number = sub_network.layer_numbers(len(layers))[-1]
     hidden_states, key, value = pending["hidden_states"], pending["key"], pending["value"]
-    return layers[number](hidden_states, sub_network.at_layer(number), None, key, value, **kwargs)
+    return layers[number](hidden_states, sub_network.at_layer(number), None, None, key, value, **kwargs)
 
 
 class NestedViTPreTrainedModel(PreTrainedModel):

@@ -26,6 +26,10 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:
     return sorted(set(batch_sizes))
 
 
+# Arguments of a step, each value of which has a program of its own.
+_CONSTANTS = int | float | tuple | range | None
+
+
 def compilable_step(step: Callable) -> Callable:
     """
     Decorator for a step of a staged model (`begin`, `run_stage`, `recycle`): `step(self, [stage_index,] state, ...)`.
@@ -51,7 +55,7 @@ def compilable_step(step: Callable) -> Callable:
         # one that records outputs, runs (or fails) without a program.
         fits = set(names) == arguments.keys() and len(args) == len(positional) and not positional.keys() & given.keys()
         constants = {name: value for name, value in arguments.items() if name != state_name}
-        fits = fits and _is_batch(state) and all(isinstance(value, int | range | None) for value in constants.values())
+        fits = fits and _is_batch(state) and all(isinstance(value, _CONSTANTS) for value in constants.values())
         if not fits or wants_recordings(self.config, kwargs):
             return step(self, *args, **kwargs)
         return programs.run(self, step, state_name, state, constants)

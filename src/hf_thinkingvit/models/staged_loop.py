@@ -120,6 +120,8 @@ def _put(accepted: Answer, answer: Answer, chosen: torch.Tensor) -> Answer:
     The answers of a batch with some rows replaced: `chosen` is a mask (bool) of the rows of `answer` to take, or the
     place in the batch of each row of `answer` (int64).
     """
+    # Entries that only some stages answer with are for the output to read from the steps of the run.
+    answer = {name: rows for name, rows in answer.items() if name in accepted}
     if chosen.dtype != torch.bool:
         return {name: accepted[name].index_copy(0, chosen, rows) for name, rows in answer.items()}
     return {

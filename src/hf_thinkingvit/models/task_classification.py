@@ -55,10 +55,23 @@ class StagedImageClassifierOutput(ModelOutput):
             Logits `(batch_size, num_labels)` of every stage that may run (with `sub_network`, of this one alone) for
             every image, also of stages after its exit: asking for them makes all images run all stages. The other
             fields do not change.
+        kept_tokens (`tuple[torch.LongTensor]`, *optional*, returned with `output_kept_tokens=True`):
+            Of a model that prunes tokens, for each pruning layer the numbers of the patches that remain, counted from 0
+            row by row, in descending order of their scores: `(images, kept)`, of the images that ran the last stage, in
+            batch order.
+        ratio_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned in training mode):
+            Of a model that prunes tokens, how far the shares of patches that the predictors keep are from
+            `pruning_keep_rate`: a mean of squared differences, unweighted. Part of `loss`.
+        keep_decisions (`tuple[torch.FloatTensor]`, *optional*, returned in training mode):
+            Of a model that prunes tokens, for each pruning layer 1 where a patch is kept and 0 where it is left out:
+            `(batch_size, patches)`, differentiable.
+        patch_tokens (`torch.FloatTensor` of shape `(batch_size, patches, width)`, *optional*, in training mode):
+            Of a model that prunes tokens, all patches of the last stage after the final LayerNorm.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
-            `exit_stage >= i`, in batch order. On Swin tokens and width are those of the layer of the hierarchy.
+            `exit_stage >= i`, in batch order. Layers after a pruning layer have fewer tokens. On
+            Swin tokens and width are those of the layer of the hierarchy.
         attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
             Attention probabilities `(images, heads of stage i, tokens, tokens)`, one per layer and stage that ran, for
             the same images as in `hidden_states`. On Swin one per block and stage: `(images * windows, heads,
@@ -70,6 +83,10 @@ class StagedImageClassifierOutput(ModelOutput):
     exit_stage: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     stage_logits: tuple[torch.Tensor, ...] | None = None
+    kept_tokens: tuple[torch.Tensor, ...] | None = None
+    ratio_loss: torch.Tensor | None = None
+    keep_decisions: tuple[torch.Tensor, ...] | None = None
+    patch_tokens: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

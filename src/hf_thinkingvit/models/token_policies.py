@@ -31,7 +31,7 @@ class TokenPolicy:
 
         Returns:
             The layer's input, with fewer tokens where some are removed, and further arguments of its `forward`:
-            `active` and `attention_mask`, `query_lengths` and `key_lengths` of packed tokens, or `queries`.
+            `active` and `attention_mask`, `query_lengths` and `key_lengths` of packed tokens, `queries` or `kept_keys`.
         """
         return hidden_states, {}
 

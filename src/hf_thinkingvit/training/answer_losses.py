@@ -101,7 +101,13 @@ class AnswerLosses:
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
         self.from_labels = LabelLoss(config, model_config)
         self.distillations: list = []
-        if teacher is not None:
+        if (
+            teacher is not None
+            and config.distillation == "tokens"
+            and not getattr(model_config, "pruning_layers", None)
+        ):
+            raise ValueError('`distillation` "tokens" is of models with `pruning_layers`: set "hard" or "soft".')
+        if teacher is not None and config.distillation != "tokens":  # that is of the pruning objective
             self.distillations.append(TeacherDistillation(config, teacher))
         if config.inplace_distillation:
             self.distillations.append(InPlaceDistillation(config))

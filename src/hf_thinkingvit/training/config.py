@@ -87,6 +87,12 @@ class TrainingConfig:
     learning_rate_batch: int = _help("see learning_rate", 512)
     warmup_learning_rate: float = _help("where the warm-up starts; not scaled", 1e-6)
     min_learning_rate: float = _help("where the cosine ends; not scaled", 1e-5)
+    backbone_learning_rate: float = _help(
+        "factor of the learning rate of all but the score predictors, of a model that prunes tokens", 1.0
+    )
+    frozen_backbone_epochs: float = _help(
+        "first epochs in which the score predictors alone learn, of a model that prunes tokens", 0.0
+    )
     weight_decay: float = _help("of AdamW; none on norms, biases, class token and position embeddings or biases", 0.05)
     adam_beta1: float = _help("of AdamW", 0.9)
     adam_beta2: float = _help("of AdamW", 0.999)
@@ -118,8 +124,15 @@ class TrainingConfig:
     sandwich_samples: int = _help("random stages between, with stage_sampling sandwich", 1)
     inplace_distillation: float = _help("share of the last stage's answer in the earlier stages' targets", 0.0)
     teacher: str | None = _help("image classifier to distil from: folder or Hub id")
-    distillation: str = _help("from the teacher's answer or its distribution", "hard", choices=["hard", "soft"])
-    distillation_weight: float = _help("share of the teacher in the loss", 0.5)
+    distillation: str = _help(
+        "from the teacher's answer or its distribution; tokens: of a model that prunes, from the last stage of the "
+        "same model without pruning",
+        "hard",
+        choices=["hard", "soft", "tokens"],
+    )
+    distillation_weight: float = _help(
+        "share of the teacher in the loss; with tokens, the weight of each of its two terms", 0.5
+    )
     distillation_temperature: float = _help("of soft and in-place distillation", 3.0)
 
     mixed_precision: str = _help("of the computation", "no", choices=["no", "fp16", "bf16"])
@@ -152,6 +165,7 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         not_negative = ("cooldown_epochs", "warmup_epochs", "learning_rate", "warmup_learning_rate", "num_workers")
+        not_negative += ("backbone_learning_rate", "frozen_backbone_epochs")
         for name in (*not_negative, "min_learning_rate", "weight_decay", "mixup", "cutmix", "color_jitter"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)!r}.")

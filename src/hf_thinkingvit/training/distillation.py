@@ -41,6 +41,17 @@ def teacher_loss(
     return F.kl_div(log_probabilities, target, reduction="batchmean", log_target=True) * temperature**2
 
 
+def token_distance(tokens: torch.Tensor, teacher_tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """
+    The mean squared difference of tokens `(batch_size, tokens, width)` over the kept ones and all channels: a float32
+    scalar, 0 where none is kept. `kept` `(batch_size, tokens)` is 1 for kept tokens and 0 for others; no gradient goes
+    there.
+    """
+    squares = (tokens.float() - teacher_tokens.float()).square().mean(dim=-1)
+    kept = kept.detach().round()
+    return (squares * kept).sum() / kept.sum().clamp(min=1)
+
+
 class Teacher(nn.Module):
     r"""
     A frozen image classifier in evaluation mode that takes the student's batches: it normalises and resizes pixels as
@@ -124,6 +135,16 @@ class Teacher(nn.Module):
         """Logits `(batch_size, num_labels)` of the student's `pixel_values` `(batch_size, channels, height, width)`."""
         logits = self.model(self.preprocess(pixel_values)).logits
         return logits if self.order is None else logits[:, self.order]
+
+    @torch.no_grad()
+    def answer_and_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Logits as of `forward`, and the final tokens `(batch_size, tokens, width)`, of a teacher whose classifier reads
+        the class token of its bare model, such as ThinkingViT.
+        """
+        tokens = self.model.base_model(self.preprocess(pixel_values)).last_hidden_state
+        logits = self.model.classifier(tokens[:, 0])
+        return logits if self.order is None else logits[:, self.order], tokens
 
     def preprocess(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalise and resize the student's pixels as the teacher expects them, and cast them to its dtype."""

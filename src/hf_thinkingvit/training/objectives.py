@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from ..evaluation.labels import check_single_label
 from ..models.configuration_staged import thinks_in_stages
 from .answer_losses import AnswerLosses, TrainingBatch
-from .distillation import DistillationLoss, Teacher
+from .distillation import DistillationLoss, Teacher, teacher_loss, token_distance
 from .stage_samplers import build_stage_sampler
 
 
@@ -146,6 +146,52 @@ class HaltingObjective(Objective):
         return outputs.loss - outputs.task_loss, parts
 
 
+class PruningObjective(Objective):
+    """
+    DynamicViT's losses (arXiv 2106.02034, section 3.3) beside that of the answers: the ratio loss, weighted by the
+    model's `pruning_ratio_loss_weight`, and with `distillation: tokens` two terms that the teacher, the same model
+    without pruning, gives: the divergence of the last stage's answers, and the squared distance of the patches that are
+    kept to the end. Each has the weight `distillation_weight`. For models of several stages the combination is ours,
+    since none was published. All parts are logged without their weights.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        self.weight, self.teacher_weight = model_config.pruning_ratio_loss_weight, config.distillation_weight
+        self.teacher = None
+        if config.distillation == "tokens":
+            if teacher is None:
+                raise ValueError('`distillation` "tokens" needs a `teacher`: the same model without pruning.')
+            self._check_teacher(teacher.model.config, model_config)
+            self.teacher = teacher
+
+    def _check_teacher(self, teacher_config: PreTrainedConfig, model_config: PreTrainedConfig) -> None:
+        for name in ("model_type", "stages", "patch_grid", "num_prefix_tokens"):
+            theirs, ours = getattr(teacher_config, name, None), getattr(model_config, name)
+            if theirs != ours:
+                raise ValueError(
+                    '`distillation` "tokens" compares tokens with those of the same model without pruning, but the '
+                    f"teacher's `{name}` is {theirs}, and the model's {ours}."
+                )
+        if teacher_config.pruning_layers:
+            raise ValueError('`distillation` "tokens" needs a teacher that prunes no tokens.')
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return bool(getattr(model_config, "pruning_layers", None))
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        outputs = batch.outputs
+        parts = {"ratio_loss": outputs.ratio_loss}
+        loss = self.weight * outputs.ratio_loss
+        if self.teacher is not None:
+            logits, tokens = self.teacher.answer_and_tokens(batch.pixel_values)
+            patches = tokens[:, -outputs.patch_tokens.shape[1] :]
+            parts["answer_distillation"] = teacher_loss(outputs.stage_logits[-1], logits, "soft")
+            parts["token_distillation"] = token_distance(outputs.patch_tokens, patches, outputs.keep_decisions[-1])
+            loss = loss + self.teacher_weight * (parts["answer_distillation"] + parts["token_distillation"])
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+
 # The first that applies to the model, in this order.
 TASK_OBJECTIVES: dict[str, type[Objective]] = {
     "stages": StagesObjective,
@@ -153,7 +199,7 @@ TASK_OBJECTIVES: dict[str, type[Objective]] = {
     "heads": HeadsObjective,
 }
 # All that apply to the model.
-ADDED_OBJECTIVES: dict[str, type[Objective]] = {"halting": HaltingObjective}
+ADDED_OBJECTIVES: dict[str, type[Objective]] = {"halting": HaltingObjective, "pruning": PruningObjective}
 
 
 def choose_objectives(model_config: PreTrainedConfig, teacher: Teacher | None) -> list[type[Objective]]:

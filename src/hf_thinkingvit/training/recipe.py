@@ -4,6 +4,7 @@ average of the weights.
 """
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..families import FAMILIES
 from ..models.configuration_checks import as_pair
 from .config import TrainingConfig
 
@@ -82,16 +84,66 @@ def build_mixup(config: TrainingConfig, num_labels: int) -> Mixup | None:
 
 
 def build_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.AdamW:
+    """
+    AdamW, of whose groups those of the backbone have a factor of the learning rate where the run configures one.
+
+    Raises:
+        ValueError: if it does, and the model has no other parameters than its backbone.
+    """
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=NO_WEIGHT_DECAY)
+    if config.backbone_learning_rate != 1 or config.frozen_backbone_epochs:
+        groups = list(_split_by_backbone(groups, config, model))
     return torch.optim.AdamW(
         groups, lr=config.scaled_learning_rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0
     )
 
 
+def _split_by_backbone(
+    groups: list[dict[str, Any]], config: TrainingConfig, model: nn.Module
+) -> Iterator[dict[str, Any]]:
+    """Each group in two: the score predictors of token pruning, and all else, which is marked `is_backbone`."""
+    patterns = FAMILIES[config.model_type].added_parameters.values()
+    added = {name: each for name, each in model.named_parameters() if any(fnmatch(name, to) for to in patterns)}
+    predictors = set(map(id, added.values()))
+    if not predictors:
+        raise ValueError(
+            "`backbone_learning_rate` and `frozen_backbone_epochs` are of models with `model.pruning_layers`, whose "
+            "score predictors learn at the full rate: leave them at 1 and 0."
+        )
+    for group in groups:
+        for is_backbone in (True, False):
+            parameters = [each for each in group["params"] if (id(each) in predictors) != is_backbone]
+            if parameters:
+                yield {**group, "params": parameters, "is_backbone": is_backbone}
+
+
+class TrainingSchedule(CosineLRScheduler):
+    """
+    timm's cosine schedule, with a factor for the groups of the optimizer that are marked `is_backbone`.
+
+    Args:
+        backbone_factor (`float`): of their learning rate.
+        frozen_steps (`int`): first steps, in which their learning rate is 0.
+        kwargs: of timm's schedule.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, backbone_factor: float, frozen_steps: int, **kwargs):
+        self.backbone_factor, self.frozen_steps = backbone_factor, frozen_steps
+        super().__init__(optimizer, **kwargs)
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        for group in self.optimizer.param_groups:
+            if group.get("is_backbone"):
+                group["lr_scale"] = 0.0 if num_updates < self.frozen_steps else self.backbone_factor
+        super().step_update(num_updates, metric)
+
+
 def build_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
     """Warm-up, cosine and cooldown, as a function of the number of optimizer steps done (`step_update`)."""
-    return CosineLRScheduler(
+    return TrainingSchedule(
         optimizer,
+        backbone_factor=config.backbone_learning_rate,
+        frozen_steps=round(config.frozen_backbone_epochs * steps_per_epoch),
         t_initial=config.epochs * steps_per_epoch,
         lr_min=config.min_learning_rate,
         warmup_t=round(config.warmup_epochs * steps_per_epoch),

@@ -67,12 +67,13 @@ def _from_plain(config: TrainingConfig, family: Family) -> PreTrainedModel:
 
 
 def _from_pretrained(config: TrainingConfig, family: Family, report: Callable[[str], None]) -> PreTrainedModel:
-    """From a model of this package, with all of its weights."""
+    """From a model of this package, with all of its weights, and freshly initialised ones of what fields add to it."""
     source = config.from_pretrained
     saved = AutoConfig.from_pretrained(source)
     if saved.model_type != config.model_type:
         raise ValueError(f"`from_pretrained` is a {saved.model_type} model, but `model_type` is {config.model_type}.")
-    allowed = family.free_fields | family.announced_fields
+    added = [name for name in family.added_parameters if config.model.get(name) and not getattr(saved, name)]
+    allowed = family.free_fields | family.announced_fields | set(added)
     _check_unchanged(source, saved, {name: value for name, value in config.model.items() if name not in allowed})
     changed = [
         f"`{name}` {getattr(saved, name)} → {value}"
@@ -82,11 +83,13 @@ def _from_pretrained(config: TrainingConfig, family: Family, report: Callable[[s
     model, loading = family.classifier.from_pretrained(
         source, **config.model, ignore_mismatched_sizes=True, output_loading_info=True
     )
+    patterns = [family.added_parameters[name] for name in added]
+    fresh = {name for name in loading["missing_keys"] if any(fnmatch(name, pattern) for pattern in patterns)}
     mismatched = [f"{name} {tuple(there)} → {tuple(here)}" for name, there, here in loading["mismatched_keys"]]
     problems = [
         f"{what}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
         for what, names in (
-            ("not in it", loading["missing_keys"]),
+            ("not in it", set(loading["missing_keys"]) - fresh),
             ("of another shape", mismatched),
             ("in it, but not used", loading["unexpected_keys"]),
         )
