@@ -15,9 +15,12 @@ from transformers.utils.output_capturing import OutputRecorder
 RECORDINGS = ("output_hidden_states", "output_attentions")
 
 
-def record(module_class: type[nn.Module], index: int = 0) -> OutputRecorder:
-    """What `_can_record_outputs` says of outputs that come stage after stage: entry `index` of what modules return."""
-    recorder = OutputRecorder(module_class, index=index)
+def record(module_class: type[nn.Module], index: int = 0, layer_name: str | None = None) -> OutputRecorder:
+    """
+    What `_can_record_outputs` says of outputs that come stage after stage: entry `index` of what modules return; with
+    `layer_name`, only of modules within the submodule of that name.
+    """
+    recorder = OutputRecorder(module_class, index=index, layer_name=layer_name)
     # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
     recorder.num_hidden_layers_key = "num_recorded_layers"
     return recorder
