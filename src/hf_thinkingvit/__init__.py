@@ -10,6 +10,7 @@ from .conversion import convert_checkpoint
 from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
 from .models.configuration_avit import AViTConfig
+from .models.configuration_early_exit_vit import EarlyExitViTConfig
 from .models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion
@@ -20,6 +21,12 @@ from .models.modeling_avit import (
     AViTModel,
     AViTModelOutput,
     AViTPreTrainedModel,
+)
+from .models.modeling_early_exit_vit import (
+    EarlyExitImageClassifierOutput,
+    EarlyExitViTForImageClassification,
+    EarlyExitViTModel,
+    EarlyExitViTPreTrainedModel,
 )
 from .models.modeling_thinking_swin import (
     ThinkingSwinForImageClassification,
@@ -45,6 +52,11 @@ __all__ = [
     "AViTPreTrainedModel",
     "AdaptiveImageClassificationPipeline",
     "EXIT_CRITERIA",
+    "EarlyExitImageClassifierOutput",
+    "EarlyExitViTConfig",
+    "EarlyExitViTForImageClassification",
+    "EarlyExitViTModel",
+    "EarlyExitViTPreTrainedModel",
     "ExitCriterion",
     "ExitRule",
     "SubNetwork",

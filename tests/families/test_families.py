@@ -19,10 +19,16 @@ from hf_thinkingvit.families.record import Costs
 from hf_thinkingvit.hub import model_card
 from hf_thinkingvit.models.configuration_staged import thinks_in_stages
 from tests.models.test_modeling_avit import lively_avit
+from tests.models.test_modeling_early_exit_vit import lively_exits
 from tests.utils import FIXTURES, lively_model, lively_swin
 
 
-MODELS = {"thinkingvit": lively_model, "thinking_swin": lively_swin, "avit": lively_avit}
+MODELS = {
+    "thinkingvit": lively_model,
+    "thinking_swin": lively_swin,
+    "avit": lively_avit,
+    "early_exit_vit": lively_exits,
+}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -76,7 +82,7 @@ class TestRecord:
 
 def test_a_model_of_no_family():
     for other in (ViTConfig(), nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match=f"families thinkingvit, thinking_swin, avit, got {type(other).__name__}"):
+        with pytest.raises(ValueError, match=f"families {', '.join(FAMILIES)}, got {type(other).__name__}"):
             family_of(other)
 
 

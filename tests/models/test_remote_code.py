@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_thinkingvit import ThinkingViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.models.test_modeling_avit import lively_avit
+from tests.models.test_modeling_early_exit_vit import lively_method
 from tests.utils import lively_model, lively_swin, middle_threshold, random_images
 
 
@@ -74,11 +75,17 @@ for family, overrides in cases.items():
 
 
 PIXEL_VALUES = random_images()
-MODELS = {"thinkingvit": lively_model(), "thinking_swin": lively_swin(), "avit": lively_avit()}
+MODELS = {
+    "thinkingvit": lively_model(),
+    "thinking_swin": lively_swin(),
+    "avit": lively_avit(),
+    "early_exit_vit": lively_method("pondernet"),
+}
 OVERRIDES = {
     "thinkingvit": {"threshold": middle_threshold(MODELS["thinkingvit"], PIXEL_VALUES)},
     "thinking_swin": {"threshold": middle_threshold(MODELS["thinking_swin"], PIXEL_VALUES)},
     "avit": {"halting_epsilon": 0.02},
+    "early_exit_vit": {"threshold": 0.9},
 }
 
 

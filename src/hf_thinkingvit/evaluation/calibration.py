@@ -113,6 +113,9 @@ def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
     """From the τ at which nothing exits early to the one at which everything does, over the criterion's range."""
     criterion = EXIT_CRITERIA[answers.criterion]
     limit = criterion.maximum(answers.num_labels, answers.entropy_top_k)
+    if math.isinf(limit):  # many scales, because the scores of a criterion without bound may be on any
+        grid = [0.0, *np.geomspace(1e-6, 1e6, steps).tolist()]
+        return grid if criterion.exits_below else grid[::-1]
     if not criterion.exits_below:
         return np.linspace(limit, 0.0, steps + 1).tolist()
     return np.linspace(0.0, limit + limit / steps, steps + 2).tolist()

@@ -1,6 +1,6 @@
 """
-Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages, and of
-tokens that halt. `evaluation/macs.py` says what is counted.
+Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages, of
+exits by layer, and of tokens that halt. `evaluation/macs.py` says what is counted.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import torch
 
 from ..models.configuration_avit import AViTConfig
 from ..models.configuration_checks import as_pair
+from ..models.configuration_early_exit_vit import EarlyExitViTConfig
 from ..models.configuration_nested_vit import NestedViTConfig
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 from ..models.sub_networks import SubNetwork
@@ -42,6 +43,39 @@ def published_stage_macs(config: ThinkingViTConfig, image_size: int | Sequence[i
         + stage.hidden_size * config.num_labels
         for stage in config.stages
     ]
+
+
+def exit_macs(config: EarlyExitViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """Of layers up to each exit, with its head. The other tokens of an exit's last layer are of the next stage."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    sizes, macs = config.sub_network, []
+    layer = _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, num_tokens, num_tokens)
+    class_token_only = _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, 1, num_tokens)
+    left = 0  # by the stage before
+    for index, stage in enumerate(config.stages):
+        entry = _patch_embedding(config, num_patches, sizes.hidden_size) if index == 0 else left
+        is_exit = index < config.num_stages - 1
+        head = sizes.hidden_size * (config.num_labels + (is_exit and config.halting is not None))
+        last = class_token_only
+        if is_exit and config.exit_head == "transformer_layer":
+            last, head = layer, head + class_token_only
+        left = layer - last
+        macs.append(entry + (len(stage.layers) - 1) * layer + last + head)
+    return macs
+
+
+def published_exit_macs(config: EarlyExitViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """As a plain ViT computes: all tokens of every layer, also of an exit's own transformer layer."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    sizes, macs = config.sub_network, []
+    layer = _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, num_tokens, num_tokens)
+    for index, stage in enumerate(config.stages):
+        is_exit = index < config.num_stages - 1
+        entry = 0 if index else _patch_embedding(config, num_patches, sizes.hidden_size)
+        layers = len(stage.layers) + (is_exit and config.exit_head == "transformer_layer")
+        head = sizes.hidden_size * (config.num_labels + (is_exit and config.halting is not None))
+        macs.append(entry + layers * layer + head)
+    return macs
 
 
 def halting_macs(

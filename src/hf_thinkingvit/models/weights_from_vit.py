@@ -46,12 +46,13 @@ SHARED_FIELDS = (
 )
 
 
+PLAIN_VIT = (ViTForImageClassification,)
 ONE_HEAD = (ViTForImageClassification, DeiTForImageClassification)
 ONE_OR_TWO_HEADS = (*ONE_HEAD, DeiTForImageClassificationWithTeacher)
 
 
 # Parameters that belong to the labels: of our models, and under the source's names.
-HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "exit_classifiers.")
 
 
 def load_classifier(
@@ -157,6 +158,18 @@ def thinkingvit_config_from_vit(
     return ThinkingViTConfig(**override_fields(fields, overrides))
 
 
+def fields_from_vit(config: PreTrainedConfig, overrides: dict) -> dict:
+    """
+    The fields of a model of the size of the ViT or DeiT `config`, before `overrides`.
+
+    Raises:
+        ValueError: if an override changes what the source's weights fix.
+    """
+    check_overrides(overrides)
+    names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
+    return {name: getattr(config, name) for name in names}
+
+
 def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     """
     The configuration of an A-ViT of the size of the ViT or DeiT `config`; a DeiT makes it a distilled one.
@@ -164,9 +177,7 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     Raises:
         ValueError: if an override changes what the source's weights fix.
     """
-    check_overrides(overrides)
-    names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
-    fields = {name: getattr(config, name) for name in names}
+    fields = fields_from_vit(config, overrides)
     fields["use_distillation_token"] = isinstance(config, DeiTConfig)
     return AViTConfig(**override_fields(fields, overrides))
 
@@ -245,10 +256,12 @@ __all__ = [
     "HEADS",
     "ONE_HEAD",
     "ONE_OR_TWO_HEADS",
+    "PLAIN_VIT",
     "SHARED_FIELDS",
     "avit_config_from_vit",
     "check_overrides",
     "export_stage",
+    "fields_from_vit",
     "import_vit",
     "load_classifier",
     "match_source",

@@ -7,10 +7,12 @@ A new one is a subclass of `Objective` and an entry in one of the two.
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from ..evaluation.labels import check_single_label
 from ..models.configuration_staged import thinks_in_stages
+from ..models.exit_losses import exit_losses
 from .answer_losses import AnswerLosses, TrainingBatch
 from .distillation import DistillationLoss, Teacher
 from .stage_samplers import build_stage_sampler
@@ -74,6 +76,44 @@ class StagesObjective(Objective):
         if len(losses) == 1:
             return loss, {}
         return loss, {f"stage_{index}_loss": part.detach() for index, part in enumerate(losses)}
+
+
+class ExitLossObjective(Objective):
+    """
+    The loss of an early-exit ViT with learned halting or self-distillation: what the model's own training loss is, of
+    the labels of the run, which mixup may have mixed. Every stage's loss is logged.
+
+    Raises:
+        ValueError: for a teacher, in-place distillation or sampled stages, which these losses have no place for.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        check_single_label(model_config)
+        if teacher is not None or config.inplace_distillation or config.stage_sampling != "all":
+            raise ValueError(
+                "An early-exit ViT with `halting` or `self_distillation` trains all stages by a loss of its own: leave "
+                "out `teacher` and `inplace_distillation`, and set `stage_sampling` to all."
+            )
+        self.model_config, self.label_smoothing = model_config, config.label_smoothing
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return getattr(model_config, "has_own_loss", False)
+
+    def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
+        return {"output_stage_logits": True}
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        smoothing = 0.0 if batch.targets.is_floating_point() else self.label_smoothing
+        stage_logits = batch.outputs.stage_logits
+        losses = [
+            F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing, reduction="none")
+            for logits in stage_logits
+        ]
+        loss = exit_losses(
+            self.model_config, stage_logits, torch.stack(losses, dim=1), batch.outputs.get("halting_scores")
+        ).mean()
+        return loss, {f"stage_{index}_loss": part.detach().mean() for index, part in enumerate(losses)}
 
 
 class DistillationHeadObjective(Objective):
@@ -148,6 +188,7 @@ class HaltingObjective(Objective):
 
 # The first that applies to the model, in this order.
 TASK_OBJECTIVES: dict[str, type[Objective]] = {
+    "exit_loss": ExitLossObjective,
     "stages": StagesObjective,
     "distillation_head": DistillationHeadObjective,
     "heads": HeadsObjective,
