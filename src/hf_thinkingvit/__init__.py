@@ -11,6 +11,7 @@ from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
 from .models.configuration_avit import AViTConfig
 from .models.configuration_early_exit_vit import EarlyExitViTConfig
+from .models.configuration_elastic_vit import ElasticViTConfig
 from .models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion
@@ -27,6 +28,12 @@ from .models.modeling_early_exit_vit import (
     EarlyExitViTForImageClassification,
     EarlyExitViTModel,
     EarlyExitViTPreTrainedModel,
+)
+from .models.modeling_elastic_vit import (
+    ElasticImageClassifierOutput,
+    ElasticViTForImageClassification,
+    ElasticViTModel,
+    ElasticViTPreTrainedModel,
 )
 from .models.modeling_thinking_swin import (
     ThinkingSwinForImageClassification,
@@ -52,6 +59,11 @@ __all__ = [
     "AViTPreTrainedModel",
     "AdaptiveImageClassificationPipeline",
     "EXIT_CRITERIA",
+    "ElasticImageClassifierOutput",
+    "ElasticViTConfig",
+    "ElasticViTForImageClassification",
+    "ElasticViTModel",
+    "ElasticViTPreTrainedModel",
     "EarlyExitImageClassifierOutput",
     "EarlyExitViTConfig",
     "EarlyExitViTForImageClassification",

@@ -15,6 +15,9 @@ from hf_thinkingvit import (
     EarlyExitViTConfig,
     EarlyExitViTForImageClassification,
     EarlyExitViTModel,
+    ElasticViTConfig,
+    ElasticViTForImageClassification,
+    ElasticViTModel,
     ThinkingSwinConfig,
     ThinkingSwinForImageClassification,
     ThinkingSwinModel,
@@ -173,6 +176,18 @@ class ActModelTest(ThinkingViTModelTest):
     @unittest.skip("the loss of learned halting is of single-label classification")
     def test_problem_types(self):
         pass
+
+
+class ElasticViTModelTester(EarlyExitViTModelTester):
+    """The same for an elastic ViT, which runs as a whole."""
+
+    def get_config(self):
+        return self.sized(ElasticViTConfig)
+
+
+class ElasticViTModelTest(ThinkingViTModelTest):
+    all_model_classes = (ElasticViTModel, ElasticViTForImageClassification)
+    model_tester_class = ElasticViTModelTester
 
 
 class AViTModelTester(ThinkingViTModelTester):

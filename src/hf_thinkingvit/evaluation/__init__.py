@@ -4,7 +4,7 @@ from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds
 from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint
 from .labels import LabelMap, label_map_argument
-from .macs import halting_macs, published_stage_macs, stage_macs
+from .macs import halting_macs, published_stage_macs, stage_macs, sub_network_macs
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
 
@@ -25,5 +25,6 @@ __all__ = [
     "model_conditions",
     "published_stage_macs",
     "stage_macs",
+    "sub_network_macs",
     "weights_fingerprint",
 ]

@@ -1,6 +1,6 @@
 """
-Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages, of
-exits by layer, and of tokens that halt. `evaluation/macs.py` says what is counted.
+Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages,
+of sub-networks, of exits by layer, and of tokens that halt. `evaluation/macs.py` says what is counted.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from ..models.configuration_avit import AViTConfig
 from ..models.configuration_checks import as_pair
 from ..models.configuration_early_exit_vit import EarlyExitViTConfig
+from ..models.configuration_elastic_vit import ElasticViTConfig
 from ..models.configuration_nested_vit import NestedViTConfig
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 from ..models.sub_networks import SubNetwork
@@ -78,6 +79,21 @@ def published_exit_macs(config: EarlyExitViTConfig, image_size: int | Sequence[i
     return macs
 
 
+def sub_network_macs(config: ElasticViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """Of each sub-network alone: of its last layer only the class token is computed."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    macs = []
+    for network in config.networks:
+        numbers = network.layer_numbers(config.num_hidden_layers)
+        total = _patch_embedding(config, num_patches, network.hidden_size) + network.hidden_size * config.num_labels
+        for number in numbers:
+            queries = 1 if number == numbers[-1] else num_tokens
+            sizes = network.at_layer(number)
+            total += _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, queries, num_tokens)
+        macs.append(total)
+    return macs
+
+
 def halting_macs(
     config: AViTConfig, token_depth: torch.Tensor, image_size: int | Sequence[int] | None = None
 ) -> torch.Tensor:
@@ -110,14 +126,14 @@ def _patch_embedding(config: NestedViTConfig, num_patches: int, width: int) -> i
 
 
 def _key_value(stage: SubNetwork, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
-    return 2 * num_tokens * stage.hidden_size**2
+    return 2 * num_tokens * stage.hidden_size * stage.attention_size
 
 
 def _tokens_of_layer(
     stage: SubNetwork, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
 ) -> int | torch.Tensor:
     """A layer for `num_queries` tokens that attend to `num_tokens`, without computing their keys and values."""
-    query_and_output = 2 * stage.hidden_size**2
-    attention = 2 * num_tokens * stage.hidden_size
+    query_and_output = 2 * stage.hidden_size * stage.attention_size
+    attention = 2 * num_tokens * stage.attention_size
     mlp = 2 * stage.hidden_size * stage.intermediate_size
     return num_queries * (query_and_output + attention + mlp)

@@ -6,7 +6,7 @@ smaller of the two is the leading corner of the larger.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import (
@@ -186,14 +186,36 @@ def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, 
     """(name and parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
     nested = dict(model.named_parameters())
     for name, parameter in vit.named_parameters():
-        name = name.replace(f"{vit.base_model_prefix}.", f"{model.base_model_prefix}.", 1)
-        name = name.removeprefix("cls_") if name.startswith("cls_classifier.") else name
-        name = name.replace("patch_embeddings.projection.", "patch_embeddings.")
+        name = _our_name(model, vit, name)
         yield name, nested[name], parameter
+
+
+def _our_name(model: PreTrainedModel, vit: PreTrainedModel, name: str) -> str:
+    """The name in our model of the ViT's parameter `name`."""
+    name = name.replace(f"{vit.base_model_prefix}.", f"{model.base_model_prefix}.", 1)
+    name = name.removeprefix("cls_") if name.startswith("cls_classifier.") else name
+    return name.replace("patch_embeddings.projection.", "patch_embeddings.")
 
 
 def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return parameter[tuple(slice(size) for size in shape)]
+
+
+def pairs_of_layers(
+    model: PreTrainedModel, vit: PreTrainedModel, layers: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    (leading corner of our model's parameter, the ViT's parameter), for every parameter of the ViT, whose layers are
+    those of our model with the numbers `layers`.
+    """
+    nested = dict(model.named_parameters())
+    ours = f"{model.base_model_prefix}.layers."
+    taken = {f"{ours}{index}.": f"{ours}{number}." for index, number in enumerate(layers)}
+    for name, parameter in vit.named_parameters():
+        name = _our_name(model, vit, name)
+        prefix = next((prefix for prefix in taken if name.startswith(prefix)), None)
+        name = name if prefix is None else name.replace(prefix, taken[prefix], 1)
+        yield _leading(nested[name], parameter.shape), parameter
 
 
 def match_source(model: PreTrainedModel, source: PreTrainedModel) -> bool:
@@ -266,5 +288,6 @@ __all__ = [
     "load_classifier",
     "match_source",
     "override_fields",
+    "pairs_of_layers",
     "thinkingvit_config_from_vit",
 ]

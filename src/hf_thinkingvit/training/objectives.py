@@ -15,7 +15,7 @@ from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_losses import exit_losses
 from .answer_losses import AnswerLosses, TrainingBatch
 from .distillation import DistillationLoss, Teacher
-from .stage_samplers import build_stage_sampler
+from .stage_samplers import build_stage_sampler, stage_sampler_class
 
 
 if TYPE_CHECKING:
@@ -76,6 +76,40 @@ class StagesObjective(Objective):
         if len(losses) == 1:
             return loss, {}
         return loss, {f"stage_{index}_loss": part.detach() for index, part in enumerate(losses)}
+
+
+class SubNetworksObjective(Objective):
+    """
+    The weighted sum of the losses of those sub-networks of an elastic ViT that the sampler draws. Only these are
+    computed; their losses are logged.
+
+    Raises:
+        ValueError: for in-place distillation, which needs the answers of the whole model.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        if config.inplace_distillation:
+            raise ValueError("`inplace_distillation` is of models that think in stages: leave it out.")
+        count = len(model_config.sub_networks)
+        self.sampler = stage_sampler_class(config.stage_sampling)([1.0 / count] * count, config)
+        self.answer_losses = AnswerLosses(config, model_config, teacher)
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return bool(getattr(model_config, "sub_networks", None))
+
+    def _drawn(self, step: int, micro_batch: int) -> list[int]:
+        return [index for index, weight in enumerate(self.sampler.weights(step, micro_batch)) if weight]
+
+    def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
+        return {"sub_network": self._drawn(step, micro_batch)}
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        losses = self.answer_losses(batch.outputs.sub_network_logits, batch)
+        weights = self.sampler.weights(batch.step, batch.micro_batch)
+        drawn = dict(zip(self._drawn(batch.step, batch.micro_batch), losses, strict=True))
+        loss = sum(weights[index] * part for index, part in drawn.items())
+        return loss, {f"sub_network_{index}_loss": part.detach() for index, part in drawn.items()}
 
 
 class ExitLossObjective(Objective):
@@ -188,6 +222,7 @@ class HaltingObjective(Objective):
 
 # The first that applies to the model, in this order.
 TASK_OBJECTIVES: dict[str, type[Objective]] = {
+    "sub_networks": SubNetworksObjective,
     "exit_loss": ExitLossObjective,
     "stages": StagesObjective,
     "distillation_head": DistillationHeadObjective,
