@@ -209,3 +209,36 @@ def test_a_training_step_computes_the_drawn_ones_only(sampling, count):
 def test_a_plain_vit_of_the_same_sizes_has_the_same_parameters():
     plain = ViTForImageClassification(ViTConfig(**{**SIZES, "intermediate_size": 128}))
     assert lively_elastic().num_parameters() == plain.num_parameters()
+
+
+class TestImportance:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_sorts_and_leaves_the_whole_as_it_was(self, method):
+        vit, pixel_values, labels = (
+            trained_vit(num_hidden_layers=4).eval(),
+            random_images(),
+            torch.tensor([0, 1, 2] * 2),
+        )
+        plain = ElasticViTForImageClassification.from_vit(vit, method)
+        model = ElasticViTForImageClassification.from_vit(vit, method, "importance", pixel_values, labels)
+        with torch.no_grad():
+            torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(model.elastic_vit.layers[0].mlp.fc1.weight, plain.elastic_vit.layers[0].mlp.fc1.weight)
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+        # By what leaving a head or a channel out would change to first order, from masks on what they put out.
+        F.cross_entropy(model(pixel_values).logits, labels).backward()
+        for layer in model.elastic_vit.layers:
+            for output, group in ((layer.attention.o_proj, 8), (layer.mlp.fc2, 1)):
+                shares = (output.weight * output.weight.grad).sum(0).view(-1, group).sum(1).abs()
+                assert (shares.diff() <= 1e-6).all() and shares[0] > shares[-1]
+
+    def test_needs_images_labels_and_a_classifier(self):
+        from_vit, images = ElasticViTForImageClassification.from_vit, random_images()
+        with pytest.raises(ValueError, match="give as many labels as images"):
+            from_vit(trained_vit(), "matformer", "importance", images, torch.zeros(5, dtype=torch.long))
+        with pytest.raises(ValueError, match="`reorder` must be None, or 'importance'"):
+            from_vit(trained_vit(), "matformer", "size")
+        with pytest.raises(ValueError, match="keep its labels"):
+            from_vit(trained_vit(), None, "importance", images, torch.zeros(6, dtype=torch.long), num_labels=7)
+        with pytest.raises(ValueError, match="None of `sub_networks` is the whole model"):
+            from_vit(trained_vit(), "hydravit", "importance", images, torch.zeros(6, dtype=torch.long), heads=[1, 2])

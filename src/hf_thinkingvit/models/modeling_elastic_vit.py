@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_elastic_vit import ElasticViTConfig
+from .importance import sort_by_importance
 from .module_arguments import check_arguments
 from .module_recording import record, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
@@ -219,7 +220,15 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
         return ElasticImageClassifierOutput(loss, logits[-1], tuple(logits) if is_list else None)
 
     @classmethod
-    def from_vit(cls, source, method: str | None = None, **config_overrides) -> "ElasticViTForImageClassification":
+    def from_vit(
+        cls,
+        source,
+        method: str | None = None,
+        reorder: str | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **config_overrides,
+    ) -> "ElasticViTForImageClassification":
         r"""
         Start from a trained plain ViT of the full size, whose logits the whole model gives.
 
@@ -227,18 +236,32 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
             source (`str`, `os.PathLike` or `ViTForImageClassification`): a model, or the folder or Hub id of one.
             method (`str`, *optional*): `"hydravit"`, `"matformer"`, `"dynabert"` or `"sortednet"`, which chooses the
                 sub-networks.
+            reorder (`str`, *optional*): `"importance"` sorts heads and MLP channels by |gradient × parameter| on the
+                given images, so that sub-networks have the most important ones; the whole model stays the same.
+            pixel_values (`torch.Tensor` of shape `(images, num_channels, height, width)`, *optional*): these images.
+            labels (`torch.LongTensor` of shape `(images,)`, *optional*): their class indices.
             config_overrides: further fields of [`ElasticViTConfig`].
 
         Raises:
-            ValueError: if the source is no ViT classifier, there is no such method, or an override changes what the
-                source's weights fix.
+            ValueError: if the source is no ViT classifier, there is no such method or order, `reorder` has no images
+                or no classifier to measure by, or an override changes what the source's weights fix.
         """
         if method is not None and method not in ("hydravit", "matformer", "dynabert", "sortednet"):
             raise ValueError(f"`method` must be hydravit, matformer, dynabert or sortednet, got {method!r}.")
+        if reorder not in (None, "importance") or (
+            reorder is None and (pixel_values is not None or labels is not None)
+        ):
+            raise ValueError(
+                f"`reorder` must be None, or 'importance' with `pixel_values` and `labels`, got {reorder!r}."
+            )
         vit = load_classifier(source, PLAIN_VIT, config_overrides)
         make_config = ElasticViTConfig if method is None else getattr(ElasticViTConfig, method)
         model = cls(make_config(**override_fields(fields_from_vit(vit.config, config_overrides), config_overrides)))
-        import_vit(model, vit)
+        takes_classifier = import_vit(model, vit)
+        if reorder is not None:
+            if not takes_classifier:
+                raise ValueError("`reorder` measures importance by the source's classifier: keep its labels.")
+            sort_by_importance(model, pixel_values, labels)
         return model
 
     @torch.no_grad()
