@@ -51,7 +51,7 @@ class HubServer(ThreadingHTTPServer):
         repositories (`dict[str, Repository]`): by id.
         fail_at (`str`, *optional*): `"upload"` refuses large files; `"commit"` closes the connection during a commit.
         requests (`list[str]`): method and path of each, in order.
-        unknown (`list[str]`): those that match no route.
+        unknown (`list[str]`): requests that match no route.
     """
 
     daemon_threads = True

@@ -1,4 +1,4 @@
-"""Files that are meant to be shared tell nothing of the machine they were made on (ONNX: tests/inference)."""
+"""Shared files contain no paths, users or names of the machine they were made on (ONNX: tests/inference)."""
 
 import getpass
 import json
@@ -79,7 +79,7 @@ def test_what_exists_here_is_a_path(tmp_path, monkeypatch):
 
 
 def assert_nothing_leaks(folder: Path) -> set[str]:
-    """No file under `folder` has the path, this user or this machine in it; the names of the files."""
+    """Assert that no file under `folder` contains the path, this user or this machine; returns the file names."""
     secrets = [FOLDER, str(Path.home()), socket.gethostname(), os.environ.get("USER", ""), _user()]
     secrets = [secret.encode() for secret in secrets if len(secret) > 3 and secret not in ("root", "/root")]
     secrets += [secret.replace(b"/", rb"\/") for secret in secrets]
@@ -100,7 +100,7 @@ def _user() -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Images and a model, and everything else, below a folder that no file may name."""
+    """Images, a model and all outputs in a folder whose name no file may contain."""
     place = tmp_path_factory.mktemp("leaks") / FOLDER
     (place / "images").mkdir(parents=True)
     write_images(place / "images", num_train=16, num_test=12)
@@ -136,7 +136,7 @@ def test_from_the_sweep_to_the_hub(place, monkeypatch):
 
 
 def test_what_former_versions_wrote_is_mended(place, tmp_path):
-    """Their configurations and results hold paths of datasets."""
+    """Their configurations and results contain paths of datasets."""
     model = lively_model(thinking_stages=[2, 4], threshold=0.5)
     old = {"threshold": 0.5, "dataset": str(place / "images"), "statement": "On 3 images.", "images": 3}
     model.config.calibration = old
@@ -170,7 +170,7 @@ def test_a_text_that_may_be_shared(text, public):
 
 
 def test_paths_in_results_are_not_published(place, tmp_path):
-    """Wherever they stand: the split, what is told of the training, and fields of the user's own."""
+    """In any field: the split, the description of the training, and the user's own fields."""
     model = lively_model(thinking_stages=[2, 4])
     here = str(place / "images")
     results = {
@@ -189,7 +189,7 @@ def test_paths_in_results_are_not_published(place, tmp_path):
 
 
 def test_names_given_by_hand(place, tmp_path):
-    """What is built without the scripts is named by the same rule."""
+    """Calibrations and results that are built without the scripts follow the same rule."""
     model = lively_model(thinking_stages=[1, 4], num_labels=3)
     processor = evaluation_image_processor(32)
     answers, rows = evaluate_thresholds(

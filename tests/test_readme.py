@@ -1,4 +1,4 @@
-"""Every Python snippet of the READMEs, run word for word. A new one is met here without being named."""
+"""Runs every Python snippet of the READMEs unchanged. New snippets are found automatically."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ DOCUMENTS = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("examples/checkpo
 
 
 def snippets(document: Path) -> list[tuple[int, str]]:
-    """Line of the first statement, and code, of each block marked as Python, wherever it is indented."""
+    """Line number and code of each Python block, at any indentation."""
     text = document.read_text(encoding="utf-8")
     found = re.finditer(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     return [
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def given(folder: Path) -> dict:
-    """What the text around a snippet lets the reader have: a model with its processor, and a few images."""
+    """The variables that the text around a snippet assumes: a model with its processor, and a few images."""
     model = AutoModelForImageClassification.from_pretrained(folder / "outputs/quickstart")
     processor = AutoImageProcessor.from_pretrained(folder / "outputs/quickstart")
     paths = sorted(str(path) for path in (REPOSITORY / "examples/images").glob("*.png"))[:3]
@@ -86,5 +86,5 @@ def test_runs(document, line, code, folder, monkeypatch):
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     monkeypatch.chdir(folder)
-    # The line numbers of a failure are the document's.
+    # Padded with empty lines, so that tracebacks have the line numbers of the document.
     exec(compile("\n" * (line - 1) + code, document, "exec"), given(folder))

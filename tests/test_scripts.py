@@ -40,7 +40,7 @@ def run(script: str, folders: Path, *words: str, processes: int = 1) -> subproce
     command = [EXAMPLES / script, "--model", folders / "model"]
     command += [] if "--images" in words else ["--dataset", folders / "images"]
     command = [*map(str, command), *words]
-    if processes == 1 and not torch.cuda.is_available():  # where results are compared, all are computed on the CPU
+    if processes == 1 and not torch.cuda.is_available():  # results are compared, so all must be computed on the CPU
         return run_here(command)
     start = [sys.executable]
     if processes > 1:
@@ -52,7 +52,7 @@ def run(script: str, folders: Path, *words: str, processes: int = 1) -> subproce
 
 
 def run_here(command: list[str]) -> subprocess.CompletedProcess:
-    """The script in this process, since importing everything anew takes longer than what the scripts do."""
+    """Run the script in this process, because imports take longer than the scripts themselves."""
     output, errors, code = io.StringIO(), io.StringIO(), 0
     with (
         unittest.mock.patch.object(sys, "argv", command),
@@ -63,7 +63,7 @@ def run_here(command: list[str]) -> subprocess.CompletedProcess:
             runpy.run_path(command[0], run_name="__main__")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            if isinstance(stop.code, str):  # as the interpreter does
+            if isinstance(stop.code, str):  # the interpreter prints it, too
                 print(stop.code, file=sys.stderr)
         except Exception:
             code = 1
@@ -88,14 +88,14 @@ def test_sweep_thresholds(folders, tmp_path):
 
 
 def test_several_processes_sweep_what_one_does(folders, tmp_path):
-    """117 images in batches of 8: what is repeated to fill the last batches counts once."""
+    """117 images in batches of 8: images that are repeated to fill the last batches count once."""
     words = ["--thresholds", "0", "0.5", "1", "2", "--max-samples", "117", "--batch-size", "8"]
     for processes in (1, 2):
         done = run(
             "sweep_thresholds.py", folders, "--output-dir", str(tmp_path / str(processes)), *words, processes=processes
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("top-1") == 1  # one of them speaks
+        assert done.stdout.count("top-1") == 1  # only one process prints
     one, two = (json.loads((tmp_path / str(count) / "results.json").read_text()) for count in (1, 2))
     assert one["images"] == 117
     assert one == two
@@ -107,7 +107,7 @@ def test_calibrate_by_budget(folders, tmp_path):
     (tmp_path / "map.json").write_text(json.dumps({LABELS[0]: LABELS[1]}))
     done = run("calibrate.py", folders, "--output-dir", str(tmp_path), *words)
     assert done.returncode != 0
-    assert "2 labels of" in done.stderr  # which the map leaves out
+    assert "2 labels of" in done.stderr  # those that the map leaves out
     (tmp_path / "map.json").write_text(json.dumps({label: index for index, label in enumerate(LABELS)}))
     done = run("calibrate.py", folders, "--output-dir", str(tmp_path), *words)
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def test_calibrate_by_promise(folders, tmp_path):
 
 
 def test_classify_folder(folders, tmp_path):
-    """An unreadable file, a run that was cut off in the middle of a line, more processes, and Parquet."""
+    """With an unreadable file, a run aborted in the middle of a line, more processes, and Parquet."""
     pictures = tmp_path / "pictures"
     (pictures / "deeper").mkdir(parents=True)
     for index in range(9):
@@ -180,7 +180,7 @@ def test_classify_folder(folders, tmp_path):
 
 
 def test_a_dataset_of_other_images_is_told_from_the_earlier_one(tmp_path):
-    """Whichever row it is that differs."""
+    """Whichever row differs."""
     find_images = runpy.run_path(str(EXAMPLES / "classify_folder.py"))["find_images"]
     contents = []
     for seed in (100, 200):

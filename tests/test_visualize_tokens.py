@@ -1,4 +1,4 @@
-"""examples/visualize_tokens.py on a tiny model: which pictures it writes, and what it says of what it cannot use."""
+"""examples/visualize_tokens.py on a tiny model: the pictures that it writes, and its errors."""
 
 import importlib.util
 import re
@@ -54,7 +54,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def call(script, monkeypatch, tmp_path, capsys):
-    """Runs the script, and returns the names of its pictures and what it said on stdout and stderr."""
+    """A function that runs the script, and returns the names of its pictures, stdout and stderr."""
 
     def run(*arguments):
         output = tmp_path / "output"
@@ -117,7 +117,7 @@ def test_parquet(call, model_folder, tmp_path, whole_folder):
 
 
 def test_depths_and_scores(script, model_folder):
-    """What is drawn is what the model says: patches only, and scores only of tokens that are active."""
+    """The pictures show the model's values: patches only, and scores of active tokens only."""
     model, processor = script.load_model(str(model_folder))
     images = [random_image(seed) for seed in range(5)]
     named = [(str(index), image) for index, image in enumerate(images)]

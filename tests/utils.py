@@ -41,7 +41,7 @@ def lively_model(config: ThinkingViTConfig | None = None, **overrides) -> Thinki
 
 
 def tiny_swin_config(**overrides) -> ThinkingSwinConfig:
-    """Three rounds over two layers, whose grids are 8 × 8 and 4 × 4 patches: with shifts, and without in the second."""
+    """Three rounds over two layers with grids of 8 × 8 and 4 × 4 patches, the first with shifted windows."""
     fields = {
         "head_rounds": [[1, 1], [1, 2], [2, 4]],
         "num_heads": [2, 4],
@@ -57,7 +57,7 @@ def tiny_swin_config(**overrides) -> ThinkingSwinConfig:
 
 
 def lively_swin(config: ThinkingSwinConfig | None = None, **overrides) -> ThinkingSwinForImageClassification:
-    """The same as `lively_model`, on Swin."""
+    """Like `lively_model`, for ThinkingSwin."""
     return lively(ThinkingSwinForImageClassification, config or tiny_swin_config(**overrides))
 
 

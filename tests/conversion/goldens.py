@@ -11,14 +11,14 @@ from hf_thinkingvit import convert_checkpoint
 
 @torch.no_grad()
 def assert_golden_logits(golden: Path, model) -> None:
-    """The last stage's logits are the official ones that `golden` stores."""
+    """Assert that the last stage's logits equal the official ones in `golden`."""
     expected = load_file(golden / "expected.safetensors")
     logits = model(expected["pixel_values"], threshold=0.0).logits
     torch.testing.assert_close(logits, expected[f"stage{model.config.num_stages - 1}.logits"], atol=1e-4, rtol=0)
 
 
 def assert_refused(source: Path, tmp_path: Path, match: str, error: type[Exception] = ValueError, **overrides) -> None:
-    """`source` is refused with a message that matches, and nothing is written."""
+    """Assert that `source` is refused with a message that matches, and nothing is written."""
     with pytest.raises(error, match=match):
         convert_checkpoint(source, tmp_path / "out", **overrides)
     assert not (tmp_path / "out").exists()

@@ -109,7 +109,7 @@ class TestTrainingCheckpoints:
 
 
 def official_state_dict(stages: list[int]) -> dict[str, torch.Tensor]:
-    """A DeiT-sized official state dict (12 layers, heads of 64), without memory behind it."""
+    """A DeiT-sized official state dict (12 layers, heads of 64), on the meta device."""
     with torch.device("meta"):
         model = ThinkingViTForImageClassification(ThinkingViTConfig(thinking_stages=stages, num_labels=1000))
         state_dict = {official_name(name): tensor for name, tensor in model.state_dict().items()}
@@ -126,7 +126,7 @@ def official_state_dict(stages: list[int]) -> dict[str, torch.Tensor]:
     + [("bare", stages) for stages in ([3, 3], [2, 3, 6], [3, 3, 3])],
 )
 def test_official_configurations(stages, layout, tmp_path):
-    """The published folders give only `thinking_stages`; a bare file not even them."""
+    """The published folders have only `thinking_stages` in their `config.json`; a single file has none."""
     if layout == "hub":
         source = tmp_path / "source"
         source.mkdir()
@@ -145,7 +145,7 @@ def test_official_configurations(stages, layout, tmp_path):
 
 
 class TestRefusals:
-    """Each names what was wrong, and writes nothing."""
+    """Each error names what is wrong, and nothing is written."""
 
     refuse = staticmethod(assert_refused)
 

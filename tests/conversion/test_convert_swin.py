@@ -40,7 +40,7 @@ def test_hub_layout_to_a_folder_that_transformers_loads(tmp_path):
 @pytest.mark.parametrize("source", ["namespace", "override", "config"])
 @pytest.mark.parametrize("weights", ["state_dict_ema", "state_dict"])
 def test_training_checkpoints(source, weights, tmp_path):
-    """The averaged weights first; rounds from the pickled arguments, from the caller or from a `config.json`."""
+    """Averaged weights are preferred; rounds come from the pickled arguments, the caller or a `config.json`."""
     content = {"epoch": 3, "state_dict": {name: 0 * tensor for name, tensor in golden_state_dict().items()}}
     content[weights] = {f"module.{name}": tensor for name, tensor in golden_state_dict().items()}
     overrides = {}
@@ -64,7 +64,7 @@ def test_buffers_that_follow_from_the_sizes(folder, tmp_path):
 
 
 def test_the_published_folder(tmp_path):
-    """Sizes of Swin-S from the tensors; `config.json` as on the Hub, with the rounds and little else."""
+    """The sizes of Swin-S are read from the tensors; `config.json` is as on the Hub, with little but the rounds."""
     with torch.device("meta"):
         model = ThinkingSwinForImageClassification(ThinkingSwinConfig(num_labels=1000))
     official = {official_name(name): tensor for name, tensor in model.state_dict().items()}
@@ -86,7 +86,7 @@ def test_the_published_folder(tmp_path):
 
 
 class TestRefusals:
-    """Each names what was wrong, and writes nothing."""
+    """Each error names what is wrong, and nothing is written."""
 
     refuse = staticmethod(assert_refused)
 

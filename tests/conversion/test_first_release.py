@@ -40,7 +40,7 @@ def assert_golden(model) -> None:
 
 
 def write_source(folder, content: dict, stages=None):
-    """A checkpoint beside the golden one's `config.json` without its stages: sizes, which the file does not tell."""
+    """A checkpoint with the golden `config.json` (for sizes that the tensors do not determine), without its stages."""
     folder.mkdir()
     config = json.loads((GOLDEN / "config.json").read_text())
     del config["model_args"]["thinking_stages"]
@@ -96,7 +96,7 @@ def supernet(stages: list[int], num_layers: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("stages", SCHEDULES, ids=str)
 def test_published_schedules(stages, tmp_path):
-    """A file by itself: all sizes come from its tensors, the stages from the pickled arguments."""
+    """A single file: all sizes come from its tensors, the stages from the pickled arguments."""
     args = argparse.Namespace(
         model="deit_base_patch16_224", img_size=None, thinking_stages=[str(heads) for heads in stages]
     )
@@ -116,7 +116,7 @@ def test_three_to_six_has_22_million_parameters(tmp_path):
 
 
 class TestRefusals:
-    """Each names what was wrong, and writes nothing."""
+    """Each error names what is wrong, and nothing is written."""
 
     def refuse(self, tmp_path, match, changes=(), stages=(3, 6), missing=()):
         content = golden_content()
@@ -138,14 +138,14 @@ class TestRefusals:
 
     @pytest.mark.parametrize("stages", [[3, 6], [3, 12], None], ids=str)
     def test_a_missing_last_alpha(self, stages, tmp_path):
-        """It tells the first release from the later ones, which have fewer."""
+        """The number of α identifies the first release: later ones have fewer."""
         self.refuse(tmp_path, r"supernet of 12 heads, .* it lacks alpha\.11\.", stages=stages, missing=["alpha.11"])
 
     def test_more_heads_than_there_are(self, tmp_path):
         self.refuse(tmp_path, r"asks for 16 heads, but the supernet has 12", stages=[3, 16])
 
     def test_stages_that_nobody_states(self, tmp_path):
-        """The tensors are as wide for every schedule: guessing would give 3 → 12."""
+        """The tensors have the same width for every schedule: guessing would give 3 → 12."""
         self.refuse(tmp_path, r"supernet of 12 heads.*Pass `thinking_stages`", stages=None)
 
     @pytest.mark.parametrize("stages", ["three, six", [3, None], [3, 6.5], [0, 6]], ids=str)

@@ -13,7 +13,7 @@ from tests.utils import FIXTURES
 
 @pytest.fixture(params=["thinkingvit_2stage", "thinkingswin", "avit"])
 def source(request, tmp_path):
-    """A golden folder, with a classifier of 1000 classes that answers 281."""
+    """A golden folder, with a classifier of 1000 classes that always predicts 281."""
     folder = shutil.copytree(FIXTURES / request.param, tmp_path / "source")
     state_dict = load_file(folder / "model.safetensors")
     head = "head.fc" if "head.fc.weight" in state_dict else "head"
@@ -44,7 +44,7 @@ def test_other_names_win(source, tmp_path):
     config = convert_checkpoint(source, tmp_path / "override", id2label=names).config
     assert config.id2label == names and config.label2id["class 7"] == 7
     settings = json.loads((source / "config.json").read_text())
-    # Two classes of one name stay two. A name that leads to two classes leads to none.
+    # Two classes with one name stay two classes, and `label2id` leaves the name out.
     settings["label_names"] = ["crane", *list(names.values())[1:-1], "crane"]
     (source / "config.json").write_text(json.dumps(settings))
     convert_checkpoint(source, tmp_path / "files")
@@ -73,7 +73,7 @@ TWENTY = [f"class {index}" for index in range(20)]
     ids=["too few", "too many", "none", "text", "dict", "a number", "null"],
 )
 def test_names_that_are_not_one_for_each_class(names, message, tmp_path):
-    """Of the files or the caller: they were dropped, and the classes called LABEL_0 and so on."""
+    """Names from the files or the caller are refused, not replaced by LABEL_0 and so on."""
     folder = shutil.copytree(FIXTURES / "avit", tmp_path / "source")
     settings = json.loads((folder / "config.json").read_text())
     num_labels = load_file(folder / "model.safetensors")["head.bias"].shape[0]

@@ -53,12 +53,12 @@ def true_error(threshold: float) -> float:
 
 
 def most_allowed(draws: int, delta: float, chance: float = 1e-4) -> int:
-    """So many broken promises in `draws` are met or exceeded with probability `chance` where each breaks with δ."""
+    """The number of broken promises in `draws` that is reached with probability `chance` if each breaks with δ."""
     return int(binom.isf(chance, draws, delta))
 
 
 def best_on_these(answers: StageAnswers, grid: list[float], epsilon: float, risk: str) -> float:
-    """The cheat: the greatest τ whose risk on the calibration images themselves is at most ε."""
+    """An invalid method: the greatest τ whose risk on the calibration images themselves is at most ε."""
     right = answers.top1.T.gather(0, answers.exit_stages_of_each(grid))
     failed = ~right & answers.top1[:, -1] if risk == "accuracy_drop" else ~right
     return max((tau for tau, share in zip(grid, failed.double().mean(1).tolist()) if share <= epsilon), default=grid[0])
@@ -66,7 +66,7 @@ def best_on_these(answers: StageAnswers, grid: list[float], epsilon: float, risk
 
 @pytest.mark.parametrize("risk, truth, epsilon", [("accuracy_drop", true_drop, 0.02), ("error", true_error, 0.14)])
 def test_the_promise_holds_at_its_level(risk, truth, epsilon):
-    """Over 500 calibration sets of 400 images the true risk is above ε in no more than δ of them; a cheat's is."""
+    """In at most δ of 500 calibration sets of 400 images the true risk is above ε; more with the invalid method."""
     delta, draws = 0.1, 500
     grid = np.linspace(0.0, math.log(10) * 1.01, 60).tolist()
     broken, cheated, chosen = 0, 0, []
@@ -75,19 +75,19 @@ def test_the_promise_holds_at_its_level(risk, truth, epsilon):
         cheated += truth(best_on_these(answers, grid, epsilon, risk)) > epsilon
         try:
             found = calibrate_risk(answers, epsilon, delta, risk, candidates=grid)
-        except ValueError:  # no τ: no promise
+        except ValueError:  # no promise possible
             continue
         broken += truth(found.threshold) > epsilon
         chosen.append(found.threshold)
     assert broken <= most_allowed(draws, delta) < cheated
-    assert np.median(chosen) > 0.3 * math.log(10)  # and it is not kept by doing nothing
+    assert np.median(chosen) > 0.3 * math.log(10)  # the promise does not hold because nothing exits
 
 
 def test_per_exit_promises_hold_where_a_cheat_breaks_them():
     """
     Three stages, of which the early ones are wrong on 22 % of images whatever they score. ε is 20 %, so that many pairs
-    of τ have a risk just above it. Who chooses the order of the tests on the images that are then tested picks those
-    that these images flatter, and breaks the promise more often than δ.
+    of τ have a risk just above it. Choosing the order of the tests on the images that are then tested favours τ whose
+    risk these images underestimate, and breaks the promise more often than δ.
     """
     epsilon, harm, delta, draws, broken, cheated = 0.2, 0.22, 0.3, 150, 0, 0
 
@@ -110,7 +110,7 @@ def test_per_exit_promises_hold_where_a_cheat_breaks_them():
 
 
 def test_tests_end_at_the_first_that_fails():
-    """What comes after would be tested at a level that is spent."""
+    """After a failed test, further tests would exceed the level δ."""
     answers = draw(2000, 0)
     safe, harmful = 0.2, 2.4
     assert calibrate_risk(answers, 0.02, candidates=[0.0, safe]).threshold == safe
@@ -132,14 +132,14 @@ def test_says_how_many_images_it_takes():
 
 
 def test_says_when_only_the_last_stage_keeps_the_promise():
-    """All images of stage 0 score alike and are wrong there: any τ that lets one go lets all go."""
+    """All images have the same score at stage 0 and are wrong there: if τ lets one exit, all exit."""
     answers = draw(400, 0)
     answers.scores[:, 0] = 1.0
     answers.top1[:, 0] = False
     found = calibrate_risk(answers, 0.02)
     assert (answers.exit_stages(found.threshold) == 1).all() and found.achieved == 0.0
     assert "No τ at which an image exits early" in found.statement
-    answers.top1[:, 0] = answers.top1[:, 1]  # now as good as the last
+    answers.top1[:, 0] = answers.top1[:, 1]  # stage 0 is now as accurate as the last
     found = calibrate_risk(answers, 0.02)
     assert (answers.exit_stages(found.threshold) == 0).all()
     assert "No τ at which an image exits early" not in found.statement
@@ -177,7 +177,7 @@ def test_the_grid_goes_from_no_exit_to_all(criterion):
     assert (answers.exit_stages(grid[-1]) == 0).all()
     criterion = EXIT_CRITERIA[criterion]
     limit = criterion.maximum(10, 10)
-    steps = np.arange(1000 + 1 + criterion.exits_below) * limit / 1000  # one beyond the range, where τ must be above it
+    steps = np.arange(1000 + 1 + criterion.exits_below) * limit / 1000  # beyond the range if it exits below τ
     np.testing.assert_allclose(grid, steps if criterion.exits_below else steps[::-1], atol=1e-9)
 
 
@@ -200,7 +200,7 @@ def test_budgets():
 
 @pytest.mark.parametrize("cost", [0.05, 0.07, 1.1, 3.97])
 def test_a_budget_of_just_what_a_stage_takes_is_kept(cost):
-    """These numbers are greater in float32, and their float64 means over many images round either way."""
+    """These costs are rounded up in float32, and their float64 means over many images round either way."""
     answers = replace(draw(997, 0), macs=(round(cost * 1e9), round(4 * cost * 1e9)))
     for budget, stage in ((cost, 0), (4 * cost, 1)):
         alone = 100 * answers.top1[:, stage].double().mean().item()
@@ -224,7 +224,7 @@ def test_one_threshold_unless_exits_are_to_have_their_own(num_stages, per_exit):
 
 @pytest.mark.parametrize("num_stages", [3, 4, 5, 6])
 def test_the_combinations_of_thresholds_stay_few(num_stages):
-    """However many exits there are: each is judged on every image."""
+    """However many exits there are, because each combination is evaluated on every image."""
     grid = _grid(draw(10, 0, num_stages), per_exit=True, levels=24)
     assert 500 < len(grid) < 35_000 and {len(thresholds) for thresholds in grid} == {num_stages - 1}
     assert all(0.0 in column and max(column) > math.log(10) for column in zip(*grid))
@@ -254,13 +254,13 @@ def test_is_saved_with_the_model(tmp_path):
 
 @pytest.mark.parametrize("make", [lively_model, lively_swin], ids=["vit", "swin"])
 def test_times_of_stages(make, monkeypatch):
-    """A clock that only stages advance: by 1, 2 and 4 s, more while warming up, and once far more."""
-    model, now, calls = make(threshold=99.0).train(), [0.0], [0, 0, 0]  # at this τ all would exit at once
+    """With a clock that only stages advance: by 1, 2 and 4 s, more during warm-up, and once far more."""
+    model, now, calls = make(threshold=99.0).train(), [0.0], [0, 0, 0]  # at this τ every image would exit at stage 0
     run_stage = model.run_stage
 
     def slow_stage(stage_index, state, *args, **kwargs):
         calls[stage_index] += 1
-        rounds = calls[2]  # that ran to the end
+        rounds = calls[2]  # calls of the last stage
         now[0] += 2.0**stage_index + (500.0 if rounds < 2 or calls[stage_index] == 9 else 0.0)
         return run_stage(stage_index, state, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""A promise is of one model: whatever changes that model ends it."""
+"""A promise is valid for one model: any change of the model ends it."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ PROMISE = "With probability at least 95%"
 
 
 def answers_of(model) -> StageAnswers:
-    """Simulated answers, as if measured with this model."""
+    """Simulated answers with the conditions of `model`."""
     return replace(draw(2000, 0), conditions=model_conditions(model), dataset="org/animals", split="validation")
 
 
@@ -70,7 +70,7 @@ def test_holds_for_the_model_as_it_is(make, tmp_path):
     assert PROMISE in text and "since changed" not in text
     assert f"* τ: {model.config.threshold}" in text and "* split: validation" in text
     assert "* measured in: float32" in text and "This holds if model, criterion and candidate thresholds" in text
-    loaded.config.threshold = [loaded.config.threshold]  # the same, one per exit
+    loaded.config.threshold = [loaded.config.threshold]  # the same τ, as a list with one per exit
     assert PROMISE in card(loaded)
 
 
@@ -122,7 +122,7 @@ def test_whatever_changes_the_answers_ends_the_promise(change, words):
         ({"threshold": 1.6}, "1.6 now"),
         ({"dtype": torch.bfloat16}, "bfloat16 now"),
         ({"exit_criterion": "margin", "threshold": 0.5}, "margin now"),
-        ({"drop_path_rate": 0.5, "stage_loss_weights": [1.0, 2.0]}, None),  # of training alone
+        ({"drop_path_rate": 0.5, "stage_loss_weights": [1.0, 2.0]}, None),  # fields for training only
     ],
 )
 def test_what_is_overridden_on_loading(folder, overrides, words):
@@ -142,7 +142,7 @@ def test_fine_tuning_with_trainer_ends_it(folder, tmp_path):
 
 
 def test_published_files_promise_nothing_either(folder, tmp_path):
-    """Configuration and results hold facts only: a sentence in them would outlive what it is true of."""
+    """Configuration and results contain facts only: a sentence in them would outlive changes of the model."""
     results = {"dataset": "org/animals", "calibration": calibrated().config.calibration}
     for name, overrides, promised in (("same", {}, True), ("other", {"threshold": 1.6}, False)):
         model = AutoModelForImageClassification.from_pretrained(folder, **overrides)
@@ -153,7 +153,7 @@ def test_published_files_promise_nothing_either(folder, tmp_path):
 
 
 def test_no_sentence_is_saved_with_a_model(folder, tmp_path):
-    """It would stand unchanged in the configuration of whatever is made of the model."""
+    """It would remain unchanged in the configuration of models that are derived from this one."""
     model = AutoModelForImageClassification.from_pretrained(folder)
     edit(model)
     model.save_pretrained(tmp_path)
@@ -169,10 +169,10 @@ def test_sentences_that_former_versions_saved(tmp_path):
     model.config.calibration["statement"] = "With probability at least 99.99% over the choice of nothing."
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
-    assert said in card(loaded) and "99.99%" not in card(loaded)  # what the facts say
+    assert said in card(loaded) and "99.99%" not in card(loaded)  # the sentence is built from the facts
     written = push(loaded, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
     assert "99.99%" not in (written / "config.json").read_text(encoding="utf-8")
-    assert "99.99%" in loaded.config.calibration["statement"]  # the model itself is left as it is
+    assert "99.99%" in loaded.config.calibration["statement"]  # the model itself is not changed
     del loaded.config.calibration["target"]  # nothing to build a sentence from
     assert "99.99%" in card(loaded)
 
@@ -188,7 +188,7 @@ def test_that_no_image_exits_early_was_saved_as_a_sentence(exits_early):
 
 
 def test_results_of_another_calibration():
-    """The one that is of the model is shown, wherever it comes from."""
+    """Only a calibration that is valid for the model is shown, from the configuration or from the results."""
     model, other = calibrated(), calibrated(hidden_act="relu")
     foreign = {"dataset": "org/animals", "calibration": other.config.calibration}
     assert PROMISE in card(model, results=foreign)
@@ -213,7 +213,7 @@ def test_a_field_that_is_no_more_is_a_change():
 
 
 def test_a_renamed_field_is_no_change():
-    """`use_distillation_token`, which conditions of earlier versions call `distilled`."""
+    """Conditions of earlier versions have `distilled` for `use_distillation_token`."""
     model = lively_avit(use_distillation_token=True)
     then = model_conditions(model)
     then["distilled"] = then.pop("use_distillation_token")
@@ -232,7 +232,7 @@ def test_budgets_end_too():
 
 
 class Packed(torch.Tensor):
-    """As quantization libraries wrap weights."""
+    """A tensor subclass, such as quantization libraries use for weights."""
 
 
 def test_weights_that_cannot_be_read_cannot_be_verified():
@@ -245,7 +245,7 @@ def test_weights_that_cannot_be_read_cannot_be_verified():
         assert weights_fingerprint(unreadable) is None
         status = calibration_status(unreadable, facts)
         assert not status.holds and "the weights cannot be compared" in status.unverified[0]
-    facts["conditions"]["weights"] = None  # calibrated in that form
+    facts["conditions"]["weights"] = None  # calibrated with quantized weights
     assert not calibration_status(model, facts).holds
 
 
@@ -273,7 +273,7 @@ def test_is_applied_to_the_measured_model_only():
     with pytest.raises(ValueError, match="the exit criterion"):
         found.apply(lively_model(thinking_stages=[2, 4], exit_criterion="margin").config)
     assert not hasattr(other.config, "calibration") and other.config.threshold == 0.0
-    found.apply(measured.config)  # of a configuration only its fields can be compared
+    found.apply(measured.config)  # a configuration has only fields to compare
     assert calibration_status(measured, measured.config.calibration).holds
 
 
@@ -295,7 +295,7 @@ def test_models_without_stages_have_no_calibration():
 
 
 def test_scripts_measure_a_half_precision_checkpoint_in_one_dtype(tmp_path, monkeypatch):
-    """In float32 unless told otherwise; the calibrated model is saved as it was measured, so that its card holds."""
+    """In float32 by default; the calibrated model is saved in the measured dtype, so that its card is valid."""
     pytest.importorskip("matplotlib")
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
     lively_model(thinking_stages=[1, 4], num_labels=3, **names).half().save_pretrained(tmp_path / "model")

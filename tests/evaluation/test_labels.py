@@ -15,7 +15,7 @@ CRANES = ["crane", "owl", "crane", "maillot"]
 
 
 def config(names: list[str], **fields) -> PreTrainedConfig:
-    """With a `label2id` as an inverted dict has it: the last of the classes of one name."""
+    """A configuration whose `label2id` is the inverted dict: for a shared name, the last of its classes."""
     fields = {"label2id": {name: index for index, name in enumerate(names)}, **fields}
     return PreTrainedConfig(id2label=dict(enumerate(names)), **fields)
 
@@ -25,7 +25,7 @@ def table(names: list[str], label_names: list[str], label_map=None, **fields) ->
 
 
 def test_answers_that_are_no_numbers_are_wrong():
-    """For every class: `topk` takes NaN for the greatest value."""
+    """They are wrong for every label, although `topk` ranks NaN highest."""
     labels = LabelMap(config(["a", "b", "c"]), ["a", "b", "c"])
     truth = torch.arange(3)
     assert not labels.hits(torch.full((3, 3), torch.nan), truth, 1).any()
@@ -33,7 +33,7 @@ def test_answers_that_are_no_numbers_are_wrong():
     spoilt[1, 1], spoilt[2, 0] = torch.inf, torch.nan
     for top_k in (1, 3):
         assert labels.hits(spoilt, truth, top_k).tolist() == [True, False, False]
-    some = LabelMap(config(["a", "b", "c"]), ["a", "b"], restrict=True)  # classes are left out by -inf
+    some = LabelMap(config(["a", "b", "c"]), ["a", "b"], restrict=True)  # other classes get -inf
     assert some.hits(torch.eye(3), torch.tensor([0, 1, 0]), 1).tolist() == [True, True, True]
 
 
@@ -60,7 +60,7 @@ class TestRepeatedNames:
         "label_names", [["owl", "crane"], ["owl", "crane", "crane", "crane"], ["owl", "maillot", "crane", "crane"]]
     )
     def test_refuses_to_guess(self, label_names):
-        """Fewer, more, or some at the same place and some elsewhere."""
+        """Fewer labels than classes of a name, more, or only some at the same index."""
         with pytest.raises(ValueError, match=r"'crane' is the name of the labels \[.*of birds.*classes \[0, 2\]"):
             table(CRANES, label_names)
 
@@ -71,7 +71,7 @@ class TestRepeatedNames:
     def test_a_map_says_which(self):
         assert table(CRANES, ["Kranich", "Kran"], {"Kranich": 0, "Kran": 2}) == [0, 2]
         assert table(CRANES, ["c", "c"], {0: 2, 1: 0}) == [2, 0]
-        assert table(CRANES, ["c", "c"], {"0": 2, "1": "owl"}) == [2, 1]  # as JSON has it
+        assert table(CRANES, ["c", "c"], {"0": 2, "1": "owl"}) == [2, 1]  # JSON keys are strings
         with pytest.raises(ValueError, match=r"maps 'Kran' to 'crane', which is the name of .* \[0, 2\]"):
             table(CRANES, ["Kran"], {"Kran": "crane"})
         with pytest.raises(ValueError, match=r"maps 'c', which is the name of several labels of birds"):
@@ -104,7 +104,7 @@ class TestLabel2Id:
 def test_imagenet_needs_no_map_and_short_names_are_not_guessed():
     names = imagenet_1k_classes()
     assert table(names, names) == list(range(1000))
-    with pytest.raises(ValueError, match=r"1 labels of birds are no classes of the model, such as \['tabby'\]"):
+    with pytest.raises(ValueError, match=r"1 labels of birds match no class of the model, such as \['tabby'\]"):
         table(names, ["tabby"])
 
 

@@ -92,13 +92,13 @@ def test_published_counting_is_of_plain_vits():
 
 @torch.no_grad()
 def test_published_counting_is_of_plain_swins():
-    """And, between rounds, of a depthwise convolution and a product with every patch."""
+    """Between rounds it adds a depthwise convolution and a product with every patch."""
     full, nested = tiny_swin_config(head_rounds=[[2, 4]]), tiny_swin_config(head_rounds=[[1, 2], [2, 4]])
     sizes = {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}
     plain = SwinForImageClassification(SwinConfig(**sizes, image_size=32, patch_size=4, num_labels=12)).eval()
     pixel_values, (alone,) = random_images(1), published_stage_macs(full)
     assert counted_flops(lambda: plain(pixel_values)) == 2 * alone
-    width, next_width = 8, 8  # of the first round's tokens and the second's first layer, on a grid of 8 × 8 patches
+    width, next_width = 8, 8  # widths of the first round's tokens and the second's first layer; 8 × 8 patches
     assert published_stage_macs(nested)[1] == alone + 64 * width + 64 * width * next_width
 
 

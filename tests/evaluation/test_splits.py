@@ -1,4 +1,4 @@
-"""Which images a figure is of, and that no promise is made from training images."""
+"""The split that is evaluated, and that training images allow no promise."""
 
 import os
 from dataclasses import replace
@@ -51,7 +51,7 @@ def test_data_without_splits_are_all_of_them(tmp_path):
         for split in (None, "all"):
             rows, found = evaluation_rows(str(path), split)
             assert found == "all" and len(rows) == (3 if path == file else 2)
-        assert evaluation_rows(str(path), "train")[1] == "train"  # as the user calls it
+        assert evaluation_rows(str(path), "train")[1] == "train"  # as the user named it
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_names_of_files_and_folders_tell(place, tmp_path):
     with pytest.raises(ValueError, match="only train .* says training images.*: name the one to evaluate on"):
         evaluation_rows(str(tmp_path / place.split("/")[0]))
     with pytest.raises(ValueError, match="name the one to evaluate on"):
-        evaluation_rows(str(path))  # by its own name, or by that of a folder that holds it
+        evaluation_rows(str(path))  # named after training by itself, or by a folder that holds it
     link = tmp_path / "link"
     link.symlink_to(path.parent)
     with pytest.raises(ValueError, match="name the one to evaluate on"):
@@ -145,7 +145,7 @@ def test_splits_that_were_merged_are_refused(names, tmp_path):
         for label in ("cat", "dog"):
             (tmp_path / name / label).mkdir(parents=True)
             (tmp_path / name / label / "0.png").write_bytes(encoded_image(0))
-    rows, split = evaluation_rows(str(tmp_path), "all")  # as the user says
+    rows, split = evaluation_rows(str(tmp_path), "all")  # as the user asked
     assert (len(rows), split) == (2 * len(names), "all")
     for split in (None, "train"):
         with pytest.raises(ValueError, match=rf"several splits \(.*{names[1]}.*\).* Give the one folder"):
@@ -189,7 +189,7 @@ def test_objects_say_what_they_are_of():
 def test_what_training_images_are(split, training):
     assert is_training_split(split) == training
     answers = replace(draw(2000, 0), split=split)
-    assert calibrate_budget(answers, gmacs=1.5).split == split  # no promise, and so no question
+    assert calibrate_budget(answers, gmacs=1.5).split == split  # a budget promises nothing, so any split is accepted
     if not training:
         found = calibrate_risk(answers, 0.02)
         assert found.split == split

@@ -42,7 +42,7 @@ def test_equals_running_the_model_at_each_threshold(criterion, make):
     limits = (0.0, 3.0) if "entropy" in criterion else (1.0, 0.0)
     answers, _ = evaluate_thresholds(network, data, PROCESSOR, batch_size=7, progress=False)
     scores = answers.scores[:, 0].sort().values
-    between = ((scores[1:] + scores[:-1]) / 2)[::4].tolist()  # so that images leave at every stage
+    between = ((scores[1:] + scores[:-1]) / 2)[::4].tolist()  # so that images exit at every stage
     thresholds = [*np.linspace(*limits, 9).tolist(), *between, [limits[0], limits[1]], [between[3], between[5]]]
     rows = [answers.row(threshold) for threshold in thresholds]
     spent = torch.tensor(stage_macs(network.config)).cumsum(0)
@@ -59,7 +59,7 @@ def test_equals_running_the_model_at_each_threshold(criterion, make):
             assert row["exit_shares"][stage] == pytest.approx(here.float().mean().item())
             expected = 100 * right[here].float().mean().item() if here.any() else None
             assert row["exit_top1"][stage] == pytest.approx(expected)
-    assert len({tuple(row["exit_shares"]) for row in rows}) > 5  # the thresholds matter
+    assert len({tuple(row["exit_shares"]) for row in rows}) > 5  # the thresholds make a difference
 
 
 def test_each_stage_runs_once_per_image():
@@ -142,7 +142,7 @@ class TestLabels:
         assert self.hits(labels, [names.index("3"), names.index("5"), 0, 0]) == [True, True, False, False]
 
     def test_fewer_classes_are_judged_among_themselves(self):
-        """ImageNet-A and -R: 200 of the classes, and answers outside of them do not count."""
+        """ImageNet-A and -R have 200 of the classes; answers outside of them are not considered."""
         logits = torch.tensor([[0.0] * 11 + [9.0]])
         logits[0, 3] = 1.0
         few, label = LabelMap(model().config, ["class 3", "class 5"]), torch.tensor([0])
@@ -166,7 +166,7 @@ class TestLabels:
         assert self.hits(labels, [[3, 5, -1], [-1, -1, -1], [7, -1, -1], [0, 1, 2]]) == [True, False, True, False]
 
     def test_refuses_names_that_are_not_the_models(self):
-        with pytest.raises(ValueError, match=r"1 labels of pets are no classes of the model, such as \['zebra'\]"):
+        with pytest.raises(ValueError, match=r"1 labels of pets match no class of the model, such as \['zebra'\]"):
             LabelMap(model().config, ["class 1", "zebra"], name="pets")
 
     def test_refuses_indices_beyond_the_classes(self):
@@ -194,12 +194,12 @@ def test_refuses_models_that_do_not_choose_one_class(fields):
 
 
 def test_some_of_the_images_are_of_all_labels():
-    """Of data that are sorted by label, as image folders are."""
+    """Also if the data are sorted by label, as image folders are."""
     rows = images([label for label in (0, 1, 2) for _ in range(200)])
     split = as_image_split(rows, "animals")
     labels = split.sample(60).rows["label"][:]
     assert len(labels) == 60 and all(10 < labels.count(label) < 30 for label in (0, 1, 2))
-    assert labels == split.sample(60).rows["label"][:] == sorted(labels)  # the same, in their order
+    assert labels == split.sample(60).rows["label"][:] == sorted(labels)  # the same sample, in the order of the data
     numbered = replace(split, rows=Dataset.from_dict({"number": range(600)}))
     assert set(numbered.sample(20).rows["number"]) < set(numbered.sample(60).rows["number"])
     assert len(split.sample(601).rows) == len(split.sample(None).rows) == 600

@@ -1,4 +1,4 @@
-"""Images that made a model, by its record: not evaluated on by default, and nothing promised from them."""
+"""Images recorded as used to make a model are not evaluated on by default, and allow no promise."""
 
 import datasets
 import pytest
@@ -50,7 +50,7 @@ def test_images_that_chose_the_epoch_are_remembered(animals):
     assert answers.select(answers.top1[:, 0] | True).seen == answers.seen
     assert answers.seen == "the best epoch of the model was chosen by split 'validation' of data called `org/animals`"
     (animals / "test.parquet").rename(animals.parent / "test.parquet")
-    try:  # nothing else is left to evaluate on
+    try:  # there is no other split to evaluate on
         assert evaluate_thresholds(network, str(animals), PROCESSOR, progress=False)[0].seen == answers.seen
     finally:
         (animals.parent / "test.parquet").rename(animals / "test.parquet")
@@ -77,7 +77,7 @@ def test_which_images_are_not_new(split, part):
     [
         *(("собаки", "/data/кошки", False), ("собаки", "/data/собаки", True), ("org/animals", "动物", False)),
         *(("—", "/data/…", False), ("—", "/data/—", False)),
-        # Names that any data may have: the same path may be meant, but not a Hub id of such a name.
+        # Generic names: a path of the same name matches, but not a Hub id that ends in it.
         *(("images", "/other/images", True), ("data", "data", True), ("data", "org/data", False)),
         *(("imagefolder", "/a/imagefolder", True), ("org/data", "/a/data", False), ("org/data", "ada/data", False)),
         *(("org/data", "org/data", True), ("train.parquet", "/a/train.parquet", True)),
@@ -100,7 +100,7 @@ def test_objects_are_known_by_what_they_were_loaded_from(animals):
 def test_no_promise_from_images_that_chose_the_epoch():
     seen = why_not_new(record("validation"), "org/animals", "validation")
     answers = type(draw(9, 0))(**{**vars(draw(2000, 0)), "split": "validation", "seen": seen})
-    assert calibrate_budget(answers, gmacs=1.5).seen == seen  # no promise, and so no question
+    assert calibrate_budget(answers, gmacs=1.5).seen == seen  # a budget promises nothing, so any images are accepted
     with pytest.raises(ValueError, match="not new to the model: the best epoch of the model was chosen .* pass `allow"):
         calibrate_risk(answers, 0.02)
     found = calibrate_risk(answers, 0.02, allow_training_images=True)

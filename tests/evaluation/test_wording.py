@@ -28,7 +28,7 @@ def test_never_rounded_to_the_strong_side():
             context.prec = 1100
             risk, certainty = read(at_most(share)), read(at_least(share))
             assert exact <= risk < 1 and 0 < certainty <= 1 - exact, share
-            # And close: by less than 1 % of the share, or of what is missing to 1.
+            # And close: within 1 % of the share or of its distance to 1.
             margin = min(exact, 1 - exact) / 100
             assert risk - exact <= margin and 1 - exact - certainty <= margin, share
 

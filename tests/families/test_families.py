@@ -72,7 +72,7 @@ class TestRecord:
             assert thinks_in_stages(each) == (family.model_type not in ("avit", "elastic_vit"))
 
     def test_is_found_from_classes_of_others(self, family):
-        """Remote code, which has the model type but another class, and a subclass with a model type of its own."""
+        """Remote code (the same model type, another class), and a subclass with another model type."""
         elsewhere = type("Elsewhere", (ViTConfig,), {"model_type": family.model_type})
         derived = type("Derived", (family.config_class,), {"model_type": "derived"})
         assert family_of(elsewhere()) is family_of(derived()) is family
@@ -89,7 +89,7 @@ def test_a_model_of_no_family():
 
 
 def test_models_of_transformers_do_not_think_in_stages():
-    """Also where a configuration has stages of its own."""
+    """Also those whose configuration defines stages of another kind."""
     assert ConvNextConfig().num_stages == 4
     assert not thinks_in_stages(ConvNextConfig())
 
@@ -104,7 +104,7 @@ def test_costs_of_another_kind_of_model():
 
 
 def test_a_family_without_official_checkpoints(monkeypatch, tmp_path):
-    """Conversion passes it over, and does not name it where no family matches."""
+    """Conversion skips it, and does not list it if no family matches."""
     ours = dataclasses.replace(FAMILIES["thinkingvit"], official=None, costs=Costs())
     monkeypatch.setattr(convert, "FAMILIES", {"ours": ours, "avit": FAMILIES["avit"]})
     assert type(convert_checkpoint(FIXTURES / "avit", tmp_path / "out")).__name__ == "AViTForImageClassification"
@@ -114,7 +114,7 @@ def test_a_family_without_official_checkpoints(monkeypatch, tmp_path):
 
 
 def test_families_know_models_only():
-    """Other folders import this one, so that an import of theirs here would be a circle."""
+    """Other folders import `families/`, so importing them here would be circular."""
     folder = Path(inspect.getfile(hf_thinkingvit)).parent / "families"
     siblings = {path.stem for path in folder.glob("*.py")}
     for path in folder.glob("*.py"):

@@ -18,7 +18,7 @@ NUM_IMAGES, THRESHOLD = 13, [2.235, 2.11]
 
 
 class Interrupted(list):
-    """As where somebody presses Ctrl-C while an image is being read."""
+    """Raises `KeyboardInterrupt` while an image is read, as Ctrl-C does."""
 
     def __getitem__(self, index):
         if index == 3:
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     if sys.argv[2] == "interrupted":
         images = Interrupted(images)
     elif sys.argv[2] != "none":
-        images[int(sys.argv[2])] = torch.zeros(2, 2)  # no image
+        images[int(sys.argv[2])] = torch.zeros(2, 2)  # cannot be read: an image has three dimensions
     try:
         results = classify_across_processes(AdaptiveEngine(lively_model(threshold=THRESHOLD), batch_size=4), images)
         rows = [(result.index, result.exit_stage, result.logits) for result in results]

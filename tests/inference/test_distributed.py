@@ -13,7 +13,7 @@ from tests.utils import lively_model, random_images
 
 
 def run_processes(folder: Path, broken: str) -> list:
-    """What each of two processes found, or how it failed."""
+    """The results of each of two processes, or its error."""
     script = Path(classify_distributed.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}

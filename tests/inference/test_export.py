@@ -12,7 +12,7 @@ from tests.utils import lively_model, lively_swin, random_images
 
 
 def exits_at_every_stage(images: torch.Tensor, make=lively_model, **config):
-    """A model, with τ at which some images leave at each stage."""
+    """A model, with τ at which some images exit at each stage."""
     model = make(**config)
     with torch.no_grad():
         stage_logits = model(images, output_stage_logits=True).stage_logits
@@ -69,18 +69,18 @@ def test_the_adaptive_program_gives_the_models_answers():
 
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def exported(request, tmp_path_factory):
-    """A model, images, its answers, and the ONNX files."""
+    """A model, images, the model's answers, and the ONNX files."""
     pytest.importorskip("onnxscript")
     images = random_images(9)
     model = exits_at_every_stage(images, **request.param)
     with torch.no_grad():
         expected = model(images)
-    # With gradients enabled, as a user may have them: exporters then decompose operations in another way.
+    # With gradients enabled, because exporters then decompose operations differently.
     return model, images, expected, export_onnx(model, tmp_path_factory.mktemp("onnx") / "exported")
 
 
 class TestOnnx:
-    """Under onnxruntime."""
+    """The files, run by onnxruntime."""
 
     @staticmethod
     def session(path):
@@ -115,7 +115,7 @@ class TestOnnx:
         assert exit_stage[0] == num_exits
 
     def test_threshold_is_required(self, exported):
-        """OpenVINO drops inputs that have a default, and would exit at that τ whatever it is asked for."""
+        """With a default, OpenVINO would drop the input and always use that τ."""
         onnx = pytest.importorskip("onnx")
         _, images, _, files = exported
         with pytest.raises(ValueError, match="threshold"):
@@ -131,7 +131,7 @@ class TestOnnx:
         graph, depth = onnx.load(files.adaptive).graph, 0
         num_attentions = model.config.num_hidden_layers
         while branches := [node for node in graph.node if node.op_type == "If"]:
-            assert sum(node.op_type == "Softmax" for node in graph.node) <= 2 * num_attentions + 2  # of one stage
+            assert sum(node.op_type == "Softmax" for node in graph.node) <= 2 * num_attentions + 2  # those of one stage
             (graph,) = [a.g for a in branches[0].attribute if a.name == "else_branch"]
             depth += 1
         assert depth == model.config.num_stages - 1
@@ -210,7 +210,7 @@ def test_onnx_in_half_precision(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = lively_swin(head_rounds=[[2]], num_heads=[2], depths=[1]).half(), random_images(3).half()
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path, dtype=torch.float16).adaptive)
-    assert model.config._attn_implementation == "sdpa"  # as it was
+    assert model.config._attn_implementation == "sdpa"  # restored
     with torch.no_grad():
         expected = model(images, threshold=0.0)
     for image, logits, entropy in zip(images.split(1), expected.logits, expected.entropy, strict=True):
@@ -230,7 +230,7 @@ def test_refuses_a_model_without_stages(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_onnx_is_in_float32_whatever_the_model_is_in(dtype, tmp_path):
-    """As checkpoints are often stored in half precision. The model itself keeps its weights to the bit."""
+    """Checkpoints are often stored in half precision. The weights of the model itself do not change by a bit."""
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     model, images = lively_model(thinking_stages=[1, 4], num_hidden_layers=1).to(dtype), random_images(1)
@@ -246,7 +246,7 @@ def test_onnx_is_in_float32_whatever_the_model_is_in(dtype, tmp_path):
 
 
 def test_exports_between_two_steps_of_training(tmp_path):
-    """The gradients, of the weights' own dtype, come back and go on adding up."""
+    """Gradients in the weights' dtype are restored after the export and accumulate further."""
     pytest.importorskip("onnxscript")
     model, images = lively_model(thinking_stages=[1, 4], num_hidden_layers=1), random_images(2)
     twin = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""What the engine takes as a stream of images, and what its bookkeeping costs."""
+"""Inputs that the engine accepts as a stream of images, and the cost of its bookkeeping."""
 
 import pickle
 import sys
@@ -19,7 +19,7 @@ from tests.utils import SizedStream, lively_model, middle_threshold, random_imag
 
 
 class Indexed(Dataset):
-    """As torch describes a map-style dataset: a length and indices, which need not end with an IndexError."""
+    """A map-style dataset as torch defines it: a length and indices, without an IndexError at the end."""
 
     def __init__(self, images):
         self.images = images
@@ -96,7 +96,7 @@ def test_several_images_in_place_of_one(engine, picture):
 
 
 def both_ways(model, processor):
-    """The logits or scores of one image, by the engine and by the pipeline."""
+    """Functions that return the logits or scores of one image, by the engine and by the pipeline."""
     classifier = StagedImageClassificationPipeline(model=model, image_processor=processor)
     engine = AdaptiveEngine(model, processor)
     return {
@@ -108,7 +108,7 @@ def both_ways(model, processor):
 
 @pytest.mark.parametrize("way", ["engine", "function", "pipeline"])
 def test_arrays_of_wide_integers(engine, picture, way):
-    """16 bits are scaled like those of files; what has another range is refused in place of being cut or wrapped."""
+    """16-bit values are scaled as in files. Values of an unknown range are refused instead of clipped or wrapped."""
     answer = both_ways(engine.model, engine.processor)[way]
     pixels = np.array(picture)
     expected = answer(pixels)
@@ -127,7 +127,7 @@ def test_arrays_of_wide_integers(engine, picture, way):
             answer(other)
     with pytest.raises(ValueError, match="none above 255: 8-bit values would come out black"):
         answer(np.maximum(pixels, 255).astype(np.uint16))
-    if way == "function":  # elsewhere tensors are preprocessed already
+    if way == "function":  # other ways take tensors as preprocessed
         planes = torch.from_numpy(wide).permute(2, 0, 1)
         assert answer(planes) == expected
         with pytest.raises(ValueError, match=r"got torch\.int32 from"):
@@ -177,7 +177,7 @@ def test_two_engines_share_a_model_in_two_threads(engine):
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_bookkeeping_per_image_does_not_grow_with_the_batch(engine, in_order):
-    """Counted as the lines of this package's engine that Python runs."""
+    """Measured by the number of lines of the engine that Python runs."""
     folder, images, lines = str(Path(inference.__file__).parent), random_images(1024, 8), 0
     model = lively_model(image_size=8, num_hidden_layers=1)
     model.config.threshold = middle_threshold(model, images[:64])

@@ -38,7 +38,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def expected(make, folder, images):
-    """Model outputs for the preprocessed images, at a τ that splits them."""
+    """Model outputs for the preprocessed images, at a τ at which some exit early."""
     model = make()
     pixel_values = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_images_of_another_size(make, images):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_class_that_travels_with_the_models(make, images, batch_size):
-    """Without the engine, in batches of one image size: each image gets the answer that it gets alone."""
+    """It runs without the engine, in batches of one image size; each result equals that of the image alone."""
     processor = evaluation_image_processor(32)
     processor.do_resize = processor.do_center_crop = False
     sizes = [(32, 32), (32, 32), (32, 48), (32, 48), (32, 48), (48, 48), (32, 32)]
@@ -252,7 +252,7 @@ def test_the_class_that_travels_with_the_models(make, images, batch_size):
 
 
 def test_threshold_of_the_standard_pipeline(folder, images, expected):
-    """It takes none in a call, so it is set on loading."""
+    """The standard pipeline accepts no τ in a call, so it is set on loading."""
     threshold, outputs = expected
     standard = pipeline("image-classification", model=folder, model_kwargs={"threshold": threshold})
     labels = [result[0]["label"] for result in standard(images, batch_size=3)]
@@ -260,7 +260,7 @@ def test_threshold_of_the_standard_pipeline(folder, images, expected):
 
 
 def test_the_folder_names_its_pipeline(make, folder, images, tmp_path, caplog):
-    """Where the package is imported its own class serves, without `trust_remote_code` and with it."""
+    """With the package imported, its own class is used, with or without `trust_remote_code`."""
     saved = json.loads((tmp_path.parent / folder / "config.json").read_text())["custom_pipelines"]
     assert saved == {
         "adaptive-image-classification": {
@@ -278,7 +278,7 @@ def test_the_folder_names_its_pipeline(make, folder, images, tmp_path, caplog):
         again = pipeline("adaptive-image-classification", model=str(tmp_path / str(trust_remote_code)))
         assert again(images[0]) == classifier(images[0])
     assert not caplog.records
-    # Pipelines of others stay.
+    # Pipelines of other tasks stay in the configuration.
     config = AutoConfig.from_pretrained(folder)
     config.custom_pipelines = {"other": {"impl": "other.Pipeline", "pt": []}}
     assert list(config.custom_pipelines) == ["other"]

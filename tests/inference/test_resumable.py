@@ -1,4 +1,4 @@
-"""Every image exactly once, whatever happened to earlier runs."""
+"""Every image is in the output exactly once, whatever happened to earlier runs."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ NAMES = ["a.png", "b\nc.png", "d\u2028e.png", "f\x85g.png", "猫.png", *(f"{inde
 
 
 def processes(path, count: int, facts=FACTS, names=NAMES) -> list[ResumableOutput]:
-    """The outputs of `count` processes; they take turns in place of waiting for each other."""
+    """The outputs of `count` processes, which run one after another; barriers do not wait."""
     states = [
         SimpleNamespace(
             process_index=index, num_processes=count, is_main_process=index == 0, wait_for_everyone=lambda: None
@@ -28,13 +28,13 @@ def processes(path, count: int, facts=FACTS, names=NAMES) -> list[ResumableOutpu
 
 
 class Killed(Exception):
-    """Ends one process, or what ends the others that wait for it."""
+    """Simulates the kill of a process, or the error of the processes that wait for it."""
 
 
 def process(path, index: int, count: int, facts=FACTS, killed_at: int | None = None):
     """
-    The output of one of several processes, which is killed at a barrier; and what each barrier found: τ in the header,
-    and how many parts there were.
+    The output of one of several processes (`None` if it is killed at barrier `killed_at`), and for each barrier that it
+    reached the τ in the header and the number of parts.
     """
     found = []
 
@@ -76,7 +76,7 @@ def test_resumed_with_another_number_of_processes(tmp_path, counts):
     path, answered = tmp_path / "out.jsonl", []
     for count in counts[:-1]:
         for output in processes(path, count):
-            answered += answer(output, 2)  # and then it is killed
+            answered += answer(output, 2)  # killed afterwards
     last = processes(path, counts[-1])
     assert last[0].done == len(answered) > 0
     assert sorted(answered + [place for output in last for place in output.places]) == list(range(len(NAMES)))
@@ -114,15 +114,13 @@ def test_a_run_of_something_else_is_refused(tmp_path, change):
     facts.pop("names", None)
     (output,) = processes(path, 1)
     answer(output, 3)
-    with pytest.raises(
-        FileExistsError, match=rf"is of something else: {next(iter(change))} was .* start anew by remov"
-    ):
+    with pytest.raises(FileExistsError, match=rf"has other facts: {next(iter(change))} was .* start anew by remov"):
         processes(path, 1, facts, names)
     (output,) = processes(path, 2)[:1]
     assert output.done == 3
     for part in tmp_path.glob(".*.part"):
         part.unlink()
-    assert processes(path, 1, facts, names)[0].done == 0  # anew
+    assert processes(path, 1, facts, names)[0].done == 0  # nothing is continued
 
 
 @pytest.mark.parametrize("value", [float("nan"), [0.5, float("nan")]])
@@ -155,16 +153,16 @@ def test_parts_without_a_header_are_refused(tmp_path, header):
 
 
 def test_nobody_opens_a_part_before_everybody_has_read_and_the_header_is_there(tmp_path):
-    """A finished run whose output was removed leaves a header; the next run is another one."""
+    """A finished run whose output was removed leaves a header; the next run has other facts."""
     path, other = tmp_path / "out.jsonl", {**FACTS, "threshold": 1.0}
     (output,) = processes(path, 1)
     answer(output)
     finish([output])
     path.unlink()
     second, found = process(path, 1, 2, other)
-    assert found == [([0.5, 0.25], 0), ([0.5, 0.25], 0)]  # opened after both barriers
+    assert found == [([0.5, 0.25], 0), ([0.5, 0.25], 0)]  # no part before either barrier
     first, found = process(path, 0, 2, other)
-    assert found == [([0.5, 0.25], 1), (1.0, 1)]  # written between them
+    assert found == [([0.5, 0.25], 1), (1.0, 1)]  # header written between the barriers
     for output in (first, second):
         answer(output, 2)
     assert processes(path, 1, other)[0].done == 4
@@ -173,7 +171,7 @@ def test_nobody_opens_a_part_before_everybody_has_read_and_the_header_is_there(t
 @pytest.mark.parametrize("leftover", [False, True])
 @pytest.mark.parametrize("killed_at", [1, 2])
 def test_killed_before_the_header_is_there_for_all(tmp_path, killed_at, leftover):
-    """Answers of a second run, under another τ, are never taken for those of the first."""
+    """Answers of a second run with another τ are never taken for those of the first."""
     path, other = tmp_path / "out.jsonl", {**FACTS, "threshold": 1.0}
     if leftover:
         (output,) = processes(path, 1)
@@ -181,7 +179,7 @@ def test_killed_before_the_header_is_there_for_all(tmp_path, killed_at, leftover
         finish([output])
         path.unlink()
     process(path, 0, 2, other, killed_at)
-    survivor, _ = process(path, 1, 2, other, killed_at=2)  # waits at the second barrier for the one that was killed
+    survivor, _ = process(path, 1, 2, other, killed_at=2)  # waits at the second barrier for the killed process
     if survivor is not None:
         answer(survivor, 2)
     (output,) = processes(path, 1)
@@ -197,7 +195,7 @@ def test_images_that_could_not_be_read_are_tried_again(tmp_path):
     first.write(0, error="the disk was away")
     second.write(1, error="the disk was away")
     second.write(3, label="label 3", score=0.5)
-    for _ in range(2):  # the first of them is killed after it has failed again
+    for _ in range(2):  # the first run is killed after the image has failed again
         (output,) = processes(path, 1)
         assert output.done == 1 and output.places == [place for place in range(len(NAMES)) if place != 3]
         output.write(1, error="damaged")
@@ -251,7 +249,7 @@ def test_killed_after_the_output_was_written(tmp_path):
 
 
 def test_parquet_beside_jsonl_and_unreadable_images(tmp_path):
-    """Each has its own parts."""
+    """Outputs of different formats have separate parts."""
     (jsonl,), (parquet,) = processes(tmp_path / "out.jsonl", 1), processes(tmp_path / "out.parquet", 1)
     answer(jsonl, 2)
     assert parquet.done == 0

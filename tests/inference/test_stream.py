@@ -1,18 +1,21 @@
-"""The images that wait for a stage, and how long they do."""
+"""The queue of images that wait for a stage, and the limit of their waiting time."""
 
 import math
 import time
 
+import pytest
 import torch
 
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.inference.stage_queue import StageQueue
 from hf_thinkingvit.inference.stream import Stream
+from hf_thinkingvit.models.exit_scores import mean_binary_entropy
+from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model, random_images
 
 
 def part(*places: int) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Waiting images, whose state holds their places."""
+    """State and indices of waiting images; the state holds the indices."""
     return {"hidden_states": torch.tensor(places)[:, None]}, list(places)
 
 
@@ -62,7 +65,7 @@ def test_nothing_is_copied_where_every_image_goes_on():
 
     model.run_stage = recorded
     exits, answer, state = engine.step(0, {"pixel_values": random_images(4)})
-    assert not exits.any() and len(answer["logits"]) == 4
+    assert not exits.any() and len(answer["logits"]) == 0
     assert all(state[name] is tensor for name, tensor in states[0].items())
 
 
@@ -70,3 +73,10 @@ def test_nothing_waits_for_others_if_it_may_not():
     engine = AdaptiveEngine(lively_model(), threshold=0.0, batch_size=4, max_wait=0)
     assert [result.index for result in engine(random_images(3))] == [0, 1, 2]
     assert engine.stats.batches == engine.stats.rows == [3, 3, 3]
+
+
+def test_the_entropy_of_a_multi_label_avit_is_of_each_label():
+    network = lively_avit(problem_type="multi_label_classification")
+    results = list(AdaptiveEngine(network)(random_images(3)))
+    expected = mean_binary_entropy(torch.stack([result.logits for result in results]))
+    assert [result.entropy for result in results] == pytest.approx(expected.tolist())

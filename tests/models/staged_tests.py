@@ -16,7 +16,7 @@ from tests.utils import FIXTURES, middle_threshold, random_images
 @torch.no_grad()
 def assert_golden(golden: str, num_thresholds: int) -> None:
     """
-    With the weights in `tests/fixtures/{golden}`, the outputs are those that the official implementation gives: logits,
+    With the weights in `tests/fixtures/{golden}`, the outputs equal those of the official implementation: logits,
     entropy and final tokens of every stage, and exit stages and logits at each of the `num_thresholds` stored τ.
     """
     model = load_official(read_checkpoint(FIXTURES / golden))
@@ -35,7 +35,7 @@ def assert_golden(golden: str, num_thresholds: int) -> None:
     assert len(names) == num_thresholds
     for name in names:
         threshold = float(name.removeprefix("threshold.").removesuffix(".stage"))
-        # Some τ are an image's own entropy, which does not exit; the file's names round them, maybe upwards.
+        # Some τ equal an image's entropy, so that it must not exit; the names in the file may round them upwards.
         outputs = model(pixel_values, threshold=max(threshold - 5e-6, 0.0))
         assert torch.equal(outputs.exit_stage, expected[name])
         logits = expected[name.replace(".stage", ".logits")]
@@ -43,7 +43,7 @@ def assert_golden(golden: str, num_thresholds: int) -> None:
 
 
 def assert_gradients(model, reference: Callable) -> None:
-    """The training loss with equal weights, and its gradients, are those of the `reference` implementation."""
+    """The training loss with equal weights, and its gradients, equal those of the `reference` implementation."""
     pixel_values, labels = random_images(), torch.arange(6)
     logits, _ = reference(model, pixel_values)
     expected_loss = sum(torch.nn.functional.cross_entropy(z, labels) for z in logits) / model.config.num_stages
@@ -61,9 +61,9 @@ class StagedClassifierTests:
 
     Attributes:
         lively: makes the model, in evaluation mode.
-        reference: its plain implementation: model and images to logits and tokens of every stage.
-        tokens_shape: of one image's final tokens of the last stage.
-        half_tolerance: of logits in half precision, relative to the greatest logit.
+        reference: plain implementation: `(model, images) -> (logits, tokens)`, lists with one entry per stage.
+        tokens_shape: shape of one image's final tokens of the last stage.
+        half_tolerance: tolerance of logits in half precision, relative to the greatest logit.
     """
 
     lively: Callable

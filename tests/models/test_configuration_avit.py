@@ -74,3 +74,10 @@ def test_contradictory_values_are_refused(distilled, tmp_path):
     with refused:
         AViTConfig.from_pretrained(tmp_path, **both)
     assert AViTConfig(distilled=distilled, use_distillation_token=distilled).distilled is distilled
+
+
+@pytest.mark.parametrize("name", ["use_distillation_token", "distilled"])
+@pytest.mark.parametrize("value", ["false", 1, "no"])
+def test_refuses_what_is_neither_true_nor_false(name, value):
+    with pytest.raises(ValueError, match="`use_distillation_token` must be true or false"):
+        AViTConfig(**{name: value})

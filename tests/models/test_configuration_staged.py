@@ -1,4 +1,4 @@
-"""τ, its criterion and the problem type, which must fit together however a configuration comes about."""
+"""τ, exit criterion and problem type must fit together, however a configuration is made."""
 
 import json
 import math
@@ -6,10 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, ConvNextConfig, PreTrainedConfig
 
-from hf_thinkingvit import ExitRule, ThinkingSwinConfig, ThinkingViTConfig, ThinkingViTForImageClassification
+from hf_thinkingvit import (
+    AViTConfig,
+    ExitRule,
+    ThinkingSwinConfig,
+    ThinkingViTConfig,
+    ThinkingViTForImageClassification,
+)
 from hf_thinkingvit.inference import AdaptiveEngine
+from hf_thinkingvit.models.configuration_staged import thinks_in_stages
 from tests.models.test_weights_from_vit import trained_vit
 from tests.utils import lively_model, lively_swin, random_images, tiny_config
 
@@ -141,7 +148,7 @@ class TestChangedCriterion:
             loaded = source.from_pretrained(tmp_path, exit_criterion="margin", threshold=0.8)
             config = getattr(loaded, "config", loaded)
             assert (config.exit_criterion, config.threshold) == ("margin", 0.8)
-            loaded = source.from_pretrained(tmp_path, exit_criterion="topk_entropy")  # the same, said again
+            loaded = source.from_pretrained(tmp_path, exit_criterion="topk_entropy")  # the saved value
             assert getattr(loaded, "config", loaded).threshold == 0.5
 
     def test_a_criterion_with_a_default_does_not_replace_a_saved_threshold(self):
@@ -243,3 +250,18 @@ def test_a_model_of_another_problem_type_says_how_it_is_loaded(tmp_path):
     assert "from_pretrained(" in str(error.value)
     fields = {"problem_type": "multi_label_classification", "exit_criterion": "mean_binary_entropy", "threshold": 0.1}
     assert ThinkingViTForImageClassification.from_pretrained(tmp_path, **fields).config.threshold == 0.1
+
+
+class TestThinksInStages:
+    def test_of_models_and_configurations(self):
+        assert thinks_in_stages(lively_model()) and thinks_in_stages(torch.compile(lively_model()))
+        assert thinks_in_stages(lively_model().config)
+        assert not thinks_in_stages(ConvNextConfig()) and not thinks_in_stages(AViTConfig())
+
+    def test_says_that_code_of_an_earlier_version_cannot_be_used(self):
+        class EarlierConfig(PreTrainedConfig):  # as `trust_remote_code` loads it from a folder saved before
+            model_type = "thinkingvit"
+            exit_criterion = "topk_entropy"
+
+        with pytest.raises(ValueError, match="earlier version.*Import `hf_thinkingvit` before the model is loaded"):
+            thinks_in_stages(EarlierConfig())

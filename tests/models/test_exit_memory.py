@@ -1,4 +1,4 @@
-"""Exit criteria that remember earlier answers, or read more than logits, in everything that decides exits."""
+"""Exit criteria with memory of earlier answers, or that read more than logits, wherever exits are decided."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ NUM_STAGES = 4
 
 
 def similarity(answer, memory, top_k):
-    """Mean squared difference from the answer of the stage before: nothing exits at the first."""
+    """Mean squared difference from the previous stage's answer; at the first stage nothing exits."""
     logits = answer["logits"].float()
     if not memory:
         return torch.full_like(logits[:, 0], torch.inf), {"logits": logits}
@@ -24,7 +24,7 @@ def similarity(answer, memory, top_k):
 
 
 def patience(answer, memory, top_k):
-    """How many times in a row the prediction has stayed the same."""
+    """Number of consecutive stages at which the prediction did not change."""
     prediction = answer["logits"].argmax(dim=1)
     count = torch.zeros_like(prediction)
     if memory:
@@ -33,7 +33,7 @@ def patience(answer, memory, top_k):
 
 
 def accumulated_gate(answer, memory, top_k):
-    """The sum so far of a halting score that the model gives beside its logits (arXiv 1603.08983)."""
+    """The sum over the stages so far of a halting score that the model returns beside its logits (arXiv 1603.08983)."""
     total = answer["halting_score"].float() + memory.get("total", 0.0)
     return total, {"total": total}
 
@@ -69,7 +69,7 @@ def model(request, monkeypatch):
 
 @torch.no_grad()
 def exit_stages_of(model, images):
-    """Where each image leaves, if each is alone and every stage runs."""
+    """The exit stage of each image, in a batch of its own and with every stage run."""
     stages = []
     for image in images.split(1):
         answers = []
@@ -165,4 +165,4 @@ def test_a_memory_does_not_reach_the_model(model):
     model.recycle = lambda stage, state, **kwargs: seen.append(set(state)) or recycle(stage, state, **kwargs)
     with torch.no_grad():
         model(random_images(12))
-    assert seen and not any(name.startswith("memory") for names in seen for name in names)
+    assert seen and not any(name.startswith("_") for names in seen for name in names)

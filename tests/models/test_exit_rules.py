@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_thinkingvit import EXIT_CRITERIA, ExitRule
+from hf_thinkingvit import EXIT_CRITERIA, ExitCriterion, ExitRule
 from hf_thinkingvit.models.exit_rules import resolve_thresholds
 from hf_thinkingvit.models.exit_scores import (
     entropy,
@@ -53,7 +53,7 @@ def test_margin_is_the_distance_of_the_two_largest():
 
 @pytest.mark.parametrize("name", LOGITS_ALONE)
 def test_scores_of_any_leading_dimensions(name):
-    """Such as those of all stages at once, `(images, stages, num_classes)`."""
+    """For example the logits of all stages at once, `(images, stages, num_classes)`."""
     score = EXIT_CRITERIA[name].score
     torch.testing.assert_close(score(LOGITS.view(10, 5, 20), 10), score(LOGITS, 10).view(10, 5))
     torch.testing.assert_close(score(LOGITS[0], 10), score(LOGITS, 10)[0])
@@ -140,3 +140,13 @@ def test_thresholds_one_for_all_or_one_per_exit():
     assert resolve_thresholds(0.5, 0) == ()
     with pytest.raises(ValueError, match="list of 2, one per exit.*got 3"):
         resolve_thresholds([0.1, 0.2, 0.3], 2)
+
+
+def test_a_multi_label_criterion_that_is_no_entropy_reports_the_entropy_of_each_label(monkeypatch):
+    def score(logits, top_k):
+        return logits.float().abs().amin(dim=1)
+
+    least_certain = ExitCriterion(score, False, lambda num_labels, top_k: 1.0, "", multi_label=True)
+    monkeypatch.setitem(EXIT_CRITERIA, "least_certain_label", least_certain)
+    verdict = ExitRule("least_certain_label", (0.5,), 10).judge(0, {"logits": LOGITS})
+    torch.testing.assert_close(verdict.entropy, mean_binary_entropy(LOGITS))

@@ -51,7 +51,7 @@ def test_values_between_two_of_8_bits_are_rounded(mode):
 
 def test_upright_as_other_images():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90°
+    exif[0x0112] = 6  # orientation: rotate by 90°
     for values in (GREY, WIDE):
         file = BytesIO()
         Image.fromarray(values).save(file, "png", exif=exif)
@@ -63,7 +63,7 @@ def test_tiff_of_12_bits_and_tiff_whose_white_is_0(tmp_path):
     tiff = tmp_path / "a.tif"
     Image.fromarray(values * 16).save(tiff, tiffinfo={262: 0})
     assert np.asarray(read_image(tiff))[0, :, 0].tolist() == [255, 0]
-    # Pillow writes none of 12 bits: two pixels are three bytes.
+    # Pillow cannot write 12-bit TIFF files. Two pixels take three bytes.
     entries = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 0), (278, 4, 1), (279, 4, 3)]
     offset = 8 + 2 + 12 * len(entries) + 4
     content = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little")
@@ -88,7 +88,7 @@ def test_refuses_values_of_unknown_range(tmp_path):
 
 
 def test_other_sources(tmp_path):
-    """As `load_image` takes them; what is none is its error."""
+    """The sources that `load_image` accepts; anything else raises its error."""
     path = files(tmp_path)["png"]
     text = base64.b64encode(path.read_bytes()).decode()
     for source in (str(path), Image.open(path), text, f"data:image/png;base64,{text}"):
@@ -113,7 +113,7 @@ def test_urls(tmp_path):
 
 
 def test_every_way_in_reads_the_same_picture(tmp_path):
-    """Engine, adaptive pipeline and data sets answer to 16 bits as to 8."""
+    """Engine, adaptive pipeline and data sets give the same answers for 16 bits as for 8."""
     model, processor = lively_model(num_hidden_layers=1), evaluation_image_processor(32)
     wide, narrow = files(tmp_path)["png"], tmp_path / "narrow.png"
     Image.fromarray(GREY).save(narrow)

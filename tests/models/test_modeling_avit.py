@@ -105,7 +105,7 @@ class TestSparse:
         class_depth = dense.token_depth[:, 0]
         assert len(class_depth.unique()) > 2
         outputs = model(pixel_values)
-        # Tokens that outlive the class token leave with it.
+        # Tokens still active when the class token halts leave with it.
         left = torch.minimum(dense.token_depth, class_depth[:, None])
         torch.testing.assert_close(outputs.mean_depth, left.float().mean(1))
 
@@ -204,7 +204,7 @@ class TestOutputs:
         model.set_attn_implementation("eager")
         plain = model(pixel_values, max_depth=max_depth)
         token_depth = model.avit(pixel_values, max_depth=max_depth).token_depth
-        assert (plain.mean_depth < token_depth.float().mean(1)).any()  # tokens left with their image
+        assert (plain.mean_depth < token_depth.float().mean(1)).any()  # some tokens left because their image exited
         for asked in ("output_token_depth", "output_hidden_states", "output_attentions"):
             outputs = model(pixel_values, max_depth=max_depth, **{asked: True})
             assert torch.equal(outputs.mean_depth, plain.mean_depth) and torch.equal(outputs.macs, plain.macs)

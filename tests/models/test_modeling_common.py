@@ -50,7 +50,7 @@ class ThinkingViTModelTester:
         self.num_labels = 10
         self.thinking_stages = list(thinking_stages)
         self.layers_per_stage = 2
-        # The tests expect what the first recorded layer has, and as many layers as are recorded over all stages.
+        # The tests expect the sizes of the first recorded layer, and the number of layers recorded over all stages.
         self.num_hidden_layers = self.layers_per_stage * len(thinking_stages)
         self.num_attention_heads = thinking_stages[0]
         self.hidden_size = 8 * thinking_stages[0]
@@ -62,7 +62,7 @@ class ThinkingViTModelTester:
         return self.sized(
             ThinkingViTConfig,
             thinking_stages=self.thinking_stages,
-            threshold=0.0,  # the tests compare outputs of batches and of rows, layer by layer: let every stage run
+            threshold=0.0,  # every stage runs, because the tests compare batches and rows layer by layer
             initializer_range=0.02,
         )
 
@@ -84,7 +84,7 @@ class ThinkingViTModelTest(ModelTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = self.model_tester_class(self)
-        # The tests tell bare models, which have no loss to train, by their names in this table.
+        # The tests recognise models without heads, which have no loss, by their names in this mapping.
         bare_model, _ = self.all_model_classes
         names = unittest.mock.patch.dict(MODEL_MAPPING_NAMES, {bare_model.config_class.model_type: bare_model.__name__})
         names.start()
@@ -95,14 +95,14 @@ class ThinkingViTModelTest(ModelTesterMixin, unittest.TestCase):
         pass
 
     def test_model_get_set_embeddings(self):
-        """As in Transformers' tests of ViT: the common test expects an embedding table, images have a convolution."""
+        """As in Transformers' tests of ViT: the common test expects an embedding table, not a convolution."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             assert isinstance(model.get_input_embeddings(), torch.nn.Conv2d)
 
 
 class PlainViTModelTest(ThinkingViTModelTest):
-    """The same with one stage, which is a plain ViT."""
+    """A ThinkingViT with one stage, which is a plain ViT."""
 
     def setUp(self):
         super().setUp()
@@ -110,7 +110,7 @@ class PlainViTModelTest(ThinkingViTModelTest):
 
 
 class ThinkingSwinModelTester(ThinkingViTModelTester):
-    """The same for ThinkingSwin: two rounds over two layers, 4 × 4 patches and then 2 × 2, in windows of 4 × 4."""
+    """A ThinkingSwin: two rounds over two layers, 4 × 4 patches and then 2 × 2, in windows of 4 × 4."""
 
     def __init__(self, parent, head_rounds=((1, 2), (2, 4))):
         super().__init__(parent)
@@ -192,8 +192,8 @@ class ElasticViTModelTest(ThinkingViTModelTest):
 
 class AViTModelTester(ThinkingViTModelTester):
     """
-    The same for a distilled A-ViT, of whose tokens about half halt after the first layer: those whose gate channel is
-    above 0, which differs between images too.
+    A distilled A-ViT. About half of the tokens halt after the first layer: those whose gate channel is above 0. Their
+    number differs between images.
     """
 
     def __init__(self, parent):
@@ -219,7 +219,7 @@ class AViTModelTester(ThinkingViTModelTester):
 class AViTModelTest(ThinkingViTModelTest):
     all_model_classes = (AViTModel, AViTForImageClassification)
     model_tester_class = AViTModelTester
-    # The others train, record outputs (both of which is the dense computation) or never call the classifier.
+    # Other tests use the dense computation (training, recorded outputs) or never call the classifier.
     sparse_tests = (
         "test_determinism",
         "test_feed_forward_chunking",
@@ -229,7 +229,7 @@ class AViTModelTest(ThinkingViTModelTest):
 
     def setUp(self):
         super().setUp()
-        self.tokens_that_go_on = []  # each time that tokens leave: the share that stays
+        self.tokens_that_go_on = []  # share of remaining tokens, each time that tokens leave
         select = PackedTokens.select
 
         def count(packed: PackedTokens, rows: torch.Tensor) -> PackedTokens:

@@ -26,7 +26,7 @@ class TestStaged(StagedClassifierTests):
 
 
 class TestRounds:
-    """The computation, against ThinkingSwin written out plainly."""
+    """The computation, compared with a plain implementation of ThinkingSwin."""
 
     @pytest.mark.parametrize("rounds", SCHEDULES)
     @torch.no_grad()
@@ -55,7 +55,7 @@ class TestRounds:
 
     @torch.no_grad()
     def test_each_projection_slices_each_third(self):
-        """As `leading_rows` with the rows put where it looks for them, in a model of one width."""
+        """At one width, `each_projection` equals `leading_rows` with the rows permuted accordingly."""
         pixel_values, heads = random_images(), [[1, 2], [1, 2]]
         plain = lively_swin(head_rounds=heads, qkv_slicing="each_projection")
         official = lively_swin(head_rounds=heads, qkv_slicing="leading_rows")
@@ -71,7 +71,7 @@ class TestRounds:
     @pytest.mark.parametrize("window_size", [2, 3, 5, 16])
     @torch.no_grad()
     def test_an_image_is_answered_alike_whatever_ran_before(self, window_size):
-        """Kept biases, masks and orders are those of the image's grid, also among grids of equally many patches."""
+        """Cached biases, masks and orders fit the grid of the image, also for grids with equally many patches."""
         model = lively_swin(window_size=window_size, depths=[2, 2])
         for size in ((32, 32), (48, 24), (24, 48), (64, 16), (16, 64), (32, 32), (24, 48)):
             expected = lively_swin(window_size=window_size, depths=[2, 2])(random_images(2, size)).logits
@@ -79,7 +79,7 @@ class TestRounds:
 
     @torch.no_grad()
     def test_grids_smaller_than_a_window(self):
-        """4 × 4 and 2 × 2 patches, which take the middle of the table of biases. Transformers' Swin fails there."""
+        """4 × 4 and 2 × 2 patches, which read the middle of the bias table. Transformers' Swin fails on them."""
         model, pixel_values = lively_swin(window_size=5, depths=[1, 2], image_size=16), random_images(6, 16)
         expected, _ = thinking_swin_stages(model, pixel_values)
         logits = model(pixel_values, output_stage_logits=True).stage_logits
@@ -87,7 +87,7 @@ class TestRounds:
 
 
 class TestCaches:
-    """What inference caches follows the weights."""
+    """Tensors that inference caches are updated with the weights."""
 
     def assert_fresh(self, model):
         twin = type(model)(model.config).eval().to(model.dtype)
@@ -103,9 +103,9 @@ class TestCaches:
         table.mul_(3)
         assert not torch.allclose(model(random_images()).logits, before)
         self.assert_fresh(model)
-        table.data.mul_(3)  # which no version counts
+        table.data.mul_(3)  # `.data` does not increase the tensor's version
         self.assert_fresh(model)
-        for parameter in model.parameters():  # as weights of an average are swapped in
+        for parameter in model.parameters():  # as when averaged weights are swapped in
             parameter.data.copy_(torch.randn_like(parameter))
         self.assert_fresh(model)
         model.load_state_dict(lively_swin(initializer_range=0.5).state_dict())
@@ -209,7 +209,7 @@ class TestBadInput:
     @pytest.mark.parametrize("size, works", [((36, 32), False), ((32, 40), True), ((30, 29), True), ((24, 28), False)])
     @torch.no_grad()
     def test_grids_that_tokens_cannot_be_recycled_to(self, size, works):
-        """Two layers: the grid of 4 × 4 pixel patches, the last ones padded, must have even sides."""
+        """With two layers, the grid of 4 × 4 pixel patches (with padding) must have even sides."""
         model, pixel_values = lively_swin(), random_images(2, size)
         one_round = lively_swin(head_rounds=[[2, 4]])
         assert one_round(pixel_values).logits.shape == (2, 12)
@@ -226,7 +226,7 @@ class TestBadInput:
 
     @torch.no_grad()
     def test_images_of_a_pixel(self):
-        """Padded to a patch, as Transformers' Swin does; only 0 pixels are refused."""
+        """They are padded to a patch, as in Transformers' Swin; only empty images are refused."""
         model = lively_swin(head_rounds=[[2, 4]])
         padded = torch.zeros(2, 3, 4, 8)
         padded[:, :, :1, :7] = random_images(2, (1, 7))
@@ -240,7 +240,7 @@ class TestBadInput:
 
 
 def test_default_configuration_has_the_size_of_swin_s():
-    """49.61 M of Swin-S, and the recycler."""
+    """The 49.61 M parameters of Swin-S, and the recycler's."""
     with torch.device("meta"):
         model = ThinkingSwinForImageClassification(ThinkingSwinConfig(num_labels=1000))
     recycler = 1 + 8 * 8 * 384 + 384 * 96 + 96

@@ -32,7 +32,7 @@ class TestStaged(StagedClassifierTests):
 
 
 class TestStages:
-    """The computation, against ThinkingViT written out plainly."""
+    """The computation, compared with a plain implementation of ThinkingViT."""
 
     @pytest.mark.parametrize("stages", SCHEDULES)
     @torch.no_grad()
@@ -80,7 +80,7 @@ class TestStages:
 class TestEarlyExit:
     @staticmethod
     def count_rows(model, call):
-        """Shapes of what each call computed: channels of the embeddings, and tokens of the first and the last layer."""
+        """The output of `call()`, and the output shapes of the embeddings, the first and the last layer in it."""
         computed = {"embeddings": [], "first": [], "last": []}
         modules = {
             "embeddings": model.thinkingvit.embeddings,

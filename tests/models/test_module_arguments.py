@@ -1,4 +1,4 @@
-"""Arguments that `forward` does not know."""
+"""Arguments that `forward` does not declare."""
 
 import pytest
 import torch

@@ -152,7 +152,7 @@ def test_cached_views_are_of_the_parameter_as_it_is(change):
     for out_features in (7, 4):
         if out_features <= len(layer.weight):
             assert_leading(layer, hidden_states, out_features)
-        else:  # a view of the former rows would answer
+        else:  # a stale view would give the former rows
             assert layer(hidden_states, out_features).shape == (3, len(layer.weight))
 
 
@@ -215,7 +215,7 @@ def test_cached_views_do_not_travel_with_the_module():
 @pytest.mark.parametrize("make", [lively_model, lively_swin])
 @torch.no_grad()
 def test_views_are_taken_once(make):
-    """The second call takes no more slices than a model at full width, whose layers need none."""
+    """The second call slices as often as a model at full width, whose layers need no slices."""
     model, pixel_values = make(), random_images(1)
     counts = []
     for _ in range(3):
@@ -226,7 +226,7 @@ def test_views_are_taken_once(make):
 
 
 class TestWritingOver:
-    """Inference without gradients writes into what its layers put out."""
+    """Inference without gradients overwrites outputs of its layers."""
 
     @pytest.mark.parametrize("autocast", [False, True])
     def test_answers_are_those_with_gradients(self, autocast):
@@ -236,7 +236,7 @@ class TestWritingOver:
 
     @pytest.mark.parametrize("kind", ["forward", "pre", "pre_with_kwargs", "global", "global_pre"])
     def test_a_hook_keeps_what_it_saw(self, kind):
-        """Every tensor that a hook was given, or saw put out, is in the end as it was then."""
+        """Tensors that a hook saw as inputs or outputs are never overwritten."""
         model, seen, handles = lively_model(num_hidden_layers=1), [], []
 
         def forward(module, args, output):
@@ -291,7 +291,7 @@ class TestWritingOver:
     @pytest.mark.parametrize("how", ["module", "subclass", "forward"])
     @torch.no_grad()
     def test_a_module_that_returns_what_others_hold(self, how, replaced):
-        """Such as an adapter that passes its input on, or one that answers from a store."""
+        """For example an adapter that returns its input, or one that returns a stored tensor."""
         model = lively_model(num_hidden_layers=2)
         layer, images = model.thinkingvit.layers[0], random_images()
         held = torch.randn(6, 17, 128 if replaced == "mlp.fc1" else 32)
@@ -305,7 +305,7 @@ class TestWritingOver:
         if how == "forward":
             old.forward = answer
         else:
-            # A layer calls more of its attention than `forward`.
+            # A layer calls other methods of its attention than `forward` too.
             bases = (torch.nn.Module,) if how == "module" and replaced != "attention" else (type(old),)
             new = type("Stored", bases, {"forward": lambda self, *args, **kwargs: answer(*args, **kwargs)})
             new = new.__new__(new)

@@ -1,4 +1,4 @@
-"""The saved folder must work where this package is not installed."""
+"""A saved folder works without this package installed."""
 
 import json
 import re
@@ -94,7 +94,7 @@ OVERRIDES = {
 
 @pytest.fixture(scope="module")
 def loaded_elsewhere(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A folder with what a process without the package made of each saved model, and the modules of their classes."""
+    """A folder of saved models and their results in a process without the package, and the modules of their classes."""
     root = tmp_path_factory.mktemp("remote_code")
     for family, model in MODELS.items():
         model.save_pretrained(root / family)
@@ -127,7 +127,7 @@ def test_loads_without_the_package_and_gives_equal_outputs(family, loaded_elsewh
         torch.testing.assert_close(found[name], tensor, msg=lambda m: f"{name}: {m}")
     if family != "elastic_vit":
         assert len(expected["macs" if family == "avit" else "exit_stage"].unique()) > 1
-    # What it saves in turn is complete again.
+    # A folder that it saves is complete again.
     names = {path.name for path in (root / family).glob("*.py")}
     backbone = "nested_swin.py" if family == "thinking_swin" else "nested_vit.py"
     assert {f"modeling_{family}.py", f"configuration_{family}.py", backbone} <= names

@@ -11,11 +11,11 @@ import hf_thinkingvit
 from tests.fixtures.make_saved_models import MODELS, SAVED_MODELS, outputs_of
 
 
-# The making script asserts that float32 and float64 agree within 3e-6, so 1e-5 leaves room for other kernels' rounding.
+# `make_saved_models.py` asserts that float32 and float64 agree within 3e-6; 1e-5 allows for other kernels' rounding.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 # From the name of a field in the saved configurations to its present name.
 RENAMED = {"distilled": "use_distillation_token"}
-# Of the saving version: the versions and code files of the present one take their place.
+# Fields that hold the version and the code files of the saving version.
 OF_THE_VERSION = {"transformers_version", "auto_map", "custom_pipelines"}
 
 

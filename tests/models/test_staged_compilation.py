@@ -12,7 +12,7 @@ from hf_thinkingvit.inference import AdaptiveEngine
 from tests.utils import lively_model, lively_swin, middle_threshold, random_images
 
 
-# Two stages of one layer: what is compiled takes seconds otherwise.
+# Two stages of one layer, so that compilation is fast.
 VIT = {"thinking_stages": [1, 2], "hidden_size": 16, "num_hidden_layers": 1, "patch_size": 16}
 SWIN = {"head_rounds": [[1], [2]], "num_heads": [2], "depths": [1]}
 FAMILIES = pytest.mark.parametrize(
@@ -36,19 +36,19 @@ def compilations() -> int:
 
 @torch.no_grad()
 def logits_of(model, images, **options) -> torch.Tensor:
-    """Of the first stage, which is two programs."""
+    """Logits of the first stage, which runs two programs."""
     return model(images, max_stages=1, **options).logits
 
 
 def eager_logits(model, images) -> torch.Tensor:
-    """What the model answers without compiled programs: with gradients, nothing is compiled or cached."""
+    """The model's logits without compiled programs: with gradients, nothing is compiled or cached."""
     return model(images, max_stages=1).logits.detach()
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 @torch.no_grad()
 def test_answers_are_the_eager_ones():
-    """With the compiler that users get."""
+    """With the default compiler, inductor."""
     model, images = lively_swin(**SWIN), random_images(3)
     threshold = middle_threshold(model, images)
     expected = model(images, threshold=threshold)
@@ -68,7 +68,7 @@ def test_nothing_compiles_again_in_steady_state(make):
     for count in (1, 8):
         model(images[:count], threshold=0.0)
     warmed_up = compilations()
-    # begin; two stages; the way on: for two batch sizes each.
+    # `begin`, `run_stage` of two stages and `recycle`, each for two batch sizes.
     assert warmed_up == 8
     for count, one in zip(counts, expected):
         outputs = model(images[:count], threshold=0.9)
@@ -82,7 +82,7 @@ def test_batches_are_filled_up_to_powers_of_two_by_default():
     model, rows = tiny_model(), []
     model.thinkingvit.layernorm.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     model.compile_stages()
-    with torch.compiler.set_stance("force_eager"):  # the programs, as they would be compiled
+    with torch.compiler.set_stance("force_eager"):  # runs the programs without compiling them
         for count in (1, 2, 3, 7, 9, 31, 33, 64, 67):
             assert logits_of(model, random_images(count)).shape == (count, 12)
     assert rows == [1, 2, 4, 8, 16, 32, 64, 64, 64, 4]
@@ -154,7 +154,7 @@ def test_other_image_sizes_have_programs_of_their_own():
 
 
 class TestCopies:
-    """A copy answers with its own weights, and is not compiled."""
+    """A copy uses its own weights, and is not compiled."""
 
     @pytest.fixture
     def model(self):
@@ -185,7 +185,7 @@ class TestCopies:
         torch.testing.assert_close(logits_of(model, images), eager_logits(model, images), atol=1e-5, rtol=0)
 
     def test_replicas_of_data_parallel(self, model):
-        """Put together as `torch.nn.parallel.replicate` does, with weights of their own."""
+        """Built as by `torch.nn.parallel.replicate`, with weights of their own."""
         images, modules = random_images(2), list(model.modules())
         replicas = {module: module._replicate_for_data_parallel() for module in modules}
         for module, replica in replicas.items():
@@ -284,7 +284,7 @@ CHANGES = [
 def test_changes_after_compiling_are_seen():
     model, images = tiny_model(), random_images(2)
     model.compile_stages([2], backend="eager")
-    for change in CHANGES:  # of one model, since each compiles what it changes
+    for change in CHANGES:  # in one model, because each change recompiles only what it affects
         before = logits_of(model, images)
         change(model)
         expected = eager_logits(model, images)

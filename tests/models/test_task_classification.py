@@ -1,4 +1,4 @@
-"""Labels, the loss of every problem type, and what a loss that is computed elsewhere is told."""
+"""Checks of labels, the loss of every problem type, and warnings for losses computed outside the model."""
 
 import copy
 import pickle
@@ -167,7 +167,7 @@ class TestStageWeights:
 
 
 class TestPartsOfABatch:
-    """What `Trainer` does with gradient accumulation, and on several processes."""
+    """Batches that `Trainer` divides, with gradient accumulation and over several processes."""
 
     def gradients(self, model, *calls, scale=1.0):
         model.zero_grad()
@@ -208,7 +208,7 @@ class TestPartsOfABatch:
 
 @pytest.fixture
 def warnings():
-    """What was warned of during a call."""
+    """A function that returns the warnings during a call."""
     logging.warning_once.cache_clear()
     logger = logging.get_logger("hf_thinkingvit.models.module_arguments")
 
@@ -221,7 +221,7 @@ def warnings():
 
 
 class TestOutsideLoss:
-    """A loss that is computed from the outputs, as by `Trainer(label_smoothing_factor=...)`."""
+    """Warnings for a loss that is computed from the outputs, as by `Trainer(label_smoothing_factor=...)`."""
 
     @pytest.mark.parametrize("family", ["thinkingvit", "thinking_swin"])
     def test_warns_once_that_only_the_last_stage_is_trained(self, family, warnings):

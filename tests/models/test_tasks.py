@@ -1,4 +1,4 @@
-"""A second task, of dense answers, needs no change to anything that runs stages: forward, engine, sweep, programs."""
+"""A second task, with dense answers, works unchanged in forward, engine, sweep, export and compiled stages."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class DenseOutput(ModelOutput):
 
 
 class DenseTask(Task):
-    """A class for each patch: logits `(images, classes, rows, columns)`, and the class itself."""
+    """A class for each patch: logits `(images, classes, rows, columns)`, and the predicted classes."""
 
     reads_all_tokens = True
 
@@ -44,9 +44,6 @@ class DenseTask(Task):
         patches = state["tokens"][:, self.config.num_prefix_tokens :]
         logits = self.head(patches).transpose(1, 2).unflatten(2, GRID)
         return {"logits": logits, "prediction": logits.argmax(dim=1)}
-
-    def check_labels(self, labels, batch_size):
-        assert labels.shape == (batch_size, *GRID)
 
     def answer_loss(self, labels, answer, **kwargs):
         return F.cross_entropy(answer["logits"], labels)
@@ -78,7 +75,7 @@ def model(dense_criterion):
     model = lively(ThinkingViTForDensePrediction, config)
     with torch.no_grad():
         _, run = model(random_images(8), run_all=True)
-    # Halfway between two images at each exit, so that some leave there and rounding decides nothing.
+    # Halfway between two images' scores at each exit, so that some exit there and rounding does not matter.
     orders = [step.score.sort().values for step in run.steps[:2]]
     model.config.threshold = [((order[2] + order[3]) / 2).item() for order in orders]
     return model
@@ -86,7 +83,7 @@ def model(dense_criterion):
 
 @torch.no_grad()
 def answers_of(model, images):
-    """Each image's accepted stage and answer, from all stages of every image, decided one by one."""
+    """Each image's accepted stage and answer, found image by image after running every stage."""
     _, run = model(images, run_all=True)
     scores = torch.stack([step.score for step in run.steps], dim=1)
     exits = scores < torch.tensor([*model.config.threshold, torch.inf])
@@ -128,8 +125,9 @@ def test_the_engine_returns_dense_answers(model):
     results = list(engine(images))
     assert [result.exit_stage for result in results] == stages.tolist()
     for name, tensor in expected.items():
-        torch.testing.assert_close(torch.stack([result.answer[name] for result in results]), tensor)
-    assert results[0].answer["prediction"].dtype == torch.int64
+        got = [result.others[name] if name in result.others else getattr(result, name) for result in results]
+        torch.testing.assert_close(torch.stack([torch.as_tensor(entry) for entry in got]), tensor)
+    assert results[0].others["prediction"].dtype == torch.int64
 
 
 def test_compiled_stages_give_the_same(model):
@@ -197,3 +195,81 @@ def test_onnx_files_give_the_same(model, tmp_path):
         )
         assert exit_stage.item() == stages[image]
         torch.testing.assert_close(torch.from_numpy(logits[0]), expected["logits"][image], atol=1e-4, rtol=0)
+
+
+class TestMergedAnswers:
+    """A task whose accepted answer is the mean of the stages so far: the same wherever stages are run."""
+
+    @pytest.fixture
+    def model(self, model):
+        class Averaging(ThinkingViTForDensePrediction):
+            merges_answers = True
+
+            def answer(self, stage_index, state):
+                return {
+                    "logits": super().answer(stage_index, state)["logits"],
+                    "count": torch.ones(len(state["tokens"])),
+                }
+
+            def merge_answers(self, accepted, answer):
+                count = accepted["count"] + 1
+                share = 1 / count[:, None, None, None]
+                return {"logits": accepted["logits"] * (1 - share) + answer["logits"] * share, "count": count}
+
+        model.__class__ = Averaging
+        return model
+
+    @staticmethod
+    def expected(model, images, stage):
+        with torch.no_grad():
+            state, sums = model.begin(images), 0
+            for index in range(stage + 1):
+                state = model.recycle(index - 1, state) if index else state
+                state = model.run_stage(index, state)
+                sums = sums + model.answer(index, state)["logits"]
+        return sums / (stage + 1)
+
+    @torch.no_grad()
+    def test_forward(self, model):
+        images = random_images(8)
+        rule, stages = model.exit_rule(), range(3)
+        some = run_stages(model, rule, stages, images)
+        everything = run_stages(model, rule, stages, images, run_all=True)
+        assert len(set(some.exit_stage.tolist())) > 1
+        assert torch.equal(some.exit_stage, everything.exit_stage)
+        for run in (some, everything):
+            for image, stage in enumerate(run.exit_stage.tolist()):
+                expected = self.expected(model, images[image : image + 1], stage)[0]
+                torch.testing.assert_close(run.accepted["logits"][image], expected, atol=1e-5, rtol=1e-5)
+        never = run_stages(model, model.exit_rule(0.0), stages, images)
+        torch.testing.assert_close(never.accepted["logits"], self.expected(model, images, 2), atol=1e-5, rtol=1e-5)
+
+    def test_engine(self, model):
+        images = random_images(8)
+        for image, result in zip(images, AdaptiveEngine(model, batch_size=3)(images)):
+            expected = self.expected(model, image[None], result.exit_stage)[0]
+            torch.testing.assert_close(result.logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["topk_entropy", "entropy", "max_probability"])
+def test_a_criterion_for_another_task_is_refused(model, criterion):
+    model.config.exit_criterion = criterion
+    model.config.threshold = 0.5
+    with pytest.raises(ValueError, match="must give one score and one entropy per image.*not made for this task"):
+        model(random_images(2))
+
+
+def test_large_answers_reach_the_host_for_exiting_images_alone(model, monkeypatch):
+    images = random_images(8)
+    stages, expected = answers_of(model, images)
+    monkeypatch.setattr("hf_thinkingvit.inference.engine.SMALL_ANSWER", 8)
+    results = list(AdaptiveEngine(model, batch_size=8)(images))
+    assert [result.exit_stage for result in results] == stages.tolist()
+    torch.testing.assert_close(torch.stack([result.logits for result in results]), expected["logits"])
+
+
+def test_names_of_the_loop_are_refused_in_a_state(model):
+    run_stage = type(model).run_stage
+    model.run_stage = lambda *args, **kwargs: {**run_stage(model, *args, **kwargs), "_memory.mine": torch.zeros(2)}
+    with torch.no_grad(), pytest.raises(ValueError, match="_memory.mine"):
+        model(random_images(2))

@@ -8,7 +8,7 @@ from hf_thinkingvit.models.token_halting_loss import depth_prior, prior_loss
 
 
 def one_token(scores: list[float], epsilon: float) -> tuple[list[float], float, int]:
-    """The definition for one token: weights of its outputs, ρ and depth. The last layer's score counts as 1."""
+    """Plain computation for one token: weights of its outputs, ρ and depth. The last layer's score counts as 1."""
     cumulative, remainder, weights, ponder, depth = 0.0, 1.0, [], 0.0, 0
     for score in [*scores[:-1], 1.0]:
         cumulative, ponder, depth = cumulative + score, ponder + 1, depth + 1
@@ -59,7 +59,7 @@ def test_prior_is_the_published_one():
 
 @pytest.mark.parametrize("target_depth, counted", [(0, 1), (0.5, 1), (1, 1), (2.5, 2), (3, 3), (6, 6)])
 def test_prior_sums_to_its_mass_before_the_target(target_depth, counted):
-    """At least one layer counts, so that a target below 1 scales by what there is."""
+    """At least one layer counts, also for a target below 1."""
     prior = depth_prior(6, target_depth, std=1.5)
     assert prior[:counted].sum().item() == pytest.approx(0.98)
     density = [math.exp(-0.5 * ((layer - target_depth) / 1.5) ** 2) for layer in range(6)]
@@ -68,7 +68,7 @@ def test_prior_sums_to_its_mass_before_the_target(target_depth, counted):
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 3.0])
 def test_prior_loss_is_the_definition(size):
-    """Of the layers' shares, whatever the scores sum to."""
+    """It depends on the layers' shares of the scores, not on their sum."""
     target, scores = depth_prior(6, 3, 1.0), size * torch.tensor([0.5, 0.2, 0.05, 0.0, 0.2, 0.05])
     share = (scores / scores.sum()).clamp(0.01, 0.99)
     expected = (target * (target.log() - share.log())).sum() / 6

@@ -17,7 +17,7 @@ LENGTHS = {  # queries, keys
 
 
 def masked_attention(query, key, value, query_lengths, key_lengths, scaling):
-    """The definition: attention over all packed tokens, those of other images masked out."""
+    """Reference: attention over all packed tokens, with those of other images masked out."""
     owner = [
         torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) for lengths in (query_lengths, key_lengths)
     ]
@@ -29,7 +29,7 @@ def masked_attention(query, key, value, query_lengths, key_lengths, scaling):
 def compare(name: str, device: str, dtype: torch.dtype, tolerance: float) -> None:
     query_lengths, key_lengths = LENGTHS[name]
     generator = torch.Generator().manual_seed(0)
-    # As the model's heads lie: (1, tokens, heads, head_dim), transposed.
+    # Strided as in the model: (1, tokens, heads, head_dim), transposed.
     query, key, value = (
         torch.randn(1, sum(lengths), 3, 16, generator=generator).to(device, dtype).transpose(1, 2)
         for lengths in (query_lengths, key_lengths, key_lengths)

@@ -1,4 +1,4 @@
-"""The loss that `Trainer` trains: accumulated over parts of a batch, and where `Trainer` computes it itself."""
+"""The loss that `Trainer` optimises: accumulated over parts of a batch, and computed by `Trainer` itself."""
 
 import copy
 
@@ -21,7 +21,7 @@ TARGETS = (torch.arange(32).view(8, 4) % 3 == 0).float()
 
 def lively(family: str, **overrides):
     if family == "avit":
-        # The prior compares averages over a batch, which its parts do not share.
+        # The prior uses averages over a batch, which differ for its parts.
         losses = {"ponder_loss_weight": 1.0, "prior_loss_weight": 0.0}
         return lively_avit(**{"image_size": 16, "num_labels": 4, "distilled": True, **losses, **overrides})
     return lively_model(**{"image_size": 16, "num_labels": 4, "thinking_stages": [2, 4], **overrides})
@@ -53,7 +53,7 @@ def test_four_accumulated_parts_are_one_batch(family, fields, labels, tmp_path):
     trained = trainer(whole, labels, tmp_path).train()
     in_parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert trainer(parts, labels, tmp_path, **in_parts).train().training_loss == pytest.approx(trained.training_loss)
-    # What the step should be, without `Trainer`.
+    # The expected step, without `Trainer`.
     model(IMAGES, labels=labels).loss.backward()
     for (name, parameter), one, four in zip(model.named_parameters(), whole.parameters(), parts.parameters()):
         expected = parameter.detach() - 0.1 * parameter.grad
@@ -86,7 +86,7 @@ def test_a_loss_that_trainer_computes_is_warned_of(family, lost, tmp_path):
 
 
 def test_evaluation_loss_is_of_the_accepted_answers(tmp_path):
-    """Smoothed where `Trainer` smooths, and plain with the model's own smoothing, which is of training."""
+    """`Trainer`'s `label_smoothing_factor` smooths it; the model's `label_smoothing` is for training only."""
     model = lively("thinkingvit", label_smoothing=0.1)
     model.config.threshold = middle_threshold(model, IMAGES)
     logits = model(IMAGES).logits

@@ -1,4 +1,4 @@
-"""Training with the tools that users bring: `Trainer` and `DistributedDataParallel`."""
+"""Training with `Trainer` and with `DistributedDataParallel`."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_trainer_without_a_subclass(model, tmp_path):
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    assert seen["predictions"].shape == (48, 4)  # the logits alone, as of any classifier
+    assert seen["predictions"].shape == (48, 4)  # the logits alone, as for any classifier
     assert after["eval_accuracy"] > before["eval_accuracy"] and after["eval_loss"] < before["eval_loss"]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -68,14 +68,14 @@ DISTRIBUTED = [
     ("thinkingvit", {"thinking_stages": [2, 2], "hidden_size": 16}),
     ("thinking_swin", {}),
     ("thinking_swin", {"qkv_slicing": "each_projection", "head_rounds": [[1, 2], [1, 2]], "num_heads": [1, 2]}),
-    # The prior compares averages over a batch, which two half batches do not share.
+    # The prior uses averages over a batch, which differ for two half batches.
     ("avit", {"distilled": True, "prior_loss_weight": 0.0}),
 ]
 
 
 @pytest.fixture(scope="module")
 def trained_by_two_processes(tmp_path_factory) -> Path:
-    """The folder with the weights of each of `DISTRIBUTED`, trained in one launch: starting processes takes longest."""
+    """The folder with the weights of each of `DISTRIBUTED`, trained in one launch because launching is slow."""
     output_dir, script = tmp_path_factory.mktemp("distributed"), Path(train_distributed.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])

@@ -52,7 +52,7 @@ def test_every_kind_of_source(overrides):
     swin = trained_swin(**overrides)
     size = overrides.get("image_size", 32)
     pixel_values = random_images(4, size)[:, : swin.config.num_channels]
-    if "patch_size" in overrides:  # 11 × 11 patches, the last ones padded: no grid to recycle to
+    if "patch_size" in overrides:  # 11 × 11 patches with padding, to which tokens cannot be recycled
         pixel_values = random_images(4, size)
     model = ThinkingSwinForImageClassification.from_swin(swin, [list(swin.config.num_heads)])
     torch.testing.assert_close(model(pixel_values).logits, swin(pixel_values).logits, atol=1e-5, rtol=0)

@@ -179,7 +179,7 @@ START = {"thinkingvit": from_thinkingvit, "avit": AViTForImageClassification.fro
 @pytest.mark.parametrize("start", START.values(), ids=START)
 @pytest.mark.parametrize("kind", ["vit", "deit"])
 class TestLabels:
-    """Of another number than the source's: the body's weights, and a new classifier."""
+    """With another number of labels than the source: its backbone weights, and a new classifier."""
 
     @pytest.mark.parametrize(
         "overrides, id2label",
@@ -236,7 +236,7 @@ class TestLabels:
 
     @torch.no_grad()
     def test_a_source_without_classifier(self, start, kind, tmp_path):
-        """Such as the pretrained ViTs, which everybody fine-tunes."""
+        """For example a pretrained ViT that is not fine-tuned yet."""
         vit = trained_vit(kind)
         vit.base_model.save_pretrained(tmp_path / "bare")
         with pytest.raises(ValueError, match=r"lacks \['classifier.bias', 'classifier.weight'\].*or pass `num_labels`"):

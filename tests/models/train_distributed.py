@@ -3,7 +3,7 @@ A few training steps under DistributedDataParallel, started by `test_training.py
 
     python -m torch.distributed.run --nproc-per-node 2 tests/models/train_distributed.py OUTPUT_DIR CASES
 
-CASES is JSON: a list of pairs of a family and what its configuration overrides.
+CASES is JSON: a list of pairs of a family and overrides of its configuration.
 """
 
 import json
@@ -41,7 +41,7 @@ if __name__ == "__main__":
         train(wrapped, slice(start, start + share))
         if distributed.get_rank() == 0:
             torch.save(wrapped.module.state_dict(), Path(sys.argv[1]) / f"{index}.pt")
-    # All processes done, and nothing of the group alive, before it is taken down: else gloo may abort at exit.
+    # All processes must be done with the group before it is destroyed: otherwise gloo may abort at exit.
     distributed.barrier()
     del wrapped
     distributed.destroy_process_group()

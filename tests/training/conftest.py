@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from tests.training.tiny_runs import write_images
 
 
-# Training needs the extra `train`; the other tests do not.
+# Names of the tests that need the extra `train`.
 NEEDS_TIMM = ("config", "data", "divergence", "loop", "losses", "objectives", "preprocessing", "recipe", "reporting")
 NEEDS_TIMM += ("resuming", "setup", "splits", "stage_samplers", "training_log")
 collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEEDS_TIMM]
@@ -26,6 +26,6 @@ def no_pause(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_run_at_a_time():
-    """Accelerate keeps one state per process."""
+    """Resets Accelerate's state, which is global in a process."""
     yield
     AcceleratorState._reset_state(True)

@@ -114,7 +114,7 @@ def test_the_manifest_lists_every_file(checkpoints):
 
 @contextmanager
 def full_disk(room: int):
-    """Files may not grow beyond `room` bytes, which writing meets as it meets a full disk: with an error."""
+    """Limit files to `room` bytes: writing more raises an error, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
@@ -123,7 +123,7 @@ def full_disk(room: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("room", [0, 150, 500])  # for nothing; not for the weights; not for the optimizer
+@pytest.mark.parametrize("room", [0, 150, 500])  # too small for any file; for the weights; for the optimizer
 def test_a_full_disk_leaves_what_there_was(checkpoints, tmp_path, room):
     before = checkpoints.save(1, {})
     with pytest.raises(OSError, match="step-00000002 could not be written .* It is as it was"), full_disk(room):
@@ -157,7 +157,7 @@ def test_a_kill_in_a_replacement_leaves_a_whole_folder(tmp_path, monkeypatch, su
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", rename_or_die)
-    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # the dead clean up nothing
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # a killed process does not clean up
     try:
         with replacing_folder(tmp_path / "best") as folder:
             (folder / "weights").write_text("new")

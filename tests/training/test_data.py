@@ -29,7 +29,7 @@ def read(config: TrainingConfig, **overrides) -> list[dict]:
 
 
 def plain(dataset, **overrides) -> TrainingConfig:
-    """No augmentation: an image is recognised by its pixels."""
+    """Without augmentation, so that an image is recognised by its pixels."""
     still = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "horizontal_flip": 0.0, "color_jitter": 0.0}
     return config(dataset, **{**still, "auto_augment": None, "random_erasing": 0.0, **overrides})
 
@@ -61,7 +61,7 @@ class TestOrder:
     @pytest.mark.parametrize("broken", [[], [1, 4, 13, 20]], ids=["whole", "broken"])
     @pytest.mark.parametrize("start", range(1, 6))
     def test_a_stream_of_several_readers_continues_in_its_middle(self, tmp_path, start, broken):
-        """Two files, so that two workers take turns; an odd start is in the middle of a turn."""
+        """Two files, so that two workers alternate; an odd start is in the middle of a round."""
         folder = write_images(tmp_path, broken={"train": broken}, train_files=2)
         settings = config(folder, streaming=True, shuffle_buffer=4, num_workers=2)
         whole, rest = read(settings), read(settings, start=start)
@@ -186,7 +186,7 @@ class TestSources:
         assert (len(data.train.rows), len(data.evaluation.rows)) == (5, 3)
 
     def test_a_stream_must_say_how_long_it_is(self, tmp_path):
-        images = write_images(tmp_path)  # of its own: `datasets` remembers the length of those it has read
+        images = write_images(tmp_path)  # a separate folder, because `datasets` caches the lengths of those it has read
         settings = config(images, streaming=True)
         with pytest.raises(ValueError, match="set `images_per_epoch`"):
             num_train_images(settings, load_data(settings).train)

@@ -67,7 +67,7 @@ STUDENT = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.22
 
 
 def photo(size: int) -> Image.Image:
-    """Smooth, so that the ways to resize agree."""
+    """A smooth image, for which different resizing methods agree."""
     small = np.random.default_rng(0).integers(60, 200, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -101,7 +101,7 @@ class TestPixelsOfTheTeacher:
         torch.testing.assert_close(seen, expected, atol=1.1 / 255 / min(OWN["image_std"]), rtol=0)
 
     def test_are_not_cropped_again(self):
-        """As DeiT is evaluated: the shorter side resized to 36, and 32 pixels of it taken."""
+        """As in DeiT's evaluation, the shorter side is resized to 36 and the central 32 pixels are used."""
         processor = BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, **OWN)
         seen = Teacher(teacher(), processor, **STUDENT).preprocess(student_batch(photo(32)))
         whole = BitImageProcessorPil(do_resize=False, crop_size={"height": 32, "width": 32}, **OWN)
@@ -138,7 +138,7 @@ class TestLabelsOfTheTeacher:
             Teacher(trained_vit(), id2label={0: "cat", 1: "dog"})
 
     def test_numbers_are_not_its_named_classes(self):
-        """A teacher of other classes, where the data's labels are called "0", "1", ..."""
+        """A teacher with named classes does not fit data whose labels are named "0", "1", ..."""
         digits = {index: str(index) for index in range(3)}
         with pytest.raises(ValueError, match="0 is 'cat' there and '0' here"):
             Teacher(trained_vit(), id2label=digits)

@@ -12,7 +12,7 @@ from tests.training.tiny_runs import flags, weights
     "save_steps, message",
     [
         (1000, r"the loss was nan at step 5 .*last good checkpoint is .*step-00000003"),
-        # The step that breaks the weights has a loss that is fine: such weights are not saved.
+        # The step that makes the weights NaN has a finite loss; its weights are not saved.
         (1, r"the weights are no longer finite at step 4.*last good checkpoint is .*step-00000003"),
     ],
 )

@@ -71,7 +71,7 @@ class TestOutcome:
 
 
 def test_mixup_trains_every_stage_without_a_warning(images, tmp_path):
-    """Targets are mixed, so that the model is called without labels."""
+    """Targets are mixed, so the model is called without labels."""
     logging.warning_once.cache_clear()
     with CaptureLogger(logging.get_logger("hf_thinkingvit.models.module_arguments")) as captured:
         train(parse_config(flags(images, tmp_path, mixup=0.8, max_steps=1)))
@@ -79,7 +79,7 @@ def test_mixup_trains_every_stage_without_a_warning(images, tmp_path):
 
 
 def test_learns(images, tmp_path):
-    """24 images by heart."""
+    """It memorises 24 images."""
     words = flags(images, tmp_path, epochs=30, horizontal_flip=0, random_erasing=0, auto_augment="none", color_jitter=0)
     words += ["--crop_scale", "1", "1", "--crop_ratio", "1", "1", "--eval_split", "train", "--eval_epochs", "30"]
     words += ["--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.5", "0.5", "0.5", "--crop_pct", "1"]
@@ -90,7 +90,7 @@ def test_learns(images, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """The weights of a run that nobody disturbed."""
+    """The weights of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     train(parse_config(flags(images, folder, **LIVELY)))
     return weights(folder)
@@ -107,7 +107,7 @@ class TestResuming:
         assert_same(weights(tmp_path), whole)
 
     def test_ctrl_c_saves_first(self, images, tmp_path, whole):
-        """A terminal sends it to every process of its group, data workers included."""
+        """A terminal sends SIGINT to every process of its group, including data workers."""
         words = flags(images, tmp_path, resume="auto", num_workers=2, **LIVELY)
         process = self.started(words, until=2)
         os.killpg(process.pid, signal.SIGINT)
@@ -122,11 +122,11 @@ class TestResuming:
 
     @staticmethod
     def started(words: list[str], until: int) -> subprocess.Popen:
-        """A run in a process group of its own, as soon as it has a checkpoint of step `until`."""
+        """A run in its own process group, returned as soon as it has a checkpoint of step `until`."""
         process = subprocess.Popen(
             [sys.executable, SCRIPT, *words],
             start_new_session=True,
-            # Whoever runs the tests in the background may ignore it.
+            # SIGINT may be ignored if the tests run in the background.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -178,11 +178,11 @@ def test_streaming_equals_map_style(images, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_two_processes_give_the_weights_of_one(images, tmp_path, streaming):
     words = ["--epochs", "2", "--clip_grad", "1.0"]
-    if streaming:  # a file per process, so that each reads its own; in order, so that one process reads the same
+    if streaming:  # a file per process, so that each reads its own; unshuffled, so that one process reads the same
         words += ["--streaming", "--images_per_epoch", "24", "--no_shuffle", "--batch_size", "24"]
         words += ["--crop_scale", "1", "1", "--crop_ratio", "1", "1", "--horizontal_flip", "0", "--random_erasing", "0"]
         words += ["--auto_augment", "none", "--color_jitter", "0"]
-    else:  # images held out of train choose, and test is measured at the end; one process begins, two go on
+    else:  # epochs are chosen on images held out of train, test is measured last; one process starts, two continue
         words += ["--eval_split", "none", "--validation_fraction", "0.25"]
         train(parse_config([*flags(images, tmp_path / "two"), *words, "--max_steps", "2"]))
         words += ["--resume", "auto"]
@@ -194,6 +194,6 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path, streaming):
     train(parse_config([*flags(images, tmp_path / "one"), *words]))
     assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), tolerance=1e-5)
     alone = json.loads((tmp_path / "one" / "results.json").read_text())
-    assert results["history"][-1]["results"] == alone["history"][-1]["results"]  # padded images counted once
+    assert results["history"][-1]["results"] == alone["history"][-1]["results"]  # repeated images count once
     assert results["test"] == alone["test"]
     assert (results["test"] is None) == streaming

@@ -73,7 +73,7 @@ def test_in_place_distillation_teaches_earlier_stages_only(stages):
         log_ratio = target.log() - (logits / temperature).log_softmax(-1)
         expected = expected + temperature**2 * (target * log_ratio).sum(-1).mean()
     torch.testing.assert_close(loss, expected / len(stages))
-    # Nothing pulls the last stage towards the earlier ones.
+    # The last stage gets no gradient from the distillation of the earlier ones.
     own = torch.autograd.grad(F.cross_entropy(last, LABELS) / len(stages), last, retain_graph=True)[0]
     torch.testing.assert_close(torch.autograd.grad(loss, last)[0], own)
 
@@ -137,7 +137,7 @@ def test_refuses_what_the_model_cannot_do():
 
 @pytest.mark.parametrize("lively", [lively_model, lively_avit])
 def test_asks_the_model_for_what_it_is_computed_from(lively):
-    """So that the model does not warn of a loss computed outside."""
+    """It asks for stage logits, so the model does not warn of a loss computed outside."""
     model = lively().train()
     logging.warning_once.cache_clear()
     with CaptureLogger(logging.get_logger("hf_thinkingvit.models.module_arguments")) as captured:

@@ -1,4 +1,4 @@
-"""Objectives and samplers are found by name: a new one is a class and an entry, and a run trains with it as it is."""
+"""Objectives and samplers are found by name: a new one is a class and an entry, without changes to the loop."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ from tests.utils import lively_model, random_images
 
 
 class OneStage(StageSampler):
-    """Each micro-batch trains another stage, in turn."""
+    """Each micro-batch trains one stage, in turn."""
 
     def stages(self, step, micro_batch):
         return [(step + micro_batch) % self.num_stages]
 
 
 class Penalty(Objective):
-    """100 on top of the loss of a step's first micro-batch, and logged there only."""
+    """Adds 100 to the loss of a step's first micro-batch, and logs it there only."""
 
     @classmethod
     def applies(cls, model_config, teacher):

@@ -1,4 +1,4 @@
-"""Image processors of starting points and teachers: what they expect is what they get."""
+"""Starting points and teachers get images preprocessed as their image processors do."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def prepared(config: TrainingConfig, model_config=None):
 
 @pytest.fixture
 def vit_folder(tmp_path):
-    """Preprocessed as Google's ViT: mean and deviation 0.5, no crop, bilinear."""
+    """A folder with the preprocessing of Google's ViT: mean and deviation 0.5, no crop, bilinear."""
     trained_vit().save_pretrained(tmp_path)
     ViTImageProcessorPil(**GOOGLE).save_pretrained(tmp_path)
     return tmp_path
@@ -56,7 +56,7 @@ class TestReading:
             (ViTImageProcessorPil(**GOOGLE), (0.5,) * 3, (0.5,) * 3, (32, 32)),
             (ViTImageProcessorPil(size={"height": 16, "width": 8}, do_normalize=False), (0,) * 3, (1,) * 3, (16, 8)),
             (ViTImageProcessorPil(**{**GOOGLE, "rescale_factor": 1 / 127.5}), (0.25,) * 3, (0.25,) * 3, (32, 32)),
-            # Only the shorter side is given: as the image's own proportions are.
+            # Only the shorter side is given, so the size has the proportions of the image.
             (BitImageProcessorPil(size={"shortest_edge": 8}, do_center_crop=False), None, None, (8, 12)),
         ],
     )
@@ -68,7 +68,7 @@ class TestReading:
             assert read.image_std == pytest.approx(std, abs=1e-6)
 
     def test_reads_settings_of_its_own_kind(self):
-        """EfficientNet's processor normalises twice."""
+        """Settings of EfficientNet's processor, which normalises twice."""
         processor = EfficientNetImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
         read = read_preprocessing(processor, 32, "it")
         mean, std = (torch.tensor(values)[:, None, None] for values in (read.image_mean, read.image_std))
@@ -156,7 +156,7 @@ def continued(folder, images, output, **overrides) -> list[str]:
 
 
 def without_field(checkpoint, name: str) -> None:
-    """As a version that had no such field saved the checkpoint."""
+    """Remove a field from a checkpoint, as if a version without it had saved the checkpoint."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for file in ("progress.json", "evaluated.json"):
         saved = json.loads((checkpoint / file).read_text())
@@ -186,10 +186,10 @@ class TestTraining:
         AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "last")
 
     def test_a_run_goes_on_as_it_was_begun(self, start, images, tmp_path):
-        """Whether it has filled the normalisation in itself, or was told, as runs of earlier versions always were."""
+        """With the normalisation of the starting point, and with one given by flags, as always in earlier versions."""
         train(parse_config(continued(start, images, tmp_path / "a", max_steps=1)))
         words = continued(start, images, tmp_path / "a", resume="auto")
-        # What the run has begun with is in its checkpoint.
+        # The checkpoint holds the normalisation, so later changes of the source have no effect.
         ViTImageProcessorPil(**{**GOOGLE, "image_mean": [0.4] * 3}).save_pretrained(start)
         assert TrainingRun(parse_config(words)).config.image_mean == [0.5, 0.5, 0.5]
         told = ["--image_mean", "0.1", "0.2", "0.3", "--image_std", "1", "1", "1", "--crop_pct", "0.8"]

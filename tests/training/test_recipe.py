@@ -77,7 +77,7 @@ def test_the_published_augmentation():
 
 class TestPublishedAugmentation:
     def test_runs_with_every_operation(self, images):
-        """1440 images, on which every operation of RandAugment is met, and posterize also with 0 bits."""
+        """1440 images, enough for every operation of RandAugment to occur, and posterize also with 0 bits."""
         config = TrainingConfig(dataset=str(images), eval_split="test", num_workers=0, cpu=True)
         transform, met, bits = train_transform(config, 16), set(), set()
         operations = list(_augment_operations(transform.transforms))
@@ -110,7 +110,7 @@ class TestPublishedAugmentation:
     @pytest.mark.parametrize("policy", ["rand-m10-inc1", "original-mstd0.5", "v0", "augmix-m10-w3"])
     def test_every_kind_of_policy_may_posterize_to_no_bits(self, policy):
         transform = train_transform(TrainingConfig(auto_augment=policy), 16)
-        transform = pickle.loads(pickle.dumps(copy.deepcopy(transform)))  # as workers get it
+        transform = pickle.loads(pickle.dumps(copy.deepcopy(transform)))  # as sent to data workers
         functions = {op.name: op.aug_fn for op in _augment_operations(transform.transforms)}
         posterizes = [function for name, function in functions.items() if name.startswith("Posterize")]
         assert posterizes and all(function is posterize_to_any_depth for function in posterizes)

@@ -1,4 +1,4 @@
-"""Which models a run leaves and reports, whatever becomes of its folders."""
+"""The models that a run saves and reports, also if its folders are copied, moved or incomplete."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.training.test_splits import write
 from tests.training.tiny_runs import flags
 
 
-# The label that the model answers with after each epoch: half of the images are called 0, a quarter 1, a quarter 2.
+# The label that the model predicts after each epoch: half of the images have label 0, a quarter 1, a quarter 2.
 ANSWERS = {4: 1, 8: 0, 12: 2, 16: 1}
 
 
@@ -28,7 +28,7 @@ def words_of(data, folder, **overrides) -> list[str]:
 
 
 def steered(words: list[str]) -> dict:
-    """The results of a run whose second epoch is its best, because the model answers with the most frequent label."""
+    """The results of a run whose second epoch is its best, because the model predicts the most frequent label."""
     run = TrainingRun(parse_config(words))
     finish_step = run.finish_step
 
@@ -45,7 +45,7 @@ def steered(words: list[str]) -> dict:
 
 
 def answer(folder) -> int:
-    """The label that a saved model always answers with."""
+    """The label that a saved model always predicts."""
     return AutoModelForImageClassification.from_pretrained(folder).classifier.bias.argmax().item()
 
 
@@ -60,7 +60,7 @@ def figures(results: dict) -> dict:
 
 
 def without_steps(folder):
-    """The folder of a run as versions left it that did not record the steps of models."""
+    """The folder of a run by a version that did not record the steps of saved models."""
     for name in ("best", "last"):
         (folder / name / "training_step.json").unlink()
     return folder
@@ -89,7 +89,7 @@ class TestAnotherFolder:
         assert answer(tmp_path / "b" / "best") == 0
 
     def test_a_later_best_model_is_not_taken(self, data, whole, tmp_path):
-        """From a checkpoint before the epoch that is best in the other folder."""
+        """A run that resumes from a checkpoint before the other folder's best epoch does not take its best model."""
         checkpoint = whole[0] / "checkpoints" / "step-00000004"
         results = train(parse_config(words_of(data, tmp_path, resume=checkpoint, max_steps=4)))
         assert figures(results) == {"best": (4, 25.0), "last": (4, 25.0)}
@@ -108,7 +108,7 @@ class TestAnotherFolder:
 
     @pytest.mark.parametrize("step", [4, 16])
     def test_of_a_version_that_recorded_no_steps(self, data, whole, tmp_path, step):
-        """Its models are taken, unless the run went on from the checkpoint and replaced them."""
+        """Its models are taken, unless that run continued after the checkpoint and replaced them."""
         folder = without_steps(shutil.copytree(whole[0], tmp_path / "a"))
         checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         results = train(parse_config(words_of(data, tmp_path / "b", resume=checkpoint, max_steps=step)))
@@ -117,7 +117,7 @@ class TestAnotherFolder:
         assert answer(tmp_path / "b" / "best") == ANSWERS[expected["best"][0]]
 
     def test_which_holds_models_of_another_run(self, data, whole, tmp_path):
-        """Of the same steps, but with other accuracies."""
+        """The other run's models have the same steps, but other accuracies."""
         folder, other = (shutil.copytree(whole[0], tmp_path / name) for name in "ab")
         for name in ("best", "last"):
             shutil.rmtree(folder / name)
@@ -134,7 +134,7 @@ class TestTheSameFolder:
     @pytest.mark.parametrize("recorded", [True, False])
     @pytest.mark.parametrize("place", ["linked", "copied"])
     def test_a_checkpoint_that_lies_elsewhere(self, data, whole, tmp_path, capsys, place, recorded):
-        """The folder of checkpoints is a link to another disk; or a checkpoint is a backup."""
+        """The folder of checkpoints is a link to another disk, or the checkpoint is a copy."""
         folder = shutil.copytree(whole[0], tmp_path / "a")
         if not recorded:
             without_steps(folder)

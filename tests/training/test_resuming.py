@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and continued: nothing is lost, nothing done twice, and mistakes are told by name."""
+"""Runs that are stopped, killed and continued lose and repeat no work, and name mistakes in their errors."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def number_of_optimizer_steps(folder) -> int:
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """A run that nobody disturbed, with nothing random that depends on the parts of a step: 9 steps."""
+    """A run of 9 steps that was not interrupted, without randomness that depends on the parts of a step."""
     folder = tmp_path_factory.mktemp("whole")
     results = train(parse_config(flags(images, folder)))
     return folder, results
@@ -46,13 +46,13 @@ class TestAnotherAccumulation:
 
     def test_two_processes_stop_at_once_and_one_goes_on(self, tmp_path):
         """
-        Long before anything is logged, saved or evaluated. With data workers, which get the launcher's signal as well.
+        Before anything is logged, saved or evaluated, and with data workers, which get the launcher's signal as well.
         """
         images, folder = write_images(tmp_path / "images", num_train=1600), tmp_path / "stopped"
         long = {"log_steps": 1000, "save_steps": 1000, "warmup_epochs": 0, "epochs": 1}  # 200 steps
         process = launch(flags(images, folder, num_workers=1, **long), processes=2)
         output = ""
-        while not re.search(r"\| [1-9]\d*/200", output):  # the bar after a step
+        while not re.search(r"\| [1-9]\d*/200", output):  # the progress bar after a step
             output += (read := process.stdout.read(1))
             assert read, output
         process.send_signal(signal.SIGTERM)
@@ -68,7 +68,7 @@ class TestAnotherAccumulation:
 
 
 class Interrupted:
-    """Evaluation batches, the third of which of the second evaluation meets `interruption`."""
+    """Evaluation batches that call `interruption` before the third batch of the second evaluation."""
 
     def __init__(self, batches, interruption):
         self.batches, self.interruption, self.evaluation, self.seen = batches, interruption, 0, 0
@@ -120,7 +120,7 @@ class TestEvaluation:
 
 class TestFolders:
     def test_what_was_set_aside_comes_back(self, images, tmp_path, whole):
-        """As a kill between the two renames of a replacement leaves it."""
+        """A folder that was set aside by a kill between the two renames of a replacement is restored."""
         folder = shutil.copytree(whole[0], tmp_path / "run")
         for path in (folder / "best", folder / "last", list_checkpoints(folder / "checkpoints")[0]):
             path.rename(path.with_name(f".{path.name}.old"))
@@ -161,7 +161,7 @@ def test_half_a_step_is_never_saved(images, tmp_path):
 
     def interrupted(outputs, pixel_values, targets, step, micro_batch):
         calls.append(step)
-        if calls.count(4) == 2:  # the second part of the step after the fourth
+        if calls.count(4) == 2:  # the second micro-batch of the step after the fourth
             raise KeyboardInterrupt
         return loss(outputs, pixel_values, targets, step, micro_batch)
 

@@ -1,4 +1,4 @@
-"""What a run is made of: shipped configurations, starting points, frozen parameters, batches."""
+"""Set-up of a run: shipped configurations, starting points, frozen parameters, batches."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def sources(tmp_path_factory):
     """Plain models to start from: three heads, one layer, 32 × 32 pixels; a teacher; the data's labels."""
     folder = tmp_path_factory.mktemp("sources")
     fields = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 96}
-    fields |= {"image_size": 32, "patch_size": 16, "num_labels": 5}  # other labels than the data, as with ImageNet's
+    fields |= {"image_size": 32, "patch_size": 16, "num_labels": 5}  # other labels than the data, like ImageNet's
     ViTForImageClassification(ViTConfig(**fields)).save_pretrained(folder / "vit")
     DeiTForImageClassificationWithTeacher(DeiTConfig(**fields)).save_pretrained(folder / "deit")
     ViTForImageClassification(ViTConfig(**{**fields, "num_labels": 3})).save_pretrained(folder / "teacher")
@@ -41,7 +41,7 @@ def test_shipped_configurations_run(path, images, sources, tmp_path):
     if config.from_vit:
         words += ["--from_vit", str(sources / ("deit" if "distilled" in config.from_vit else "vit"))]
     else:
-        with torch.device("meta"):  # at its own size
+        with torch.device("meta"):  # full-size models, without memory
             assert build_model(config, dict(enumerate(LABELS))).config.num_labels == 3
     if path.stem == "thinking_swin_s_imagenet":
         words += ["--model.embed_dim", "24", "--model.depths", "1", "1", "1", "1", "--model.image_size", "32"]

@@ -1,4 +1,4 @@
-"""Which images choose the best epoch, and which are reported."""
+"""The images by which the best epoch is chosen, and the images on which accuracy is reported."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.training.tiny_runs import LABELS, encoded_image, flags
 
 
 def write(folder, labels_of_split: dict[str, list[int]]):
-    """Parquet files of images; each is called by its split and place."""
+    """Parquet files of images, each named after its split and index."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
     folder.mkdir(exist_ok=True)
     for number, (split, labels) in enumerate(labels_of_split.items()):
@@ -66,7 +66,7 @@ class TestHoldingOut:
 
     @pytest.mark.parametrize("labels", [[0, 1, 0, 2] * 10, sorted([0, 1, 0, 2] * 10), [0] * 36 + [1] * 3 + [2]])
     def test_smaller_sets_lie_within_larger_ones(self, tmp_path, labels):
-        """So a run that starts from another's model, and holds out no more, chooses by images that neither learned."""
+        """A run that starts from another's model, and holds out no more, chooses by images that neither trained on."""
         folder = write(tmp_path, {"train": labels})
         larger: set[str] = set(paths(read(folder, validation_fraction=0.9).evaluation))
         for fraction in (0.5, 0.3, 0.2, 0.1, 0.05, 0.01):
@@ -78,7 +78,7 @@ class TestHoldingOut:
             larger = held_out
 
     def test_fewer_samples_are_of_all_labels(self, tmp_path):
-        """Though the data are sorted by label."""
+        """Even if the data are sorted by label."""
         folder = write(tmp_path, {"train": [0] * 20 + [1] * 10 + [2] * 10})
         data = read(folder, validation_fraction=0.4, max_eval_samples=8)
         assert sorted(row["label"] for row in data.evaluation.rows) == [0, 0, 0, 0, 1, 1, 2, 2]
@@ -98,7 +98,7 @@ class TestHoldingOut:
     def test_a_label_with_one_image(self, tmp_path):
         data = read(write(tmp_path, {"train": [0] * 9 + [1]}), validation_fraction=0.3)
         assert (len(data.evaluation.rows), len(data.train.rows)) == (3, 7)
-        # Without a test split, what chooses is what is reported.
+        # Without a test split, accuracy is reported on the split that chooses the epoch.
         assert data.test is None
         assert data.split == data.selected_on == "held out from train"
 
@@ -138,7 +138,7 @@ class TestNamedSplits:
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_test_split_without_labels_is_not_reported(self, tmp_path, streaming):
-        """As ImageNet-1K's on the Hub."""
+        """The test split of ImageNet-1K on the Hub has none."""
         folder = write(tmp_path, {"train": [0, 1] * 4, "validation": [1] * 3, "test": [-1] * 2})
         data = read(folder, streaming=streaming)
         assert (data.selected_on, data.split, data.test) == ("validation", "validation", None)
@@ -157,7 +157,7 @@ class TestNamedSplits:
     def test_images_that_are_learned_are_not_reported(self, train_and_test):
         with pytest.raises(ValueError, match="`test_split` is 'train', which the run learns from"):
             read(train_and_test, test_split="train")
-        # Beside another split that chooses, it says how well a run has learned.
+        # If another split chooses the epoch, training images may be reported.
         assert read(train_and_test, eval_split="test", test_split="train").split == "train"
 
 
@@ -194,7 +194,7 @@ class TestOutcome:
             assert "split `test`" in card
             assert "best epoch was chosen by its accuracy on `held out from train`" in card
             assert f"| stage 1 | {measured['top1'][-1]:.2f} |" in card
-            assert "split: test\n" in card  # of the model index
+            assert "split: test\n" in card  # in the model index
 
     def test_saved_models_record_the_images_that_made_them(self, run, train_and_test, tmp_path):
         folder, _, _ = run
@@ -203,7 +203,7 @@ class TestOutcome:
             config = AutoModelForImageClassification.from_pretrained(folder / saved).config
             recorded = {"dataset": name, "split": "train", "selected_on": "held out from train"}
             assert config.training_data == recorded
-        # A run that starts from such a model records its own.
+        # A run that starts from such a model records its own split.
         train(parse_config(flags(train_and_test, tmp_path, max_steps=1, from_pretrained=folder / "best")))
         config = AutoModelForImageClassification.from_pretrained(tmp_path / "best").config
         assert config.training_data == {"dataset": name, "split": "train", "selected_on": "test"}

@@ -16,7 +16,9 @@ def test_sandwich_takes_the_first_the_last_and_some_between():
     assert all(sum(weight > 0 for weight in weights[1:-1]) == 1 for weights in drawn)
     assert {tuple(weights).index(max(weights[1:-1]), 1) for weights in drawn} == {1, 2, 3}
     assert all(sum(weights) == pytest.approx(1.0) for weights in drawn)
-    assert drawn[7] == sampler.weights(7, 0)
+    # One draw for a step: its micro-batches train the same stages.
+    assert drawn[7] == sampler.weights(7, 0) == sampler.weights(7, 1)
+    assert all(sampler.weights(step, 3) == weights for step, weights in enumerate(drawn))
 
 
 def test_sandwich_keeps_the_sum_and_the_proportions_of_the_weights():

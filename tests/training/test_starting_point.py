@@ -1,4 +1,4 @@
-"""What a run takes over from the model it starts from, and what it refuses to replace."""
+"""Settings that a run takes from its starting point, and settings that it refuses to replace."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def named(*names: str) -> dict:
 
 
 def start(source, model_type="thinkingvit", id2label=LABELS, label_map="name", attribute="from_pretrained", **model):
-    """The model that a run begins with, and what it says."""
+    """The model that a run starts with, and the messages printed."""
     said: list[str] = []
     settings = {attribute: str(source), "model": model, "label_map": label_map, "model_type": model_type}
     config = TrainingConfig(mixup=0.0, cutmix=0.0, **settings)
@@ -59,7 +59,7 @@ class TestFields:
             ("thinkingvit", {"image_size": 64}),
             ("thinkingvit", {"num_hidden_layers": 2}),
             ("thinkingvit", {"use_distillation_token": True}),
-            # These change no shape, and mean other models all the same.
+            # These change no shape, but make a different model.
             ("thinkingvit", {"num_attention_heads": 8}),
             ("thinkingvit", {"layer_norm_eps": 1e-3}),
             ("thinkingvit", {"hidden_act": "relu"}),

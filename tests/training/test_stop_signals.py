@@ -18,7 +18,7 @@ def signals():
 
 @pytest.fixture(autouse=True)
 def usual_ctrl_c():
-    """Whoever runs the tests in the background may ignore it."""
+    """Restore the default SIGINT handler, because a shell may ignore SIGINT in background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -53,7 +53,7 @@ def test_a_second_ctrl_c_ends_the_process(signals):
 
 
 def test_a_signal_that_is_ignored_stays_so(signals):
-    """As `nohup` and a shell's background jobs start a process."""
+    """`nohup` and shells start background jobs with ignored signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with signals.listening():
         os.kill(os.getpid(), signal.SIGINT)
@@ -75,7 +75,7 @@ def test_listens_in_the_main_thread_only(signals):
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_processes_agree(monkeypatch, on_cpu):
-    """Two processes, of which only the second receives a signal; `on_cpu` or as tensors of their devices."""
+    """Only the second of two processes receives a signal; they agree `on_cpu` or through tensors on their devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
@@ -110,7 +110,7 @@ class SlowImages:
         return 4
 
     def __getitem__(self, index):
-        if index == 1:  # the worker itself, as a launcher that signals the whole process group
+        if index == 1:  # signal the worker too, as a launcher that signals the process group does
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
         return index

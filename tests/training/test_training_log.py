@@ -1,4 +1,4 @@
-"""What a run says of its training: losses in trackers, images that it could not read."""
+"""Reports of a run: losses in trackers, and images that could not be read."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run that takes a second: data, flags, and how to start it."""
+"""Data, flags and launchers for runs that take a second."""
 
 import io
 import os
@@ -93,11 +93,11 @@ def launch(words: list[str], processes: int) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:
-    """The output of what was launched; processes that wait for each other in vain do not stay."""
+    """The output of a launched process, which is terminated after `timeout` seconds, with its workers."""
     try:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher ends the others, of which each has a session of its own
+        process.terminate()  # the launcher terminates its workers, each of which has its own session
         process.wait(timeout=60)
         raise
 

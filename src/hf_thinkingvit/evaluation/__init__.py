@@ -1,4 +1,4 @@
-"""What a model costs, how well it does at every τ, and which τ to choose."""
+"""Cost and accuracy of a model at every τ, and calibration of τ."""
 
 from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds

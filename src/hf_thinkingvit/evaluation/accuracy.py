@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of every answer that a model gives."""
+"""Top-1 and top-5 accuracy of every stage of a model."""
 
 from collections.abc import Iterable
 
@@ -10,10 +10,12 @@ from ..models.configuration_staged import thinks_in_stages
 from .labels import check_single_label
 
 
-def answers(model: nn.Module, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+def _every_logits(
+    model: nn.Module, pixel_values: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """
-    Logits of each stage for every image, of models that think in stages; else the model's one answer. And per image
-    what else the model measures of itself: `mean_depth`, `macs`.
+    Logits of every stage for every image (of a model that does not think in stages, one entry), and the measurements
+    per image that the model's output has: `mean_depth`, `macs`.
     """
     outputs = model(pixel_values, **({"output_stage_logits": True} if thinks_in_stages(model) else {}))
     measured = {name: outputs[name] for name in ("mean_depth", "macs") if outputs.get(name) is not None}
@@ -21,7 +23,7 @@ def answers(model: nn.Module, pixel_values: torch.Tensor) -> tuple[tuple[torch.T
 
 
 def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Which of the best five classes is right, bool `(batch, up to 5)`; none where a logit is no finite number."""
+    """Which of the five best classes is right, bool `(batch, up to 5)`; none of them if any logit is not finite."""
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     return (best == labels[:, None]) & logits.isfinite().all(dim=-1, keepdim=True)
 
@@ -31,16 +33,16 @@ def evaluate_accuracy(
     accelerator: Accelerator, models: dict[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]]
 ) -> dict[str, dict]:
     """
-    Evaluate several models in one pass over the images. Every process calls it.
+    Evaluate several models in one pass over the images. Every process must call it.
 
     Args:
-        accelerator (`Accelerator`): which has prepared `batches`, so that images it repeats to fill a batch count once.
-        models (`dict[str, nn.Module]`): not wrapped; put into evaluation mode, and left as they were.
+        accelerator (`Accelerator`): has prepared `batches`; images that it repeats to fill a batch count once.
+        models (`dict[str, nn.Module]`): unwrapped models, run in evaluation mode; their modes are restored.
         batches: `pixel_values` and `labels` (class indices).
 
     Returns:
-        For each model `top1` and `top5`, a list of percentages with one entry per stage; `images`, how many they are
-        of; and the mean of what the model measures of itself.
+        For each model `top1` and `top5`, lists of percentages with one entry per stage; `images`, the number of images;
+        and the means of `mean_depth` and `macs`, if the model returns them.
 
     Raises:
         ValueError: if there are no images, or a model is not for single-label classification.
@@ -58,7 +60,7 @@ def evaluate_accuracy(
             labels = batch["labels"]
             for name, model in models.items():
                 with accelerator.autocast():
-                    logits, measured = answers(model, batch["pixel_values"])
+                    logits, measured = _every_logits(model, batch["pixel_values"])
                 hits = [_hits(stage, labels) for stage in logits]
                 columns = [hit[:, 0] for hit in hits] + [hit.any(dim=1) for hit in hits] + list(measured.values())
                 names[name] = list(measured)

@@ -1,11 +1,11 @@
 """
-τ from what a user wants: a budget, or a promise about accuracy that holds for new images of the same kind.
+Chooses τ for a budget, or for a promise about accuracy that holds for new images of the same distribution.
 
 The promise is by Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in "Fast yet Safe: Early-Exiting with
-Risk Control" (Jazbec et al., NeurIPS 2024): thresholds are tested from the safest on, each by an exact binomial test of
-"the risk is above ε" at level δ, until the first that does not pass. The order is fixed before the images are seen, so
-that δ bounds the whole sequence. For the same reason the model must be fixed before: images on which it was trained,
-or on which its best epoch was chosen, are no longer like those to come.
+Risk Control" (Jazbec et al., NeurIPS 2024): thresholds are tested in order, safest first, each by an exact binomial
+test of "the risk is above ε" at level δ, until the first that does not pass. The order is fixed before the images are
+seen, so that δ bounds the whole sequence. For the same reason the model must be fixed before: images on which it was
+trained, or on which its best epoch was chosen, are not distributed like new ones.
 """
 
 import itertools
@@ -34,19 +34,19 @@ Risk = Literal["accuracy_drop", "error"]
 @dataclass(frozen=True)
 class Calibration:
     """
-    A threshold and the facts that it was chosen on.
+    A threshold, and the measurements by which it was chosen.
 
     Attributes:
         threshold: τ, one or one per exit.
         target: "accuracy_drop", "error", "macs" or "milliseconds".
-        dataset, split, images: what it was found on; `images` are those that were tested or counted.
+        dataset, split, images: the calibration images; `images` is the number of those that were tested or measured.
         epsilon, delta: of a promise; `None` for a budget.
         budget: GMACs or milliseconds per image; `None` for a promise.
         achieved: the risk (a fraction), GMACs or milliseconds per image on these images.
         top1, gmacs: accuracy (%) and cost at this τ on these images.
         conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
         exits_early: whether any image leaves before the last stage at this τ.
-        seen: why the images were not new to the model, in words, where that is known.
+        seen: why the images were not new to the model, in words, if that is known.
     """
 
     threshold: float | list[float]
@@ -66,23 +66,23 @@ class Calibration:
 
     @property
     def statement(self) -> str:
-        """What was found, in a sentence; of the model that was measured only."""
+        """The result as a sentence, which is valid only for the model that was measured."""
         return calibration_statement(asdict(self))
 
     def to_dict(self) -> dict[str, Any]:
         """
-        As plain data to be saved and shared: of a local dataset only the name, and no sentence, which could be read
-        beside a model that has changed since.
+        Plain data to save and share. A local dataset is reduced to its name. `statement` is left out, because it would
+        outlive changes of the model.
         """
         facts = {name: value for name, value in asdict(self).items() if value is not None}
         return facts | {"dataset": public_name(self.dataset)}
 
     def apply(self, model_or_config: PreTrainedModel | PreTrainedConfig) -> None:
         """
-        Set `threshold`, and these facts as `calibration`, in the configuration; `save_pretrained` keeps both.
+        Set `threshold`, and these facts as `calibration`, in the configuration; `save_pretrained` saves both.
 
         Raises:
-            ValueError: for another model than the one that was measured; the message names what differs.
+            ValueError: if it is not the model that was measured; the message names what differs.
         """
         if self.conditions is not None:
             check_same_model(self.conditions, model_or_config)
@@ -93,8 +93,8 @@ class Calibration:
 
 def binomial_p_value(failures: int, images: int, epsilon: float) -> float:
     """
-    P(Binomial(images, epsilon) ≤ failures): how likely so few failures are where the risk is ε. A valid p-value of "the
-    risk is at least ε", since a greater risk makes them less likely.
+    P(Binomial(images, epsilon) ≤ failures): the probability of at most this many failures if the risk is ε. A valid
+    p-value of "the risk is at least ε", since a greater risk makes few failures less likely.
     """
     if not 0 < epsilon < 1 or failures >= images:
         return 1.0
@@ -105,12 +105,12 @@ def binomial_p_value(failures: int, images: int, epsilon: float) -> float:
 
 
 def least_images(epsilon: float, delta: float) -> int:
-    """How many images a promise takes at the least: so many without a failure."""
+    """The least number of images that allows a promise: enough to pass the test if none of them fails."""
     return math.ceil(math.log(delta) / math.log1p(-epsilon))
 
 
 def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
-    """From the τ at which nothing exits early to the one at which everything does, over the criterion's range."""
+    """Evenly spaced τ over the criterion's range, from one at which no image exits early to one at which all do."""
     criterion = EXIT_CRITERIA[answers.criterion]
     limit = criterion.maximum(answers.num_labels, answers.entropy_top_k)
     if math.isinf(limit):  # many scales, because the scores of a criterion without bound may be on any
@@ -122,13 +122,13 @@ def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
 
 
 def _failures(answers: StageAnswers, risk: Risk) -> torch.Tensor:
-    """Which images fail if they exit at each stage, bool `(images, stages)`."""
+    """Whether each image fails if it exits at each stage, bool `(images, stages)`."""
     return ~answers.top1 & answers.top1[:, -1:] if risk == "accuracy_drop" else ~answers.top1
 
 
 def _means(answers: StageAnswers, grid: Sequence[Threshold], values: torch.Tensor) -> torch.Tensor:
     """For every τ, the mean over the images of `values` `(images, stages)` at their exits: float64 `(thresholds,)`."""
-    together = max(1, 2**23 // answers.scores.numel())  # some 100 MB
+    together = max(1, 2**23 // answers.scores.numel())  # about 100 MB
     means = []
     for start in range(0, len(grid), together):
         stages = answers.exit_stages_of_each(grid[start : start + together])
@@ -157,31 +157,31 @@ def calibrate_risk(
     The cheapest τ whose risk is at most ε, with probability at least 1 - δ over the calibration images.
 
     The promise holds if the model, the criterion and the candidate thresholds were fixed before these images were seen,
-    and if the images are drawn, independently of each other, like those to come. It does not hold for images on which
-    the model was trained, or on which its best epoch, its criterion or ε was chosen. And it is of the model that was
-    measured: [`calibration_status`] says whether a model still is that one.
+    and if the images are drawn independently from the same distribution as new images. It does not hold for images on
+    which the model was trained, or on which its best epoch, its criterion or ε was chosen. It is valid only for the
+    model that was measured: [`calibration_status`] says whether a model still is that one.
 
     Args:
-        answers (`StageAnswers`): to the calibration images.
+        answers (`StageAnswers`): the answers to the calibration images.
         epsilon (`float`): greatest risk, a fraction between 0 and 1.
-        delta (`float`): how often the promise may fail.
+        delta (`float`): greatest probability with which the promise may fail.
         risk (`str`): `"accuracy_drop"`: an image fails if the last stage is right and the answer at its exit is not; so
-            accuracy falls by at most ε, and by less where early answers mend late ones. `"error"`: an image fails if
-            its answer is wrong.
+            accuracy falls by at most ε, and by less if some early answers are right where the last is wrong.
+            `"error"`: an image fails if its answer is wrong.
         per_exit (`bool`): one τ per exit. Half of the images then choose the order in which thresholds are tested
             (Pareto testing, arXiv 2210.07913), and the promise is tested on the other half.
         candidates (`list`, *optional*): thresholds in the order in which to test them, fixed without looking at these
-            images, from the safest on. By default the criterion's range in 1000 steps.
-        allow_training_images (`bool`): calibrate on training images all the same, for instance a split of that name
-            which this model never saw, or on those that chose its best epoch (`answers.seen`); the statement says so.
+            images, safest first. By default the criterion's range in 1000 steps.
+        allow_training_images (`bool`): accept a training split, for instance one that this model never saw, and images
+            that had a part in making the model (`answers.seen`); the statement says so.
 
     Returns:
-        [`Calibration`]. If no τ keeps the promise but the one at which nothing exits early, its statement says so.
+        [`Calibration`]. If the promise holds only for τ at which no image exits early, its statement says so.
 
     Raises:
-        ValueError: if there are too few images for any promise (the message says how many it takes), or if not even
-            the last stage keeps it; for ε and δ that are not between 0 and 1; for training images, and
-            images by which the model's best epoch was chosen.
+        ValueError: if there are too few images for any promise (the message says how many are needed), or if not even
+            the last stage fulfils it; if ε or δ is not between 0 and 1; if the images are training images, or had a
+            part in making the model, without `allow_training_images`.
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         if not 0 < value < 1:
@@ -212,26 +212,26 @@ def calibrate_risk(
             f"{at_least(delta)}: it takes {least_images(epsilon, delta)} at the least"
             + (", twice as many with `per_exit`." if tested is not answers else ".")
         )
-    kept: Threshold | None = None
+    chosen: Threshold | None = None
     for threshold in order:
         failures = int(tested.at(_failures(tested, risk), tested.exit_stages(threshold)).sum())
-        # With as many failures as ε allows on average, no test passes at a level that anybody asks for.
+        # With at least the expected number of failures at risk ε, the p-value is about 1/2 or more: no usual δ passes.
         if failures >= epsilon * len(tested) or binomial_p_value(failures, len(tested), epsilon) > delta:
             break
-        kept = threshold
-    if kept is None:
+        chosen = threshold
+    if chosen is None:
         raise ValueError(
             f"No τ keeps an {'error' if risk == 'error' else 'accuracy drop'} of at most {at_most(epsilon)} with "
             f"probability {at_least(delta)} on these {len(tested)} images, not even the last stage for every image."
         )
-    early = bool((tested.exit_stages(kept) < tested.num_stages - 1).any())
-    row = tested.row(kept)
+    early = bool((tested.exit_stages(chosen) < tested.num_stages - 1).any())
+    row = tested.row(chosen)
     return Calibration(
-        threshold=kept,
+        threshold=chosen,
         target=risk,
         dataset=answers.dataset,
         images=len(tested),
-        achieved=_means(tested, [kept], _failures(tested, risk)).item(),
+        achieved=_means(tested, [chosen], _failures(tested, risk)).item(),
         top1=row["top1"],
         gmacs=row["gmacs"],
         epsilon=epsilon,
@@ -244,7 +244,7 @@ def calibrate_risk(
 
 
 def _pareto_order(answers: StageAnswers, risk: Risk) -> list[Threshold]:
-    """Thresholds that no other beats in both risk and cost, from the least risk on."""
+    """The Pareto-optimal thresholds in risk and cost, in order of increasing risk."""
     grid = _grid(answers, per_exit=True, levels=24)
     risks = _means(answers, grid, _failures(answers, risk)).tolist()
     costs = _means(answers, grid, torch.tensor(answers.macs).expand(len(answers), -1)).tolist()
@@ -265,10 +265,10 @@ def calibrate_budget(
     per_exit: bool = False,
 ) -> Calibration:
     """
-    The τ of greatest accuracy whose mean cost on these images is within a budget. No promise about other images.
+    The τ of greatest accuracy whose mean cost on these images is within a budget, without a promise for others.
 
     Args:
-        answers (`StageAnswers`): to images like those to come.
+        answers (`StageAnswers`): the answers to images of the expected distribution.
         gmacs (`float`, *optional*): mean multiply-accumulates per image, in 10⁹.
         milliseconds (`float`, *optional*): mean time per image, instead of `gmacs`.
         stage_milliseconds (`list[float]`, *optional*): time of an image that exits at each stage, as from
@@ -276,7 +276,7 @@ def calibrate_budget(
         per_exit (`bool`): one τ per exit.
 
     Raises:
-        ValueError: if not exactly one budget is given, or none can be kept.
+        ValueError: if not exactly one budget is given, or no τ is within it.
     """
     if (gmacs is None) == (milliseconds is None):
         raise ValueError("Give one budget: `gmacs` or `milliseconds`.")
@@ -290,7 +290,7 @@ def calibrate_budget(
     accuracies = _means(answers, grid, answers.top1).tolist()
     best: tuple[float, float, Threshold] | None = None
     for cost, accuracy, threshold in zip(spent, accuracies, grid):
-        # A budget of just what a stage takes is kept, however the mean over the images rounds.
+        # A budget equal to the cost of a stage includes it, however the mean over the images is rounded.
         within = cost <= budget or math.isclose(cost, budget)
         if within and (best is None or (accuracy, -cost) > (best[0], -best[1])):
             best = accuracy, cost, threshold
@@ -317,12 +317,12 @@ def calibrate_budget(
 @torch.no_grad()
 def measure_stage_milliseconds(model: PreTrainedModel, pixel_values: torch.Tensor, repeats: int = 10) -> list[float]:
     """
-    Median time of an image that exits at each stage, on the device and in the batch size of `pixel_values`.
+    Median milliseconds per image that exits at each stage, on the device and in the batch size of `pixel_values`.
 
     Args:
-        model (`PreTrainedModel`): that thinks in stages.
+        model (`PreTrainedModel`): a model that thinks in stages.
         pixel_values (`torch.Tensor`): one batch.
-        repeats (`int`): timed forward passes per stage, taken in turns, after two that warm up.
+        repeats (`int`): timed forward passes per stage, interleaved, after two for warm-up.
     """
 
     def seconds(max_stages: int) -> float:

@@ -1,8 +1,8 @@
 """
-What a calibration depends on, and whether it still is as it was.
+The conditions under which a calibration is valid, and checks that they still hold.
 
-A calibrated τ is a fact about one model: its weights, dtype, labels and exit rule. `Calibration` keeps them as
-`conditions`, and whoever repeats what it says compares first.
+A calibrated τ is valid for one model: its weights, dtype, labels and exit rule. `Calibration` stores these as
+`conditions`. Code that shows or applies a calibration must compare them with the model first.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import resolve_thresholds
 
 
-# Fields of a configuration that do not change what a model in evaluation mode answers; and τ, which is compared apart.
+# Configuration fields that do not affect answers in evaluation mode; and τ, which is compared separately.
 NO_CONDITION = TRAINING_FIELDS | {"threshold", "stage_loss_weights"}
 WORDS = {"exit_criterion": "the exit criterion", "dtype": "the dtype", "num_labels": "the number of labels"}
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
     """
-    SHA-256 over names, shapes, dtypes and bytes of the state dict, on whatever device it lies.
+    SHA-256 over names, shapes, dtypes and bytes of the state dict, independent of the device.
 
     Returns:
-        `str`: in hexadecimal; `None` where the bytes cannot be read as they are: sharded, quantized, sparse and meta
-        tensors.
+        `str`: in hexadecimal; `None` if the bytes of a tensor cannot be read directly (sharded, quantized, sparse and
+        meta tensors).
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # DeepSpeed's shards
@@ -52,10 +52,10 @@ def weights_fingerprint(model: nn.Module) -> str | None:
 
 def model_conditions(model: PreTrainedModel) -> dict[str, Any]:
     """
-    Everything that the answers of `model` in evaluation mode, and whether they are right, depend on, as plain data.
+    Everything that affects the answers of `model` in evaluation mode or their accuracy, as plain data.
 
-    The dtype is that in which it computes: under autocast, both that of the weights and autocast's. Device and
-    attention backend are left out: they change answers by rounding errors of that dtype only.
+    `dtype` names the dtype of the computation: under autocast, both that of the weights and autocast's. Device and
+    attention backend are left out, because they change answers only by rounding errors of that dtype.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     conditions = _config_conditions(model.config)
@@ -81,7 +81,7 @@ def _config_conditions(config: PreTrainedConfig) -> dict[str, Any]:
 @dataclass(frozen=True)
 class CalibrationStatus:
     """
-    Whether a calibration is of a model as it is now.
+    Whether a calibration is valid for a model as it is now.
 
     Attributes:
         changed: what has changed since, in words.
@@ -106,16 +106,15 @@ class CalibrationStatus:
 def calibration_status(model: PreTrainedModel, calibration: Any) -> CalibrationStatus:
     """
     Compare a model with the one that was calibrated: τ, exit rule, labels, dtype, weights, and every other field of the
-    configuration that the answers depend on. Nothing is kept: weights edited in place are noticed by the next call.
+    configuration that the answers depend on. Nothing is cached, so the next call notices weights edited in place.
 
     Args:
-        model (`PreTrainedModel`): that thinks in stages.
-        calibration ([`Calibration`] or its `dict`): such as `model.config.calibration`.
+        model (`PreTrainedModel`): a model that thinks in stages.
+        calibration ([`Calibration`] or its `dict`): for instance `model.config.calibration`.
 
     Returns:
-        [`CalibrationStatus`]; its `holds` is true only where everything was compared and found equal. τ given to
-        `forward`, a pipeline or an engine instead of the configuration's is not seen here, nor are images that are
-        preprocessed in another way.
+        [`CalibrationStatus`]; its `holds` is true only if everything could be compared and is equal. It does not cover
+        a τ passed to `forward`, a pipeline or an engine instead of the configuration's, nor other preprocessing.
     """
     calibration = calibration if isinstance(calibration, Mapping) else calibration.to_dict()
     model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -141,17 +140,17 @@ def _same_thresholds(threshold: Any, config: PreTrainedConfig) -> bool:
     exits = config.num_stages - 1
     try:
         return resolve_thresholds(threshold, exits) == resolve_thresholds(config.threshold, exits)
-    except ValueError:  # of another number of exits
+    except ValueError:  # for another number of exits
         return False
 
 
 def with_present_names(conditions: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """Conditions under the present names of the fields, where an earlier version saved them under other ones."""
+    """`conditions` with fields that earlier versions saved under other names renamed to the present ones."""
     return {config.attribute_map.get(name, name): value for name, value in conditions.items()}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which conditions differ, in words; a fingerprint that is missing on either side differs from none."""
+    """Which conditions differ, in words. If either weights fingerprint is missing, the weights are not compared."""
     found = []
     for name, value in then.items():
         if name == "weights":
@@ -169,10 +168,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def check_same_model(conditions: Mapping[str, Any], model_or_config: PreTrainedModel | PreTrainedConfig) -> None:
     """
-    Refuse a model other than the measured one. Of a configuration alone, dtype and weights are not compared.
+    Refuse a model other than the measured one. For a configuration alone, dtype and weights are not compared.
 
     Raises:
-        ValueError: that names what differs.
+        ValueError: if they differ; the message names what differs.
     """
     if isinstance(model_or_config, nn.Module):
         now = model_conditions(model_or_config)

@@ -1,4 +1,4 @@
-"""Whether an answer is right, where a dataset's labels are not simply the model's classes."""
+"""Matches the labels of a dataset to the classes of a model, to decide whether answers are right."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from ..models.configuration_checks import configured_problem_type
 
 
 def check_single_label(config: PreTrainedConfig) -> None:
-    """`ValueError` if the model does not choose one class, so that top-1 and top-5 would measure nothing."""
+    """`ValueError` unless the model is for single-label classification, which top-1 and top-5 accuracy assume."""
     problem_type = configured_problem_type(config)
     if problem_type not in (None, "single_label_classification"):
         raise ValueError(
@@ -30,18 +30,18 @@ class LabelMap:
         config (`PreTrainedConfig`): the model's, with `id2label`. `label2id` may be missing or incomplete; it may have
             further names of classes, but must not contradict `id2label`.
         label_names (`list[str]`, *optional*): the dataset's. Without them its labels are the model's class indices; an
-            image may then have several (ImageNet-ReaL), or none, and is left out. Names must be equal to the model's:
-            "tabby" is not "tabby, tabby cat". Where several labels or classes have one name, they are the ones at the
-            same places, or pair up in order if both sides have equally many.
-        label_map (`dict` or `"index"`, *optional*): from the dataset's names (or indices) to the model's names (or
-            indices), where they differ (ImageNet-A, -R, -Sketch). `"index"` says that both number the same classes.
-            Names that are numbers, as ImageNet-V2's folders are, are class indices without being told.
-        restrict (`bool`, *optional*): judge only among the classes that the dataset has, as is usual for ImageNet-A and
-            -R. By default where the dataset has fewer classes than the model. Exits are not affected.
-        name (`str`): of the dataset, for messages.
+            image may then have several (ImageNet-ReaL), or none, which leaves it out. Names must equal the model's:
+            "tabby" does not match "tabby, tabby cat". If several labels or classes share a name, they are matched by
+            index, or in order if both sides have equally many.
+        label_map (`dict` or `"index"`, *optional*): maps the dataset's names (or indices) to the model's names (or
+            indices), if they differ (ImageNet-A, -R, -Sketch). `"index"` means that both number the same classes.
+            Names that are numbers, such as ImageNet-V2's folders, are read as class indices without a map.
+        restrict (`bool`, *optional*): consider only the classes that the dataset has, as is usual for ImageNet-A and
+            -R. By default if the dataset has fewer classes than the model. Exits are not affected.
+        name (`str`): the dataset's, for messages.
 
     Raises:
-        ValueError: if a label of the dataset is no class of the model, or could be several; if the model is not for
+        ValueError: if a label of the dataset matches no class of the model, or several; if the model is not for
             single-label classification.
     """
 
@@ -61,9 +61,9 @@ class LabelMap:
             unknown = [label for label, found in zip(label_names, classes) if found is None]
             if unknown:
                 raise ValueError(
-                    f"{len(unknown)} labels of {name} are no classes of the model, such as {unknown[:3]} (the model "
-                    f"has such as {[config.id2label[index] for index in range(min(3, self.num_classes))]}): give a "
-                    '`label_map` (--label-map) from the ones to the others, or "index" if both number the same classes.'
+                    f"{len(unknown)} labels of {name} match no class of the model, such as {unknown[:3]} (the model "
+                    f"has classes such as {[config.id2label[index] for index in range(min(3, self.num_classes))]}): "
+                    'give a `label_map` (--label-map) from labels to classes, or "index" if both are numbered alike.'
                 )
             self.table = torch.tensor(classes)
         elif isinstance(label_map, Mapping):
@@ -78,7 +78,7 @@ class LabelMap:
     def _classes(
         self, label_names: list[str], label_map: Mapping | str | None, by_name: dict[str, list[int]]
     ) -> list[int | None]:
-        """The class of each label of the dataset; `None` for what is no class."""
+        """The class of each label of the dataset; `None` for labels that match no class."""
         if label_map == "index":
             return [index if index < self.num_classes else None for index in range(len(label_names))]
         if isinstance(label_map, Mapping):
@@ -107,7 +107,7 @@ class LabelMap:
     def _mapped(
         self, index: int, label_names: list[str], label_map: Mapping, by_name: dict[str, list[int]]
     ) -> int | None:
-        """The class that `label_map` gives one label, by its index (in JSON a text) or its name."""
+        """The class to which `label_map` maps one label, by its index (in JSON a string) or its name."""
         label = label_names[index]
         found = label_map.get(index, None if str(index) in label_names else label_map.get(str(index)))
         if found is None and label in label_map:
@@ -128,22 +128,22 @@ class LabelMap:
         return found if found is not None and 0 <= found < self.num_classes else None
 
     def _numbered(self, label: str) -> list[int]:
-        """The class of a name that is a number, as ImageNet-V2's folders are."""
+        """The class index that a name spells as a number, such as those of ImageNet-V2's folders; else empty."""
         return [int(label)] if label.isdecimal() and int(label) < self.num_classes else []
 
     def hits(self, logits: torch.Tensor, labels: torch.Tensor, top_k: int) -> torch.Tensor:
         """
         Args:
             logits (`torch.Tensor` of shape `(batch, num_labels)`): answers.
-            labels (`torch.LongTensor` of shape `(batch,)`, or `(batch, most labels of an image)` filled with -1).
-            top_k (`int`): how many of the answer's best classes count.
+            labels (`torch.LongTensor` of shape `(batch,)`, or `(batch, max labels per image)` padded with -1).
+            top_k (`int`): number of best classes that count.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch,)`: whether one of them is right. An answer with a logit that is no
-            finite number is wrong: its order means nothing.
+            `torch.BoolTensor` of shape `(batch,)`: whether one of them is right. `False` if any logit is not finite,
+            because the ranking is then meaningless.
 
         Raises:
-            ValueError: for a label that is no class.
+            ValueError: if a label is outside of the dataset's classes.
         """
         labels = labels[:, None] if labels.dim() == 1 else labels
         limit = self.num_classes if self.table is None else len(self.table)
@@ -160,12 +160,12 @@ class LabelMap:
 
     @staticmethod
     def counted(labels: torch.Tensor) -> torch.Tensor:
-        """Which images have a label at all, bool `(batch,)`."""
+        """Which images have at least one label, bool `(batch,)`."""
         return (labels if labels.dim() == 1 else labels.amax(dim=1)) >= 0
 
 
 def _classes_by_name(config: PreTrainedConfig) -> dict[str, list[int]]:
-    """The classes that have each name."""
+    """For each name, the classes that have it."""
     id2label = {} if config.id2label is None else {int(index): label for index, label in config.id2label.items()}
     if not id2label or sorted(id2label) != list(range(len(id2label))):
         raise ValueError(
@@ -188,7 +188,7 @@ def _classes_by_name(config: PreTrainedConfig) -> dict[str, list[int]]:
 
 def label_map_argument(text: str) -> dict[str, str | int] | str:
     """
-    What `--label-map` means, as a `type` for argparse: "index", or the content of a JSON file that maps the dataset's
+    Parse `--label-map`, as a `type` for argparse: "index", or the content of a JSON file that maps the dataset's
     label names (or indices) to the model's.
 
     Raises:

@@ -32,7 +32,7 @@ def stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = No
         `list[int]`, one entry per stage.
 
     Raises:
-        ValueError: if the model does not think in stages, or is of no known family.
+        ValueError: if the model does not think in stages, or belongs to no known family.
     """
     return _counting(config, "stages")(config, image_size)
 
@@ -40,7 +40,7 @@ def stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = No
 def published_stage_macs(config: StagedConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
     """
     MACs of each stage as the paper counts them: a complete plain ViT or Swin of the stage's width. Recycling is counted
-    on Swin and not on ViT. Arguments, result and errors as of `stage_macs`.
+    on Swin and not on ViT. Arguments, result and errors as for `stage_macs`.
     """
     return _counting(config, "published_stages")(config, image_size)
 
@@ -72,7 +72,7 @@ def halting_macs(
         `torch.LongTensor` of shape `(batch_size,)`.
 
     Raises:
-        ValueError: if `token_depth` is of another number of tokens, or the tokens of the model do not halt.
+        ValueError: if `token_depth` has another number of tokens, or the model does not halt tokens.
     """
     return _counting(config, "halting")(config, token_depth, image_size)
 

@@ -1,4 +1,4 @@
-"""Metrics in the form of the `evaluate` library, without a download: for `Trainer`, `evaluator` and combinations."""
+"""Metrics for the `evaluate` library that need no download; for `Trainer`, `evaluator` and `evaluate.combine`."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 
 
-_ANSWERS = {
+_FEATURES = {
     "predictions": datasets.Sequence(datasets.Value("float32")),
     "references": datasets.Value("int64"),
 }
@@ -31,15 +31,18 @@ class TopKAccuracy(evaluate.Metric):
     Args, of `compute`:
         predictions (`list[list[float]]`): scores of each image's classes.
         references (`list[int]`): right classes.
-        top_k (`int`, *optional*, defaults to 5): of how many best classes one must be right; all where there are fewer.
+        top_k (`int`, *optional*, defaults to 5): number of best classes that count; at most all.
 
     Returns:
-        `top1` and `top{k}`, fractions. `ValueError` where there are no images, or `top_k` is below 1.
+        `top1` and `top{k}`, fractions.
+
+    Raises:
+        ValueError: if there are no images, or `top_k` is below 1.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=type(self).__doc__, citation="", inputs_description="", features=datasets.Features(_ANSWERS)
+            description=type(self).__doc__, citation="", inputs_description="", features=datasets.Features(_FEATURES)
         )
 
     def _compute(self, predictions, references, top_k: int = 5) -> dict[str, float]:
@@ -49,17 +52,20 @@ class TopKAccuracy(evaluate.Metric):
 
 class AdaptiveAccuracy(TopKAccuracy):
     r"""
-    The same of a model whose images leave at different stages, with share and accuracy of each exit, and mean cost.
+    Accuracy of a model whose images exit at different stages, with share and accuracy of each exit, and mean cost.
 
     Args, of `compute`:
-        predictions, references, top_k: as in `TopKAccuracy`; predictions are of each image's accepted stage.
-        exit_stages (`list[int]`): stage at which each image left, from 0.
+        predictions, references, top_k: as in `TopKAccuracy`; the scores of each image's accepted stage.
+        exit_stages (`list[int]`): stage at which each image exited, from 0.
         stage_macs (`list[int]`, *optional*): multiply-accumulates that each stage adds, as from
             [`~hf_thinkingvit.evaluation.stage_macs`].
 
     Returns:
-        Beside the accuracies `exit_shares` and `exit_top1` with one entry per stage (`None` where no image left), and
-        with `stage_macs` the mean `gmacs` per image. `ValueError` for exits beyond the stages.
+        The accuracies; `exit_shares` and `exit_top1` with one entry per stage (`None` if no image exited there); and
+        with `stage_macs` the mean `gmacs` per image.
+
+    Raises:
+        ValueError: as in `TopKAccuracy`, or if an exit is not one of the stages.
 
     Example:
 
@@ -71,7 +77,7 @@ class AdaptiveAccuracy(TopKAccuracy):
 
     def _info(self) -> evaluate.MetricInfo:
         info = super()._info()
-        info.features = datasets.Features({**_ANSWERS, "exit_stages": datasets.Value("int64")})
+        info.features = datasets.Features({**_FEATURES, "exit_stages": datasets.Value("int64")})
         return info
 
     def _compute(

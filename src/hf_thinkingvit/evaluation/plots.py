@@ -1,6 +1,6 @@
 """
-What a sweep found, as pictures: told apart by line style and marker as well as by colour, in colours that the
-colour-blind can tell apart (Okabe and Ito's), so that they read in grey too. Needs matplotlib.
+Plots of the results of a sweep. Series differ in line style and marker as well as in colour, with Okabe and Ito's
+palette for the colour-blind, so that they can be read in grey too. Needs matplotlib.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ STYLES = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":
 
 
 def _figure(**options) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot, no window system and no global state
+    from matplotlib.figure import Figure  # not pyplot, which needs a window system and has global state
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained", **options)
     axes = figure.add_subplot()
@@ -28,7 +28,7 @@ def _figure(**options) -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, path: Path) -> list[Path]:
-    """Write `path` as PNG and as SVG; the files."""
+    """Write the figure as PNG and as SVG, beside each other under the name of `path`. Returns both paths."""
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in files:
         figure.savefig(file, dpi=150)
@@ -39,12 +39,12 @@ def plot_accuracy_against_macs(
     answers: StageAnswers, rows: Sequence[dict[str, Any]], marked: Sequence[float] = ()
 ) -> Any:
     """
-    Accuracy over mean cost as τ varies, and each stage alone beside it.
+    Plot accuracy over mean cost as τ varies, and each stage alone for comparison.
 
     Args:
         answers (`StageAnswers`): of the sweep.
         rows (`list[dict]`): of the sweep, each with one τ; in any order.
-        marked (`list[float]`): τ to write beside their points; by default about six, evenly spread in cost.
+        marked (`list[float]`): values of τ to annotate; by default about six, evenly spread in cost.
 
     Returns:
         A matplotlib `Figure`.
@@ -79,7 +79,7 @@ def plot_accuracy_against_macs(
 
 
 def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) -> Any:
-    """How the exit criterion's scores of a stage are spread over right and wrong answers. A matplotlib `Figure`."""
+    """Plot the histogram of a stage's exit scores, for right and for wrong answers. Returns a matplotlib `Figure`."""
     figure, axes = _figure()
     scores, right = answers.scores[:, stage].numpy(), answers.top1[:, stage].numpy()
     limits = (float(scores.min()), max(float(scores.max()), float(scores.min()) + 1e-6))
@@ -102,7 +102,7 @@ def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) 
 
 
 def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> Any:
-    """Share of images that leave at each stage, over τ (one for all exits). A matplotlib `Figure`."""
+    """Plot the share of images that exit at each stage over τ (one for all exits). Returns a matplotlib `Figure`."""
     figure, axes = _figure()
     rows = sorted(rows, key=lambda row: row["threshold"])
     for stage in range(answers.num_stages):

@@ -1,4 +1,4 @@
-"""Which images a figure is of: the split that is read, and whether a model may have been trained on it."""
+"""Which split of a dataset to evaluate on, and whether a model may have been trained on it."""
 
 import os
 import re
@@ -12,12 +12,12 @@ from ..data import Rows, find_split, load_splits
 from ..public_names import UNNAMED, public_name
 
 
-ALL = "all"  # of data that have no splits
-UNKNOWN = "unknown"  # of a `datasets.Dataset` that does not say
+ALL = "all"  # data without splits
+UNKNOWN = "unknown"  # a `datasets.Dataset` without `split`
 CANDIDATES = ("validation", "test", "val")
 
 _FILES_OF_IMAGES = (".parquet", ".arrow", ".zip", ".tar", ".tar.gz", ".tgz")
-# A name says a split only as a whole: "Bullet Train" and "Test Tube" are classes of images.
+# A split must be the whole name: "Bullet Train" and "Test Tube" are classes of images.
 _KINDS = {
     "training": "training|train",
     "validation": "validation|valid|val|dev",
@@ -26,17 +26,17 @@ _KINDS = {
 _SPLIT = "|".join(_KINDS.values())
 _FILLER = r"set|data|images?|imgs?|jpe?gs?|split|\d"
 _ONLY_SPLIT = re.compile(rf"(?:{_SPLIT}|{_FILLER}|[\W_])+")
-# "cifar10-train", "pets_trainset-0": a data set's name, and no space after it. It ends in what is glued to the split.
+# Or it ends a data set's name, after a separator other than a space: "cifar10-train", "pets_trainset-0".
 _LAST_IS_SPLIT = re.compile(rf".+?[-_.](?P<last>(?:{_SPLIT}|{_FILLER})+?)(?:[-_.]?\d)*")
 _WORD = re.compile("|".join(f"(?P<{kind}>{words})" for kind, words in _KINDS.items()))
 _SHARD = re.compile(r"[-_.]\d+-of-\d+(-[0-9a-f]{16})?$")  # as `datasets` writes them
 _SUFFIX = re.compile(f"({'|'.join(map(re.escape, _FILES_OF_IMAGES))})$")
-_GENERIC = ("dataset", "imagefolder", "folder", "parquet", "arrow", "webdataset")  # the latter: of `datasets`' readers
+_GENERIC = ("dataset", "imagefolder", "folder", "parquet", "arrow", "webdataset")  # some are `datasets`' readers
 _WAY_OUT = (
     'Where the model was not trained on these images, `split="all"` (`--split all`) evaluates on all of them; '
     '`split="train"` does so as on training images.'
 )
-_LISTED = 64  # entries of a sub-folder that are looked at: a folder of one class may hold thousands of images
+_LISTED = 64  # entries to read per sub-folder: a folder of one class may hold thousands of images
 
 
 def evaluation_rows(
@@ -48,22 +48,23 @@ def evaluation_rows(
     Args:
         dataset (`str`, `datasets.Dataset` or `datasets.IterableDataset`): as in
             [`~hf_thinkingvit.evaluation.evaluate_thresholds`].
-        split (`str`, *optional*): the split to read; of a dataset that is no name, what its images are called.
+        split (`str`, *optional*): the split to read; for a dataset given as an object, the name of its split.
         streaming (`bool`): read a stream.
-        trained_on (`dict`, *optional*): the `training_data` of a model's configuration. By default a split is read
-            that made no part of the model, where there is one.
+        trained_on (`dict`, *optional*): the `training_data` of a model's configuration. Without `split`, a split that
+            had no part in making the model is preferred.
 
     Returns:
-        The rows, and their split: as named; `"all"` for a folder or Parquet file that has no splits; for a
-        `datasets.Dataset` its own `split`, or `"unknown"`. `datasets` calls data without splits "train". Here they are
-        training images only where a whole name says so (`train_images`, `pets-train.parquet`; not `Bullet Train`): of
-        the data or the folder that holds them (as written, and with links resolved), of a folder in the first two
-        levels below, of a Parquet file or an archive. `split="all"` reads all of it, whatever names say.
+        The rows, and the name of their split: `split` if given; `"all"` for a folder or Parquet file without splits;
+        for a `datasets.Dataset` its own `split`, or `"unknown"`. `datasets` calls data without splits "train". Here
+        they count as training images only if a whole name says so (`train_images`, `pets-train.parquet`; not
+        `Bullet Train`): the name of the data or of the folder that holds them (as written, and with links resolved), of
+        a folder in the first two levels below, of a Parquet file or of an archive. `split="all"` reads all images,
+        whatever the names.
 
     Raises:
-        ValueError: if there is no such split; if none was named and there are only others, such as training images; if
-            `datasets` reads folders that are called like several splits (`Training`, `Testing`) as one and they were
-            not asked for by `"all"`.
+        ValueError: if there is no such split; if `split` is not given and there are neither validation nor test images;
+            if `datasets` reads folders that are named after several splits (`Training`, `Testing`) as one split, unless
+            `split="all"`.
     """
     if not isinstance(dataset, str):
         named = split or getattr(dataset, "split", None)
@@ -93,13 +94,13 @@ def evaluation_rows(
 
 def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) -> str | None:
     """
-    What part images had in making a model, in words; `None` if none is recorded.
+    How images were used in making a model, in words; `None` if no use is recorded.
 
     Args:
         trained_on (`dict`, *optional*): the `training_data` of the model's configuration: `dataset` (a public name),
-            `split` (to learn from) and `selected_on` (the images by which the best epoch was chosen).
-        dataset (`str` or object of `datasets`): what the images are of; known by its name, see [`same_data`].
-        split (`str`): which of them, such as `"test[:50%]"` or `"train+test"`; `"all"` and `"unknown"` may be any.
+            `split` (that it was trained on) and `selected_on` (by which its best epoch was chosen).
+        dataset (`str` or object of `datasets`): the data set of the images, compared by name (see [`same_data`]).
+        split (`str`): their split, such as `"test[:50%]"` or `"train+test"`; `"all"` and `"unknown"` match any split.
     """
     if not trained_on or not same_data(trained_on.get("dataset"), dataset):
         return None
@@ -115,9 +116,9 @@ def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) 
 
 def same_data(recorded: str | None, dataset: Any) -> bool:
     """
-    Whether two data sets are called the same: a public name, and a name, path or object of `datasets`. Who publishes it
-    and whether it lies here make no difference, unless the name is one that any data may have (`data`, `images`,
-    `train`): then only the same Hub id is the same, or a path that ends in the same name, which may be other data.
+    Whether a public name and a name, path or object of `datasets` are the same data set, by their names. Publisher and
+    location make no difference, unless the name is generic (`data`, `images`, `train`): it then matches only the same
+    Hub id, or a path that ends in the same name (which may be other data).
     """
     is_path = isinstance(dataset, str)
     if not is_path:
@@ -136,7 +137,7 @@ def same_data(recorded: str | None, dataset: Any) -> bool:
 
 
 def _letters(name: str) -> str:
-    """Without what `datasets` changes in names."""
+    """`name` in lower case without punctuation, which `datasets` changes in names."""
     return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", name).lower())
 
 
@@ -150,7 +151,7 @@ def _stem(name: str) -> str:
 
 
 def _kind(name: str) -> str | None:
-    """Which split a folder or file is called: `"training"` also of several (`trainval`); `None` if it is no split."""
+    """The split that a folder or file is named after: `"training"` also for `trainval`; `None` if it is no split."""
     name = _stem(name)
     if not _ONLY_SPLIT.fullmatch(name):
         found = _LAST_IS_SPLIT.fullmatch(name)
@@ -162,18 +163,18 @@ def _kind(name: str) -> str | None:
 
 
 def is_training_split(split: str) -> bool:
-    """Whether a split is of training images, by its name: `"train"`, `"train[:10%]"`, `"trainval"`, `"test+train"`."""
+    """Whether a split has training images, by its name: `"train"`, `"train[:10%]"`, `"trainval"`, `"test+train"`."""
     return any(part.strip().lower().startswith("train") for part in split.split("+"))
 
 
 def _says_train(dataset: str) -> str | None:
     """
-    What says that the single split of `dataset` is one of training images, and not only by convention; `None` if
-    nothing does. The folder that holds the data counts unless they are called validation or test themselves; folders
-    further up may be named after anything.
+    Why the single split of `dataset` must be one of training images, in words; `None` if "train" may be only what
+    `datasets` calls data without splits. The name of the folder that holds the data counts, unless the data's own name
+    says validation or test; the names of folders further up do not.
     """
     path = Path(dataset)
-    if not path.exists():  # on the Hub, who publishes a single split "train" means it
+    if not path.exists():  # on the Hub, the publisher has named the split
         return "so its publisher calls them"
     written, resolved = Path(os.path.abspath(path)), Path(os.path.realpath(path))
     own = [written.name, resolved.name]
@@ -188,9 +189,9 @@ def _says_train(dataset: str) -> str | None:
 
 
 def _check_not_merged(dataset: str) -> None:
-    """Refuse folders and files that are called like several splits, where `datasets` found one."""
+    """Refuse folders and files that are named after several splits, which `datasets` has read as one."""
     path = Path(dataset)
-    if not path.is_dir() or (path / "README.md").is_file():  # which can name the splits
+    if not path.is_dir() or (path / "README.md").is_file():  # README.md can name the splits
         return
     found: dict[str, str] = {}
     for name in _names_below(path):
@@ -199,15 +200,15 @@ def _check_not_merged(dataset: str) -> None:
             found.setdefault(kind, name)
     if len(found) > 1:
         raise ValueError(
-            f"`{dataset}` holds what is called like several splits ({', '.join(sorted(set(found.values())))}), but "
-            "`datasets`, which knows train, validation and test in lower case, reads all of it as one. Give the one "
-            "folder or file to evaluate on as the dataset, or rename them. Where the model was trained on none of "
-            'these images, `split="all"` (`--split all`) evaluates on all of them.'
+            f"`{dataset}` holds folders or files named after several splits "
+            f"({', '.join(sorted(set(found.values())))}), but `datasets`, which knows train, validation and test in "
+            "lower case, reads all of it as one. Give the one folder or file to evaluate on as the dataset, or rename "
+            'them. If the model was trained on none of these images, `split="all"` (`--split all`) evaluates on all.'
         )
 
 
 def _names_below(path: Path) -> Iterator[str]:
-    """Folders of the first two levels, and Parquet files and archives in them; without a walk over all images."""
+    """Names of folders in the first two levels, and of Parquet files and archives there, without listing all images."""
     if not path.is_dir():
         return
     with os.scandir(path) as entries:

@@ -1,4 +1,4 @@
-"""One pass over the images in which every stage answers every image, and each answer is scored and measured."""
+"""One pass over images that runs every stage on every image, and records the score and measurements of each answer."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +13,7 @@ from ..models.staged_loop import run_stages
 from ..models.staged_run import Answer
 
 
-# Of one stage's answers to a batch: tensors whose first dimension is the image.
+# (answer of one stage, batch) → measurements: tensors whose first dimension is the image.
 Measure = Callable[[Answer, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -26,20 +26,20 @@ def measure_stages(
     progress: bool = True,
 ) -> tuple[dict[str, torch.Tensor], tuple[int, int] | None]:
     """
-    Run every stage once on every image. Every process calls it; each gets the measurements of all images.
+    Run every stage once on every image. Every process must call it, and gets the measurements of all images.
 
     Args:
-        model (`PreTrainedModel`): that thinks in stages, on the accelerator's device; left in the mode it was in.
-        batches: with `pixel_values` and what `measure` reads, prepared by `accelerator` where there is one.
-        measure (`Callable`): `(answer, batch) -> dict` of what to record of a stage's answers, tensors whose first
+        model (`PreTrainedModel`): a model that thinks in stages, on the accelerator's device; its mode is restored.
+        batches: with `pixel_values` and the entries that `measure` reads, prepared by `accelerator` if it is given.
+        measure (`Callable`): `(answer, batch) -> dict` of the measurements of a stage's answers, tensors whose first
             dimension is the image.
-        accelerator (`Accelerator`, *optional*): gathers what several processes compute.
+        accelerator (`Accelerator`, *optional*): gathers the results of several processes.
         progress (`bool`): show a progress bar, on the main process.
 
     Returns:
-        For each entry of `measure` a float32 tensor `(images, stages, ...)` on the CPU, and `score`, the exit
-        criterion's `(images, stages)`; empty if there are no batches. And the (height, width) of the last batch, `None`
-        if there are none.
+        For each entry of `measure` a tensor `(images, stages, ...)` on the CPU, in its dtype (booleans as uint8, half
+        precision as float32), and `score`, the exit criterion's `(images, stages)`; empty if there are no batches. And
+        the (height, width) of the last batch, `None` if there are none.
 
     Raises:
         ValueError: if the model does not think in stages.
@@ -60,7 +60,7 @@ def measure_stages(
             sizes = {} if image_size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
             run = run_stages(model, rule, stages, pixel_values, run_all=True, **sizes)
             measured = [{"score": step.score, **measure(step.answer, batch)} for step in run.steps]
-            rows = {name: torch.stack([entry[name].float() for entry in measured], dim=1) for name in measured[0]}
+            rows = {name: torch.stack([_plain(entry[name]) for entry in measured], dim=1) for name in measured[0]}
             if accelerator is not None:
                 rows = accelerator.gather_for_metrics(rows)
             for name, tensor in rows.items():
@@ -68,3 +68,10 @@ def measure_stages(
     finally:
         model.train(was_training)
     return {name: torch.cat(parts) for name, parts in columns.items()}, image_size
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype that every backend of `torch.distributed` gathers, without loss."""
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8)
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

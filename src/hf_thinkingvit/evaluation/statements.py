@@ -1,4 +1,4 @@
-"""What a calibration says in a sentence, built from its facts: they can be compared with a model, a sentence cannot."""
+"""Builds the statement of a calibration from its facts, which, unlike a sentence, can be compared with a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,15 +17,15 @@ UNITS = {"macs": "GMACs", "milliseconds": "ms"}
 
 def calibration_statement(facts: Mapping[str, Any]) -> str | None:
     """
-    The promise, or what was found of a budget, with what it takes for granted of the images.
+    The promise, or the result for a budget, with its assumptions about the images.
 
     Args:
-        facts (`dict`): of [`Calibration.to_dict`], also as former versions saved them.
+        facts (`dict`): from [`Calibration.to_dict`] of this or a former version.
 
     Returns:
-        `str`: to be shown only while the facts are of the model that it is shown with
-        ([`~hf_thinkingvit.evaluation.calibration_status`]). Where facts are missing, the `statement` that former
-        versions saved, if there is one, or `None`.
+        `str`: to be shown only with a model for which the calibration holds
+        ([`~hf_thinkingvit.evaluation.calibration_status`]). If facts are missing, the `statement` that former versions
+        saved, or `None`.
     """
     target, images = facts.get("target"), facts.get("images")
     if target in PROMISES and None not in (images, facts.get("epsilon"), facts.get("delta")):

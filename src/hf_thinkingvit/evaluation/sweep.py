@@ -1,6 +1,6 @@
 """
-Every τ from one pass: each stage runs once per image, and what is kept of its answers tells where any τ would have
-let the image go, and whether it would have been right.
+Evaluates any number of τ from one pass: every stage runs once per image, and its score and hits are recorded. They
+determine, for any τ, at which stage the image exits and whether its answer is right.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,17 +29,17 @@ Threshold = float | Sequence[float]
 @dataclass(frozen=True)
 class StageAnswers:
     """
-    What is kept of every stage's answer to every image.
+    Score and hits of every stage's answer to every image.
 
     Attributes:
-        scores (`torch.FloatTensor` of shape `(images, stages)`): of the exit criterion, float32.
+        scores (`torch.FloatTensor` of shape `(images, stages)`): the exit criterion's, float32.
         top1, top5 (`torch.BoolTensor` of shape `(images, stages)`): whether the right class is among the best.
         macs (`tuple[int]`): multiply-accumulates of an image that exits at each stage.
         criterion (`str`), entropy_top_k, num_labels (`int`): as in the model's configuration.
-        dataset (`str`): what the images are of; a name that may be shared.
-        split (`str`): which of them: a split's name, `"all"` of data without splits, or `"unknown"`.
+        dataset (`str`): name of the data set, without local paths.
+        split (`str`): a split's name, `"all"` for data without splits, or `"unknown"`.
         conditions (`dict`, *optional*): the model that was measured, as [`model_conditions`] describes it.
-        seen (`str`, *optional*): why the images are not new to the model, in words, where its configuration records it.
+        seen (`str`, *optional*): why the images are not new to the model, in words, if its configuration records it.
     """
 
     scores: torch.Tensor
@@ -62,19 +62,20 @@ class StageAnswers:
         return self.scores.shape[1]
 
     def select(self, rows: torch.Tensor) -> "StageAnswers":
-        """The answers to some of the images."""
+        """The answers to the images `rows` (indices or a mask)."""
         return replace(self, scores=self.scores[rows], top1=self.top1[rows], top5=self.top5[rows])
 
     def exit_stages(self, threshold: Threshold) -> torch.Tensor:
         """
-        Where each image leaves under a τ (one, or one per exit): int64 `(images,)`. `ValueError` for a τ that is none.
+        The stage at which each image exits under τ (one, or one per exit): int64 `(images,)`. `ValueError` if τ is
+        invalid.
         """
         return self.exit_stages_of_each([threshold])[0]
 
     def exit_stages_of_each(self, thresholds: Sequence[Threshold]) -> torch.Tensor:
-        """The same under several τ at once: int64 `(thresholds, images)`."""
+        """`exit_stages` under several τ at once: int64 `(thresholds, images)`."""
         resolved = [resolve_thresholds(threshold, self.num_stages - 1) for threshold in thresholds]
-        # Of each exit, one τ per row; float32 as the scores, to which torch rounds a single τ as well.
+        # One column per exit, one row per τ; float32 like the scores, to which torch rounds a scalar τ as well.
         columns = torch.tensor(resolved, dtype=self.scores.dtype).unbind(dim=1)
         rule = ExitRule(self.criterion, tuple(column[:, None] for column in columns), self.entropy_top_k)
         goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
@@ -85,11 +86,11 @@ class StageAnswers:
         return stages
 
     def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
-        """Of `(images, stages)`, each image's entry at its exit."""
+        """Each image's entry of `values` `(images, stages)` at its exit."""
         return values.gather(1, exit_stages[:, None]).squeeze(1)
 
     def row(self, threshold: Threshold) -> dict[str, Any]:
-        """Accuracy (%), cost and exits under a τ; accuracies of exits that no image takes are `None`."""
+        """Accuracy (%), cost and exits under τ; `exit_top1` is `None` for exits that no image takes."""
         threshold = as_plain_numbers(threshold)
         stages = self.exit_stages(threshold)
         right = self.at(self.top1, stages)
@@ -104,7 +105,7 @@ class StageAnswers:
         }
 
     def stage_rows(self) -> list[dict[str, float]]:
-        """What each stage alone would do for all images."""
+        """Accuracy (%) and cost of each stage alone, for all images."""
         return [
             {
                 "top1": 100 * self.top1[:, stage].double().mean().item(),
@@ -115,7 +116,7 @@ class StageAnswers:
         ]
 
     def results(self, thresholds: Sequence[Threshold]) -> dict[str, Any]:
-        """Everything measured, as plain data: the results file of [`~hf_thinkingvit.hub.push`]."""
+        """All measurements as plain data: the content of the results file of [`~hf_thinkingvit.hub.push`]."""
         return {
             "dataset": public_name(self.dataset),
             "split": self.split,
@@ -137,15 +138,15 @@ def collect_stage_answers(
     seen: str | None = None,
 ) -> StageAnswers:
     """
-    Run every stage once on every image. Every process calls it; each gets all answers.
+    Run every stage once on every image. Every process must call it, and gets all answers.
 
     Args:
-        model (`PreTrainedModel`): that thinks in stages, on the accelerator's device; left in the mode it was in.
-        batches: `pixel_values` and `labels`, prepared by `accelerator` where there is one.
-        labels (`LabelMap`): for right and wrong.
-        accelerator (`Accelerator`, *optional*): gathers what several processes compute.
+        model (`PreTrainedModel`): a model that thinks in stages, on the accelerator's device; its mode is restored.
+        batches: `pixel_values` and `labels`, prepared by `accelerator` if it is given.
+        labels (`LabelMap`): decides which answers are right.
+        accelerator (`Accelerator`, *optional*): gathers the results of several processes.
         progress (`bool`): show a progress bar, on the main process.
-        split (`str`): what to call the split that the images are of.
+        split (`str`): name of the split of the images.
         seen (`str`, *optional*): why the images are not new to the model.
 
     Raises:
@@ -200,29 +201,29 @@ def evaluate_thresholds(
     Evaluate any number of thresholds in one pass over the images.
 
     Args:
-        model (`PreTrainedModel`): that thinks in stages.
+        model (`PreTrainedModel`): a model that thinks in stages.
         dataset (`str`, `datasets.Dataset` or `datasets.IterableDataset`): Hub id, folder or Parquet file; or a split.
         processor (`BaseImageProcessor`): the model's.
         thresholds (`list`): each one τ, or a list with one per exit; in any order.
-        split (`str`, *optional*): of a dataset given by name; "validation", else "test", else "val" by default, and
-            "all" for a folder or Parquet file without splits. Of these three, one by which the best epoch of the model
-            was chosen comes last: `training_data` of its configuration records that of the data set of the same public
-            name. Training images must be asked for by name. Of a dataset given as an object, what to call its images;
-            by default its own `split`.
-        image_column, label_column (`str`, *optional*): found by their types where not given.
+        split (`str`, *optional*): for a dataset given by name, the split to read; by default "validation", else "test",
+            else "val", and "all" for a folder or Parquet file without splits. A split by which the model's best epoch
+            was chosen comes last; `training_data` of its configuration records it for the data set of that public name.
+            A training split must be named. For a dataset given as an object, the name of its split; by default its own
+            `split`.
+        image_column, label_column (`str`, *optional*): by default found by their types.
         label_map, restrict: see [`LabelMap`].
         streaming, batch_size, num_workers: how to read the images.
-        max_samples (`int`, *optional*): read so many images only: a random sample, always the same; of a stream, the
-            first ones, which may be of a few labels only.
-        accelerator (`Accelerator`, *optional*): a default one, so that `accelerate launch` on several processes works.
+        max_samples (`int`, *optional*): read only this many images: a random sample with a fixed seed; of a stream, the
+            first ones, which may have only a few of the labels.
+        accelerator (`Accelerator`, *optional*): by default a new one, which supports `accelerate launch`.
 
     Returns:
-        The answers, from which further τ cost nothing ([`StageAnswers`]), and one row per τ: `threshold`, `top1` and
-        `top5` (%), `gmacs`, `exit_shares` and `exit_top1` per stage.
+        The [`StageAnswers`], which evaluate further τ without running the model, and one row per τ: `threshold`, `top1`
+        and `top5` (%), `gmacs`, `exit_shares` and `exit_top1` per stage.
 
     Raises:
-        ValueError: for a τ that is none, before anything runs; for data without labels or without images; if there is
-            no such split, or only training images and they were not asked for.
+        ValueError: if a τ is invalid (checked before anything runs); if the data have no labels or no images; if there
+            is no such split, or `split` is not given and there are only training images.
     """
     for threshold in thresholds:
         ExitRule.from_config(model.config, threshold)

@@ -1,9 +1,9 @@
-"""Probabilities in words that never promise more than was found."""
+"""Formats probabilities, rounded so that they never promise more than was found."""
 
 from decimal import ROUND_CEILING, Decimal, localcontext
 
 
-DIGITS = 3  # that count: of the number or of what is missing to 1, whichever is smaller
+DIGITS = 3  # significant digits, of the share or of its distance to 1, whichever is smaller
 
 
 def at_least(delta: float) -> str:
@@ -14,12 +14,12 @@ def at_least(delta: float) -> str:
         delta (`float`): above 0 and below 1, taken as Python prints it.
     """
     with localcontext() as context:
-        context.prec = 1100  # every float between 0 and 1 exactly, and its distance to 1
+        context.prec = 1100  # represents every float between 0 and 1, and its distance to 1, exactly
         return _percent(1 - _rounded_up(delta))
 
 
 def at_most(epsilon: float) -> str:
-    """The share ε in percent, rounded up: `"0.004%"` for 0.00004. Never `"0%"`, and `"100%"` for nothing below 1."""
+    """The share ε in percent, rounded up: `"0.004%"` for 0.00004. Never `"0%"` or `"100%"`."""
     with localcontext() as context:
         context.prec = 1100
         return _percent(_rounded_up(epsilon))

@@ -1,9 +1,9 @@
 """
-Full batches at every stage: images wait in one queue per stage until a batch of them has come together.
+Full batches at every stage: each stage has a queue of images, and runs when the queue holds a full batch.
 
-Inside one batch, early exit leaves later stages with the few images that go on, and small batches waste the hardware.
-The engine takes a stream instead: what goes on from many batches is run together. It knows stages and exits, and
-nothing of layers or families; a model that does not think in stages has one.
+Within one batch, early exit leaves ever fewer images to later stages, and small batches waste the hardware. The engine
+takes a stream instead, and batches the images that go on from many batches. It knows stages and exits, but no layers or
+families. A model that does not think in stages runs as one stage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +17,12 @@ from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import Verdict, answer_entropy
 from ..models.staged_loop import resolve_stages, step_stage
 from ..models.staged_run import Answer, Memory, State, select_rows
+from ..models.tasks import Task
 from .stream import EngineResult, EngineStats, Stream
 
 
-class _WholeModel:
-    """The steps of the one stage of a model that does not think in stages, and its exit rule: every image exits."""
+class _WholeModel(Task):
+    """Wraps a model that does not think in stages as one stage, with an exit rule by which every image exits."""
 
     def __init__(self, model: PreTrainedModel, **kwargs):
         self.model, self.kwargs = model, kwargs
@@ -40,13 +41,33 @@ class _WholeModel:
         return Verdict(entropies, torch.ones_like(entropies, dtype=torch.bool), entropies, {})
 
 
+# Bytes of an image's answer up to which the answers to all images of a batch are copied with the decision.
+SMALL_ANSWER = 2**16
+
+
 def _to_host(exits: torch.Tensor, answer: Answer) -> tuple[torch.Tensor, Answer]:
-    """Both on the CPU, floating-point entries as float32: all of these in one copy, and so with one synchronisation."""
-    floats = {name: tensor for name, tensor in answer.items() if tensor.is_floating_point()}
-    columns = [exits[:, None], *(t.flatten(1) if t.dim() > 1 else t[:, None] for t in floats.values())]
-    first, *parts = torch.cat([c.float() for c in columns], dim=1).cpu().split([c.shape[1] for c in columns], dim=1)
-    on_host = {name: part.reshape(floats[name].shape) for name, part in zip(floats, parts)}
-    return first[:, 0] > 0, {name: on_host[name] if name in on_host else answer[name].cpu() for name in answer}
+    """
+    Which images exit, and the answers to those, on the CPU, float32 where they are floating-point. One copy for both,
+    and so one synchronisation, unless answers are large: then the decision first, and after it only those answers.
+    """
+    answer = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in answer.items()}
+    if sum(tensor.nbytes for tensor in answer.values()) > SMALL_ANSWER * len(exits):
+        on_host = exits.cpu()
+        rows = _rows(on_host).to(exits.device)
+        return on_host, {name: tensor.index_select(0, rows).cpu() for name, tensor in answer.items()}
+    tensors = [exits, *answer.values()]
+    columns = [tensor.contiguous().view(len(exits), -1).view(torch.uint8) for tensor in tensors]
+    parts = torch.cat(columns, dim=1).cpu().split([column.shape[1] for column in columns], dim=1)
+    on_host, *entries = (
+        part.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(parts, tensors)
+    )
+    rows = _rows(on_host)
+    return on_host, {name: entry.index_select(0, rows) for name, entry in zip(answer, entries)}
+
+
+def _rows(mask: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([row for row, chosen in enumerate(mask.tolist()) if chosen], dtype=torch.long)
 
 
 class AdaptiveEngine:
@@ -55,29 +76,28 @@ class AdaptiveEngine:
 
     Args:
         model (`PreTrainedModel`):
-            A classifier of this package, on its device; put into evaluation mode. Several engines may share it, each in
-            a thread of its own.
+            A classifier of this package, on the device to run on. The engine puts it into evaluation mode. Several
+            engines may share it, each in its own thread.
         processor (`BaseImageProcessor`, *optional*):
-            For inputs that are images or paths. Without one they must be tensors `(channels, height, width)`.
+            Preprocesses images and paths. Without it, inputs must be tensors `(channels, height, width)`.
         batch_size (`int`, *optional*, defaults to 64):
-            Images of a full batch, at every stage. Where memory runs out, the rest of the stream runs in halves of the
-            batch that failed, with a warning, and so on down to single images; then it is an error.
+            Images in a full batch, at every stage. If a batch runs out of memory, its size is halved for the rest of
+            the stream, with a warning. If a single image runs out of memory, the error is raised.
         threshold, max_stages, interpolate_pos_encoding (*optional*):
-            As in the model's `forward`. Answers that are not finite (from pixels that are not) pass no τ: such images
-            run every stage, and their entropy is NaN.
+            As in the model's `forward`. Images whose logits are not finite never exit early, and their entropy is NaN.
         in_order (`bool`, *optional*, defaults to `True`):
-            Yield results in input order; else as they finish.
+            Yield results in input order; otherwise as soon as they are computed.
         max_wait (`float`, *optional*):
-            Seconds after which an image no longer waits for a batch to fill up. By default it waits.
+            Longest time in seconds that an image waits for a batch to fill up; unlimited by default.
         max_pending (`int`, *optional*):
-            With `in_order`, how many finished images may wait for one before them; then stages run with what they have.
-            By default 16 batches. What waits for a stage is always below two batches, as is what is read ahead: memory
-            is bounded, however long the stream.
+            With `in_order`, how many results may wait for an earlier image; beyond that, its stage runs on a partial
+            batch. By default 16 batches. The queue of each stage and the images read ahead hold at most two batches, so
+            memory is bounded however long the stream is.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
-            What becomes of an image that cannot be read.
+            Whether an image that cannot be read raises an exception or yields a result with `error`.
 
     Attributes:
-        stats (`EngineStats`): of the stream that runs or ran last.
+        stats (`EngineStats`): counts of the current or the latest stream.
 
     Example:
 
@@ -133,29 +153,30 @@ class AdaptiveEngine:
             inputs (`Iterable`): images (paths, URLs, PIL images, arrays, or functions that return one) or preprocessed
                 tensors `(channels, height, width)`: a list, a generator, a dataset, a `DataLoader` whose batches are
                 images, or a tensor or array of four dimensions. A single image is a stream of one. An exception in
-                place of an image stands for one that could not be read. The input is read and preprocessed in a thread
-                of its own, at most two batches ahead.
+                place of an image marks one that could not be read. A separate thread reads and preprocesses the input,
+                at most two batches ahead.
 
         Yields:
             [`EngineResult`], one per image.
 
         Raises:
-            ValueError: at once for a folder, a dict and what else is no stream of images; later, after the results of
-                all images before it, for an image that cannot be read.
-            BaseException: whatever `inputs` raises, `KeyboardInterrupt` and `SystemExit` included, likewise.
+            ValueError: immediately, if `inputs` is a folder, a dict or otherwise not a stream of images; after the
+                results of all earlier images, if an image cannot be read.
+            BaseException: whatever iterating over `inputs` raises, including `KeyboardInterrupt` and `SystemExit`;
+                after the results of all earlier images.
         """
-        self.model.eval()  # again: it may have been trained since
+        self.model.eval()  # it may have been trained since the engine was created
         stream = Stream(self, inputs)
         return stream.in_order() if self.in_order else stream.as_they_finish()
 
     @torch.no_grad()
     def step(self, stage: int, state: State) -> tuple[torch.Tensor, Answer, State]:
         """
-        Run a stage on waiting images.
+        Run a stage on a batch of its queue.
 
         Returns:
-            Which images exit, bool, and the answers to all of them, float32 where they are floating-point: both on the
-            CPU; and the state of those that go on.
+            `exits` (bool `(images,)`) and the answers to all images (floating-point entries as float32), both on the
+            CPU; and the state of the images that go on.
         """
         if stage == 0:
             pixel_values = state["pixel_values"]

@@ -1,9 +1,9 @@
 """
-Models that think in stages for runtimes without Python: as programs of `torch.export`, and as ONNX files.
+Export of models that think in stages for runtimes without Python, as `torch.export` programs and as ONNX files.
 
-Two forms. *One program per stage*, for any batch size: whoever runs them takes the images that go on from one to the
-next. *One program of all stages*, for one image, with a real conditional after each: a later stage is not computed for
-an image that exits. In both, τ is an input of the program, not a part of it.
+There are two forms. *One program per stage*, for any batch size: the caller passes the images that go on from one
+program to the next. *One program of all stages*, for one image: a conditional after each stage skips the later ones if
+the image exits. In both, τ is an input of the program, not a constant.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,13 +22,12 @@ from transformers.utils import is_onnx_available
 
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
-from ..models.exit_rules import ExitRule
 from ..models.staged_loop import step_stage
 from ..models.staged_run import State
 
 
 class _StageProgram(nn.Module):
-    """A stage, with what leads to it from the stage before (or from pixels)."""
+    """One stage, including the step that leads to it: recycling, or the embeddings for the first stage."""
 
     def __init__(self, model: PreTrainedModel, stage_index: int):
         super().__init__()
@@ -36,14 +35,14 @@ class _StageProgram(nn.Module):
         self.rule, self.stages = model.exit_rule(), range(model.config.num_stages)
 
     def forward(self, state: State, threshold: torch.Tensor) -> dict[str, torch.Tensor | State]:
-        rule = ExitRule(
-            self.rule.criterion, tuple(threshold.unbind()), self.rule.entropy_top_k, self.rule.reported_entropy
-        )
+        rule = replace(self.rule, thresholds=tuple(threshold.unbind()))
         step = step_stage(self.model, rule, self.stages, self.stage_index, state)
-        # Contiguous, as rows selected from it will be: programs are for certain strides.
+        # Programs are specialised on strides. Callers pass selected rows, which are contiguous, and the branches of a
+        # conditional must agree.
+        answer = {name: tensor.contiguous() for name, tensor in step.answer.items()}
         is_last = self.stage_index == self.stages[-1]
         state = {} if is_last else {name: tensor.contiguous() for name, tensor in step.state.items()}
-        return {**step.answer, "exits": step.exits, "state": state}
+        return {**answer, "exits": step.exits, "state": state}
 
 
 class _AdaptiveProgram(nn.Module):
@@ -61,7 +60,7 @@ class _AdaptiveProgram(nn.Module):
         return {**answer, "exit_stage": exit_stage, "entropy": entropy}
 
     def _run(self, index: int, state: State, threshold: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, ...]:
-        """The entries of the accepted answer, and its stage; the names of the entries go into `names`."""
+        """Returns the entries of the accepted answer and the exit stage; writes the names of the entries to `names`."""
         outputs = self.stages[index](state, threshold)
         exits, state = outputs.pop("exits"), outputs.pop("state")
         if not names:
@@ -74,31 +73,31 @@ class _AdaptiveProgram(nn.Module):
         entropy_at = list(outputs).index("entropy")
 
         def accept(threshold, *tensors):
-            # Copies: a conditional may not return what it was given.
+            # Copies, because a branch of `torch.cond` may not return its operands.
             entries = tuple(tensor.clone() for tensor in tensors[:num_entries])
             return *entries, torch.full_like(entries[entropy_at], index, dtype=torch.long)
 
         def go_on(threshold, *tensors):
             return self._run(index + 1, dict(zip(state_names, tensors[num_entries:])), threshold, list(names))
 
-        # Copies here as well: nor may two of its arguments share memory, as views of the embeddings do.
+        # Copies, because operands of `torch.cond` may not share memory, as views of the embeddings do.
         operands = (threshold, *outputs.values(), *(tensor.clone() for tensor in state.values()))
         return torch.cond(exits[0], accept, go_on, operands)
 
 
 def export_stages(model: PreTrainedModel) -> list[torch.export.ExportedProgram]:
     r"""
-    Each stage as a program of its own, for images of `config.image_size` in batches of any size.
+    Export each stage as a separate program, for images of `config.image_size` in batches of any size.
 
     Args:
         model (`PreTrainedModel`): a classifier that thinks in stages; it is not changed.
 
     Returns:
         One `torch.export.ExportedProgram` per stage. It takes `(state, threshold)`: for the first stage
-        `{"pixel_values": (batch, channels, height, width)}`, for a later one the `state` that the stage before
-        returned, of those images that go on; and τ as float32 `(number of stages - 1,)`. It returns a dict of `logits`
-        `(batch, num_labels)`, `entropy` `(batch,)`, `exits` `(batch,)`, bool, and `state` (a dict whose tensors have
-        the image first; empty after the last stage, where every image exits).
+        `{"pixel_values": (batch, channels, height, width)}`, for a later stage the rows of the previous stage's
+        `state` that go on; and τ as float32 `(number of stages - 1,)`. It returns a dict of `logits`
+        `(batch, num_labels)`, `entropy` `(batch,)`, `exits` `(batch,)`, bool, and `state` (tensors whose first
+        dimension is the image; empty after the last stage, where every image exits).
 
     Raises:
         ValueError: if the model does not think in stages.
@@ -108,7 +107,7 @@ def export_stages(model: PreTrainedModel) -> list[torch.export.ExportedProgram]:
 
 def export_adaptive(model: PreTrainedModel) -> torch.export.ExportedProgram:
     r"""
-    The whole model for one image of `config.image_size`, with a conditional (`torch.cond`) after each stage.
+    Export all stages as one program for one image of `config.image_size`, with a `torch.cond` after each but the last.
 
     Returns:
         A `torch.export.ExportedProgram`. It takes `pixel_values` `(1, channels, height, width)` and τ as float32
@@ -125,7 +124,7 @@ def export_adaptive(model: PreTrainedModel) -> torch.export.ExportedProgram:
 @dataclass(frozen=True)
 class OnnxFiles:
     """
-    What `export_onnx` wrote.
+    The files that `export_onnx` wrote.
 
     Attributes:
         stages: one file per stage, for batches of any size.
@@ -141,20 +140,20 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
     Write the model as ONNX: `stage_0.onnx`, `stage_1.onnx` and so on (see `export_stages`), and `adaptive.onnx` with an
     `If` after each stage but the last (see `export_adaptive`).
 
-    The state between two stages is one tensor for each of its entries: what stage 0 puts out as `stage_0.NAME` goes,
-    row by row for the images that go on, into stage 1 under the same name. Every file requires the input `threshold`,
-    float32 `(number of stages - 1,)`: OpenVINO drops inputs that have a default, and would then exit at that τ whatever
-    it is asked for. The τ of `model.config` is in the files' metadata (`threshold`, a JSON list), beside
-    `id2label` and `exit_criterion`.
+    Each entry of the state is a separate tensor: the output `stage_0.NAME` of stage 0, with only the rows of the images
+    that go on, is the input of the same name of stage 1. Every file requires the input `threshold`, float32
+    `(number of stages - 1,)`. It has no default, because OpenVINO drops inputs with a default and would always use that
+    τ. The τ of `model.config` is in the files' metadata (`threshold`, a JSON list), beside `id2label` and
+    `exit_criterion`.
 
     Args:
         model (`PreTrainedModel`): a classifier that thinks in stages, in any dtype; it is not changed.
-        output_dir (`str` or `os.PathLike`): the folder, made where it is missing.
-        dtype (`torch.dtype`): of the files' weights and `pixel_values`, float32 or float16, whatever the model's is.
+        output_dir (`str` or `os.PathLike`): the folder, created if it does not exist.
+        dtype (`torch.dtype`): float32 or float16, for the files' weights and `pixel_values`, whatever the model's.
 
     Raises:
         ImportError: without the packages of the extra `onnx`.
-        ValueError: if the model does not think in stages, or for another dtype.
+        ValueError: if the model does not think in stages, or `dtype` is neither float32 nor float16.
     """
     if not (is_onnx_available() and find_spec("onnxscript")):
         raise ImportError('Writing ONNX needs onnx and onnxscript: pip install "hf-thinkingvit[onnx]".')
@@ -173,7 +172,7 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
         programs["adaptive.onnx"] = (export_adaptive(model), ["pixel_values"], [*entries, "exit_stage", "entropy"])
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, (program, inputs, outputs) in programs.items():
-            own_weights = name != "adaptive.onnx"  # there, slices of one weight serve all stages
+            own_weights = name != "adaptive.onnx"  # where all stages slice the same weights
             _write_onnx(program, model, [*inputs, "threshold"], outputs, output_dir / name, own_weights)
     stages = [output_dir / f"stage_{index}.onnx" for index in range(model.config.num_stages)]
     return OnnxFiles(stages, output_dir / "adaptive.onnx")
@@ -186,7 +185,7 @@ def _check_stages(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile attention is plain operations, which ONNX has in every dtype, whatever the model's backend."""
+    """Within this context, use eager attention, whose operations ONNX supports in every dtype."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -198,9 +197,9 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """
-    Meanwhile weights and buffers are cast to `dtype`, without gradients, which must be of the dtype of their weights.
-    The tensors themselves come back afterwards: casting back would round, and a copy of the model would be another one
-    to what is bound to this one.
+    Within this context, cast weights and buffers to `dtype`, and set gradients aside, since they must have the dtype of
+    their weights. The original tensors are restored afterwards, because casting back would round. The model is not
+    copied, because methods and hooks that are bound to it would still use the original.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     originals = [(tensor, tensor.data, tensor.grad) for tensor in tensors.values() if tensor.dtype != dtype]
@@ -225,9 +224,9 @@ def _default_threshold(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedProgram, dict]]:
-    """Each stage's program, and what it returns for a batch of two images."""
+    """The program of each stage, and its outputs for a batch of two images."""
     _check_stages(model)
-    # Of two images: a size of 1 would be taken for a constant.
+    # Two images, because `torch.export` takes a dimension of size 1 for a constant.
     state: State = {"pixel_values": _pixel_values(model, 2)}
     threshold, programs = _default_threshold(model), []
     for index in range(model.config.num_stages):
@@ -259,7 +258,7 @@ def _write_onnx(
     path: Path,
     own_weights: bool,
 ) -> None:
-    """With `own_weights`, the file holds the leading slices that it reads; else whole weights, and takes slices."""
+    """With `own_weights`, the file stores only the weight slices that it uses; otherwise it slices whole weights."""
     import onnx_ir
     from onnxscript import optimizer
 
@@ -269,13 +268,13 @@ def _write_onnx(
     if own_weights:
         optimizer.optimize_ir(onnx_model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     for node in graph.all_nodes():
-        node.metadata_props.clear()  # the exporter's traces, with the paths of this machine
+        node.metadata_props.clear()  # stack traces of the exporter, which contain local paths
     for value in (*graph.inputs, *graph.outputs):
         value.shape = onnx_ir.Shape([size if isinstance(size, int) else "batch" for size in value.shape])
     onnx_model.metadata_props.update(
         model_type=config.model_type,
         exit_criterion=config.exit_criterion,
-        threshold=json.dumps(ExitRule.from_config(config).thresholds),
+        threshold=json.dumps(model.exit_rule().thresholds),
         id2label=json.dumps(config.id2label, ensure_ascii=False),
     )
     temporary = path.with_suffix(".partial")

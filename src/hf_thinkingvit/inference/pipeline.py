@@ -1,4 +1,4 @@
-"""The pipeline of models that think in stages, on the engine, and its registration with Transformers."""
+"""The pipeline for models that think in stages, run by the engine, and its registration with Transformers."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -15,11 +15,11 @@ from .engine import AdaptiveEngine
 
 class AdaptiveImageClassificationPipeline(StagedImageClassificationPipeline):
     """
-    [`StagedImageClassificationPipeline`], with the same arguments and results, whose lists, datasets and other streams
-    go through [`AdaptiveEngine`], which keeps the batches of every stage full.
+    [`StagedImageClassificationPipeline`] with the same arguments and results, which runs lists, datasets and other
+    streams through [`AdaptiveEngine`], in full batches at every stage.
 
-    Importing this package registers it. It then serves every model that thinks in stages, also one whose folder brings
-    the other class along, with or without `trust_remote_code`.
+    Importing this package registers it. It then runs every model that thinks in stages, instead of the class in the
+    model's folder, with or without `trust_remote_code`.
 
     Example:
 
@@ -46,7 +46,7 @@ class AdaptiveImageClassificationPipeline(StagedImageClassificationPipeline):
 
 
 def register_pipeline() -> None:
-    """Make `pipeline("adaptive-image-classification")` known to Transformers. Calling it again changes nothing."""
+    """Register `pipeline("adaptive-image-classification")` with Transformers. Idempotent."""
     if ADAPTIVE_IMAGE_CLASSIFICATION not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
             ADAPTIVE_IMAGE_CLASSIFICATION,

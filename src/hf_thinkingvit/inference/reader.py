@@ -18,12 +18,12 @@ from ..models.image_inputs import NO_DICT, as_8_bits, check_one_image
 @dataclass(frozen=True)
 class Reading:
     """
-    What became of an input.
+    An image that was read, or the reason why it could not be read.
 
     Attributes:
-        index: its place; `None` where the input itself raised.
-        pixel_values: `(channels, height, width)`, on the CPU; `None` where it could not be read.
-        error: why; where the input itself raised, that may be any `BaseException`.
+        index: its index in the input; `None` if iterating over the input raised.
+        pixel_values: `(channels, height, width)`, on the CPU; `None` if it could not be read.
+        error: the reason; any `BaseException` if iterating over the input raised.
     """
 
     index: int | None
@@ -33,17 +33,17 @@ class Reading:
 
 class Reader:
     """
-    Reads `inputs` in a thread of its own, at most `ahead` images before they are asked for.
+    Reads `inputs` in a separate thread, at most `ahead` images ahead of `get`.
 
     Args:
         inputs (`Iterable`): images, paths, functions that return one, tensors `(channels, height, width)`, or
             exceptions in place of images that could not be read.
-        processor (`BaseImageProcessor`, *optional*): for what is not a tensor.
-        ahead (`int`): how many may wait.
+        processor (`BaseImageProcessor`, *optional*): preprocesses inputs that are not tensors.
+        ahead (`int`): how many images may wait to be returned by `get`.
         tolerant (`bool`): go on after an image that cannot be read.
 
     Attributes:
-        finished: whether everything has been handed over.
+        finished: whether `get` has nothing more to return.
     """
 
     def __init__(self, inputs: Iterable[Any], processor: BaseImageProcessor | None, ahead: int, tolerant: bool):
@@ -51,7 +51,7 @@ class Reader:
         self._out: queue.Queue[Reading | None] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self.finished = False
-        # A daemon: an input that blocks for ever must not keep the program from ending.
+        # A daemon thread, because an input that blocks for ever must not prevent the program from exiting.
         self._thread = threading.Thread(target=self._read, args=(inputs,), name="hf-thinkingvit-reader", daemon=True)
         self._thread.start()
 
@@ -86,13 +86,13 @@ class Reader:
                 self._put(reading)
                 if self._stop.is_set() or (reading.error is not None and not self.tolerant):
                     return
-        except BaseException as error:  # raised by the input: for whoever waits, as nobody hears of it in a thread
+        except BaseException as error:  # passed on to the caller of `get`: exceptions do not leave a thread
             self._put(Reading(None, error=error))
         finally:
             self._put(None)
 
     def _preprocess(self, index: int, image: Any) -> Reading:
-        if isinstance(image, Exception):  # whoever made the input has met an image that cannot be read
+        if isinstance(image, Exception):  # the caller could not read this image
             return Reading(index, error=image)
         if isinstance(image, torch.Tensor):
             if image.dim() == 3 and image.is_floating_point():
@@ -118,7 +118,7 @@ class Reader:
                 image = read_image(image)
             check_one_image(image)
             return Reading(index, self.processor(as_8_bits(image), return_tensors="pt")["pixel_values"][0])
-        except Exception as error:  # decoders raise many types, and none of them says which image it was
+        except Exception as error:  # decoders raise many types, without the name of the image
             failure = ValueError(f"Cannot read the image {name[:200]}: {type(error).__name__}: {error}")
             failure.__cause__ = error
             return Reading(index, error=failure)

@@ -1,4 +1,4 @@
-"""Answers to many images in one file, written by several processes, and completed by any number of them later."""
+"""One output file for many images, written by several processes, which a later run can complete after an abort."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 def printable(text: str) -> str:
-    r"""Text with `\xff` in place of bytes that are not UTF-8: file names may hold them, files of answers may not."""
+    r"""Replace bytes that are not UTF-8 by `\xff`: file names may contain them, JSON and Parquet files may not."""
     return re.sub("[\ud800-\udfff]", lambda found: _escaped(ord(found[0])), text)
 
 
@@ -29,11 +29,11 @@ def _escaped(surrogate: int) -> str:
 
 
 def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> str:
-    """16 hexadecimal digits of everything that answers depend on: weights, configuration, image processor."""
+    """Hash (16 hexadecimal digits) of everything that answers depend on: weights, configuration, image processor."""
     digest = hashlib.sha256()
     for part in (model.config, *([] if processor is None else [processor])):
         fields = json.loads(part.to_json_string())
-        for name in ("_name_or_path", "transformers_version"):  # where and by what it was saved
+        for name in ("_name_or_path", "transformers_version"):  # where and by which version it was saved
             fields.pop(name, None)
         digest.update(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
@@ -43,7 +43,7 @@ def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor | No
 
 
 def fingerprint(texts: Iterable[str]) -> str:
-    """16 hexadecimal digits of a sequence of texts."""
+    """Hash (16 hexadecimal digits) of a sequence of texts."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -53,27 +53,27 @@ def fingerprint(texts: Iterable[str]) -> str:
 
 class ResumableOutput:
     r"""
-    A JSONL or Parquet file with a line for each image, in the order of the input.
+    A JSONL or Parquet file with one line per image, in input order.
 
-    While it is being written, each process adds lines to a hidden file of its own beside it (a part), and
-    `NAME.run.json` says what is being answered (the header). A later run, of any number of processes, first reads what
-    all of them left; it is refused where what it would write is not the same. Images that could not be read are tried
-    again. The output itself appears only when it is complete.
+    Until it is complete, each process appends lines to its own hidden file beside it (a *part*), and `NAME.run.json`
+    stores the facts of the run (the *header*). A later run, with any number of processes, continues from all parts if
+    its facts are the same, and is refused otherwise. Images that could not be read are tried again. The output file
+    itself appears only when it is complete.
 
     Args:
         path (path): ends in `.jsonl` or `.parquet`.
-        facts (`dict`): what the answers depend on (model, τ, source), as JSON.
-        names (`Sequence[str]`): one per image, in order; what is not Unicode in them is escaped.
-        state (`PartialState`): of Accelerate; every process creates the output with the same arguments.
+        facts (`dict`): everything that the answers depend on (model, τ, source), serializable as JSON.
+        names (`Sequence[str]`): one per image, in order; bytes that are not UTF-8 are escaped.
+        state (`PartialState`): Accelerate's. Every process creates the output, with the same other arguments.
 
     Attributes:
-        places (`list[int]`): images that this process has to answer.
-        done (`int`): images that earlier runs answered, without those that they could not read.
+        places (`list[int]`): indices of the images that this process has to answer.
+        done (`int`): number of images that earlier runs answered; images that they could not read do not count.
 
     Raises:
-        FileExistsError: if the output is complete already, or its parts are of other facts or without a header; the
-            message says which, and which files to remove to start anew.
-        ValueError: for another suffix.
+        FileExistsError: if the output is complete already, or there are parts whose header is missing or has other
+            facts; the message says which, and which files to remove to start anew.
+        ValueError: if `path` has another suffix.
     """
 
     def __init__(self, path: str | os.PathLike, facts: Mapping[str, Any], names: Sequence[str], state: PartialState):
@@ -86,12 +86,12 @@ class ResumableOutput:
         facts = json.loads(json.dumps({**facts, "images": len(names), "names": fingerprint(self.names)}))
         self._refuse_other(facts)
         answered = {place for place, line in self._read_lines().items() if "error" not in line}
-        # Nobody writes before everybody has read.
+        # All processes must have read the parts before any of them writes.
         state.wait_for_everyone()
         if state.is_main_process:
-            # In place of a header that an earlier run left without parts.
+            # Replaces a header that an earlier run may have left without parts.
             self._replace(self.header, _as_json(facts, indent=1))
-        # Nobody opens a part before its header is there: a later run would take it for one of another header, or none.
+        # The header must exist before any part: a later run would read the part with an older header, or without one.
         state.wait_for_everyone()
         self.done = len(answered)
         self.places = [place for place in range(len(names)) if place not in answered][
@@ -100,24 +100,24 @@ class ResumableOutput:
         part = self._part(state.process_index)
         if part.exists():
             whole, _, _ = part.read_bytes().rpartition(b"\n")
-            os.truncate(part, len(whole) + 1 if whole else 0)  # a line that was cut short
+            os.truncate(part, len(whole) + 1 if whole else 0)  # drop an incomplete last line
         self._file = part.open("ab")
 
     def write(self, place: int, **line: Any) -> None:
-        """The answer to the image at `place`; with `error`, why there is none, and the image is left out."""
+        """Append the line of image `place`. A line with `error` says why it could not be read; the output omits it."""
         line = {"place": place, "name": self.names[place], **line}
         self._file.write(_as_json(line))
         self._file.flush()
 
     def finish(self) -> tuple[int, int] | None:
         """
-        Wait for all processes and write the output, in the main one.
+        Wait for all processes, then write the output in the main process.
 
         Returns:
-            In the main process, how many images were answered and how many could not be read.
+            In the main process, how many images were answered and how many could not be read; `None` in the others.
 
         Raises:
-            RuntimeError: if images are missing, as when a process died; another run goes on from here.
+            RuntimeError: if images have no line, for instance because a process died; another run continues from here.
         """
         self._file.close()
         self.state.wait_for_everyone()
@@ -142,7 +142,7 @@ class ResumableOutput:
         return self.path.with_name(f".{self.path.name}.{process}.part")
 
     def _parts(self) -> list[Path]:
-        """Of all processes of all runs."""
+        """The parts of all processes of all runs."""
         pattern = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.part")
         return sorted(path for path in self.path.parent.iterdir() if pattern.fullmatch(path.name))
 
@@ -152,12 +152,12 @@ class ResumableOutput:
 
     def _read_lines(self) -> dict[int, dict[str, Any]]:
         """
-        The answers of all parts, by place. A line that was cut short or damaged counts as none; one that says why an
-        image could not be read counts until another answers it.
+        The lines of all parts, by place. Incomplete and damaged lines are ignored. A line with `error` counts only if
+        no other line answers the image.
         """
         lines: dict[int, dict[str, Any]] = {}
         for part in self._parts():
-            for text in part.read_bytes().split(b"\n")[:-1]:  # not `splitlines`: names may hold other separators
+            for text in part.read_bytes().split(b"\n")[:-1]:  # not `splitlines`: names may contain other separators
                 try:
                     line = json.loads(text)
                     place = line["place"]
@@ -172,7 +172,7 @@ class ResumableOutput:
         if not self.path.exists():
             return
         if self.state.is_main_process:
-            self._remove_parts()  # of a run that was killed after it had written the output
+            self._remove_parts()  # left by a run that was killed after it had written the output
         raise FileExistsError(f"{self.path} is there already, and complete. Choose another output.")
 
     def _refuse_other(self, facts: dict[str, Any]) -> None:
@@ -186,20 +186,18 @@ class ResumableOutput:
             earlier = None
         if not isinstance(earlier, dict):
             raise FileExistsError(
-                f"An unfinished run to {self.path} cannot be continued: {self.header}, which says what was being "
-                f"answered, is missing or damaged. {anew}"
+                f"An unfinished run to {self.path} cannot be continued: {self.header}, which stores the facts of "
+                f"the run, is missing or damaged. {anew}"
             )
         changes = [
             f"{name} was {earlier.get(name)!r} and is {facts.get(name)!r}"
             for name in {**earlier, **facts}
-            # Also as text: NaN is not equal to itself. Not only as text: 1 is equal to 1.0.
+            # Compared as text as well, since NaN != NaN; not only as text, since 1 == 1.0.
             if earlier.get(name) != facts.get(name)
             and json.dumps(earlier.get(name), sort_keys=True) != json.dumps(facts.get(name), sort_keys=True)
         ]
         if changes:
-            raise FileExistsError(
-                f"An unfinished run to {self.path} is of something else: {'; '.join(changes)}. {anew}"
-            )
+            raise FileExistsError(f"An unfinished run to {self.path} has other facts: {'; '.join(changes)}. {anew}")
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
@@ -209,5 +207,5 @@ class ResumableOutput:
 
 
 def _as_json(value: Any, **options: Any) -> bytes:
-    # What is not Unicode becomes an escape of JSON's.
+    # Lone surrogates, which UTF-8 cannot encode, become JSON escapes.
     return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "backslashreplace") + b"\n"

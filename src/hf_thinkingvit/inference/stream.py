@@ -1,10 +1,10 @@
-"""One pass of an engine over an input: which stage runs next, and in which order results leave."""
+"""One pass of an engine over an input: which stage runs next, and the order of the results."""
 
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,39 +28,31 @@ class EngineResult:
     The answer to one image.
 
     Attributes:
-        index: place of the image in the input, from 0.
-        answer: what the model answered, on the CPU, float32 where it is floating-point: `"logits"` (of a classifier
-            `(num_labels,)`), the `"entropy"` of that, and whatever else its task has; `None` if the image could not be
-            read.
-        exit_stage: where the image left, from 0; `None` if it could not be read.
+        index: index of the image in the input, from 0.
+        logits: of a classifier `(num_labels,)`, float32, on the CPU; `None` if the image could not be read.
+        exit_stage: stage at which the image exited, from 0; `None` if it could not be read.
+        entropy: of the answer, in nats; `None` if the image could not be read.
         error: why the image could not be read, with `on_error="return"`.
+        others: further entries of the answer, which tasks other than classification may have, on the CPU.
     """
 
     index: int
-    answer: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
     exit_stage: int | None = None
+    entropy: float | None = None
     error: Exception | None = None
-
-    @property
-    def logits(self) -> torch.Tensor | None:
-        """`answer["logits"]`; `None` if the image could not be read."""
-        return None if self.answer is None else self.answer["logits"]
-
-    @property
-    def entropy(self) -> float | None:
-        """Entropy of the answer, in nats; `None` if the image could not be read."""
-        return None if self.answer is None else self.answer["entropy"].item()
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class EngineStats:
     """
-    Work done, counted.
+    Counts of the work done.
 
     Attributes:
         rows: images that ran each stage.
         batches: forward passes of each stage.
-        exits: images that left at each stage.
+        exits: images that exited at each stage.
         failures: images that could not be read.
     """
 
@@ -71,7 +63,7 @@ class EngineStats:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # Only accelerators have an exception of their own for it; Accelerate knows what the others say.
+    # Only accelerators raise a dedicated exception; Accelerate recognises the messages of other devices.
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
@@ -84,12 +76,12 @@ class Stream:
         self.queues = [StageQueue() for _ in engine.stages]
 
     def as_they_finish(self) -> Iterator[EngineResult]:
-        """Every result as soon as it is there."""
+        """Results as soon as they are computed."""
         for results in self._run():
             yield from results
 
     def in_order(self) -> Iterator[EngineResult]:
-        """Results in input order. Where too many wait for one image, its stage runs with what it has."""
+        """Results in input order. If more than `max_pending` wait for one image, its stage runs on a partial batch."""
         waiting: dict[int, EngineResult] = {}
         following = 0
         runs = self._run()
@@ -116,7 +108,7 @@ class Stream:
         failure: BaseException | None = None
         try:
             while True:
-                # The deepest first: what is nearly done makes room.
+                # The latest stage first: its images are nearest to leaving memory.
                 ready = [s for s, queue in enumerate(queues) if len(queue) >= self.batch_size or self._overdue(queue)]
                 if ready:
                     yield self._run_queue(ready[-1])
@@ -136,7 +128,7 @@ class Stream:
                         self.stats.failures += 1
                         yield [EngineResult(reading.index, error=reading.error)]
                 elif any(map(len, queues)):
-                    # At the end the first stage first, so that what goes on from it fills up the later ones.
+                    # At the end of the input, the earliest stage first, so that its images fill up later batches.
                     yield self._run_queue(next(s for s, queue in enumerate(queues) if len(queue)))
                 else:
                     break
@@ -150,14 +142,14 @@ class Stream:
         return max_wait is not None and time.monotonic() - queue.since >= max_wait
 
     def _patience(self) -> float | None:
-        """Seconds until an image has waited long enough; `None` for ever."""
+        """Seconds until the first waiting image is overdue; `None` if no image ever is."""
         since = min(queue.since for queue in self.queues)
         if self.engine.max_wait is None or since == math.inf:
             return None
         return max(0.0, since + self.engine.max_wait - time.monotonic())
 
     def _run_queue(self, stage: int) -> list[EngineResult]:
-        """Run a stage on a batch of those that wait for it; the results of those that leave."""
+        """Run a stage on a batch of its queue, and return the results of the images that exit."""
         indices, since, (exits, answer, state) = self._step(stage)
         exits = exits.tolist()
         going_on = [index for index, exit_ in zip(indices, exits) if not exit_]
@@ -170,16 +162,15 @@ class Stream:
             while not following.fits(state):
                 results += self._run_queue(stage + 1)
             following.put(state, going_on, since)
-        # Copies: a view would hold, and pickle, the answers to the whole batch.
-        results += [
-            EngineResult(index, {name: rows[row].clone() for name, rows in answer.items()}, stage)
-            for row, (index, exit_) in enumerate(zip(indices, exits))
-            if exit_
-        ]
+        entropies, logits = answer.pop("entropy").tolist(), answer.pop("logits")
+        # Copies, because a view would hold (and pickle) the answers to the whole batch.
+        for row, index in enumerate(index for index, exit_ in zip(indices, exits) if exit_):
+            others = {name: rows[row].clone() for name, rows in answer.items()}
+            results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=others))
         return results
 
     def _step(self, stage: int) -> tuple[list[int], float, tuple]:
-        """The places of a batch, since when it has waited, and what the engine makes of it, in as much memory as is."""
+        """Run a stage, with a smaller batch if memory runs out: indices, arrival time and result of `engine.step`."""
         while True:
             state, indices, since = self.queues[stage].take(self.batch_size)
             try:
@@ -187,7 +178,7 @@ class Stream:
             except RuntimeError as error:
                 if len(indices) < 2 or not _is_out_of_memory(error):
                     raise
-            # Out of the handler, whose traceback holds what the failed step had computed.
+            # Outside of the handler, because its traceback references the tensors of the failed step.
             if self.engine.model.device.type != "cpu":
                 clear_device_cache(garbage_collection=True)
             self.batch_size = math.ceil(len(indices) / 2)

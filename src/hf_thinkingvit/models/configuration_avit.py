@@ -3,7 +3,7 @@
 import math
 from typing import Any, ClassVar
 
-from .configuration_checks import check_integer, check_label_smoothing, check_number
+from .configuration_checks import check_boolean, check_integer, check_label_smoothing, check_number
 from .configuration_nested_vit import NestedViTConfig
 from .sub_networks import SubNetwork
 
@@ -11,7 +11,7 @@ from .sub_networks import SubNetwork
 class AViTConfig(NestedViTConfig):
     r"""
     Configuration of an A-ViT (arXiv 2112.07658): a DeiT in which every token halts at its own depth, and halted tokens
-    leave the computation. The defaults are the official weights' of A-ViT-Tiny.
+    leave the computation. The defaults are those of the official A-ViT-Tiny.
 
     After layer l each token k gets the halting score `sigmoid(gate_scale * t_k[gate_channel] - gate_center)` from one
     channel of the layer's output; it halts once its scores sum to `1 - halting_epsilon`, at the latest in the last
@@ -26,11 +26,11 @@ class AViTConfig(NestedViTConfig):
         gate_channel (`int`, *optional*, defaults to 0):
             The channel that the score is read from.
         halting_epsilon (`float`, *optional*, defaults to 0.01):
-            ε, at least 0 and below 1. A greater one halts tokens earlier.
+            ε, at least 0 and below 1. A greater value halts tokens earlier.
         ponder_loss_weight (`float`, *optional*, defaults to 5e-4):
-            Weight of the ponder loss, the mean of what the tokens have computed.
+            Weight of the ponder loss, the mean computation of a token (layers, and the remainder of its scores).
         prior_loss_weight (`float`, *optional*, defaults to 1e-3):
-            Weight of the distributional prior, which asks for halting around `target_depth`.
+            Weight of the distributional prior, which favours halting around `target_depth`.
         target_depth (`float`, *optional*, defaults to 8):
             Centre of the prior, counted in layers.
         prior_std (`float`, *optional*, defaults to 1.0):
@@ -39,7 +39,7 @@ class AViTConfig(NestedViTConfig):
             Whether there are a DeiT distillation token and head; the prediction is then the mean of both heads. Earlier
             versions called it `distilled`, which is still accepted everywhere.
         label_smoothing (`float`, *optional*, defaults to 0.0):
-            Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1. Of
+            Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1. For
             single-label classification only. Use it instead of `TrainingArguments.label_smoothing_factor`, with which
             `Trainer` computes the loss itself, without the ponder and prior losses.
         kwargs:
@@ -47,7 +47,7 @@ class AViTConfig(NestedViTConfig):
             (12), `num_attention_heads` (3), `intermediate_size`, `image_size`, `patch_size` and so on.
 
     Raises:
-        ValueError: for values that cannot work; the message names the field.
+        ValueError: if a value is invalid; the message names the field.
     """
 
     model_type = "avit"
@@ -83,14 +83,15 @@ class AViTConfig(NestedViTConfig):
     label_smoothing: float | int = 0.0
 
     def __post_init__(self, distilled: bool | None = None, **kwargs):
-        # Unset until here, because only so two contradictory values can be told from one.
-        self.use_distillation_token = bool(_one_value(self.use_distillation_token, distilled))
+        # `None` by default, so that a value that contradicts `distilled` can be told from no value.
+        value = _one_value(self.use_distillation_token, distilled)
+        self.use_distillation_token = False if value is None else value
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "AViTConfig":
         """
-        As in Transformers, which sets overrides one after another: of two names for one field the last would win.
+        As in Transformers, but with both names of one field compared: there, the last override would win.
 
         Raises:
             ValueError: if `distilled` and `use_distillation_token` contradict each other.
@@ -112,6 +113,7 @@ class AViTConfig(NestedViTConfig):
 
     def validate(self) -> None:
         super().validate()
+        check_boolean("use_distillation_token", self.use_distillation_token)
         for name in ("gate_scale", "gate_center"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -128,10 +130,10 @@ class AViTConfig(NestedViTConfig):
 
 
 def _one_value(use_distillation_token: bool | None, distilled: bool | None) -> bool | None:
-    """The value of a field that was given under its present and its former name; `None` where under neither."""
+    """The value of a field that may be given under its present or its former name; `None` if under neither."""
     if use_distillation_token is None or distilled is None:
         return distilled if use_distillation_token is None else use_distillation_token
-    if bool(use_distillation_token) != bool(distilled):
+    if use_distillation_token != distilled:
         raise ValueError(
             f"`distilled` ({distilled}) is the former name of `use_distillation_token` ({use_distillation_token}), and "
             "the two contradict each other: give `use_distillation_token` alone."
@@ -140,7 +142,7 @@ def _one_value(use_distillation_token: bool | None, distilled: bool | None) -> b
 
 
 def check_halting_epsilon(value: float) -> None:
-    """Refuse an ε that is no number from 0 to below 1: at 1 no token would compute anything."""
+    """Refuse an ε outside [0, 1): at 1 no token would compute anything."""
     check_number("halting_epsilon", value, maximum=1.0)
     if value == 1:
         raise ValueError("`halting_epsilon` must be below 1, got 1.")

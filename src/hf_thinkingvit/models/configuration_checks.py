@@ -1,4 +1,4 @@
-"""Checks that configurations share: each names the field, what was given and what was expected."""
+"""Checks that configurations share. Each error names the field, the value and what was expected."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,20 @@ def check_integer(name: str, value, minimum: int) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
 
 
+def check_boolean(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+
+
 def check_number(name: str, value, minimum: float = 0.0, maximum: float = math.inf) -> None:
-    """Refuse what is no number in [`minimum`, `maximum`]: NaN always, infinity only where `maximum` is finite."""
+    """Refuse a value that is not a number in [`minimum`, `maximum`], such as NaN. `maximum` may be infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
         limits = f"of at least {minimum:g}" if maximum == math.inf else f"between {minimum:g} and {maximum:g}"
         raise ValueError(f"`{name}` must be a number {limits}, got {value!r}.")
 
 
 def as_plain_numbers(value: Any) -> Any:
-    """Tensors, NumPy arrays and NumPy scalars, also within a list, as Python numbers; anything else as it is."""
+    """Convert tensors, NumPy arrays and NumPy scalars, also within a list, to Python numbers; else `value` itself."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
@@ -30,14 +35,14 @@ def as_plain_numbers(value: Any) -> Any:
 
 
 def configured_problem_type(config) -> str | None:
-    """The problem type as far as the configuration says it; `None` where it follows from the labels."""
+    """The problem type that the configuration determines; `None` if it depends on the labels."""
     if config.problem_type is None and config.num_labels == 1:
         return "regression"
     return config.problem_type
 
 
 def check_label_smoothing(config) -> None:
-    """Refuse a `label_smoothing` outside [0, 1), or one above 0 where there are no classes to spread it over."""
+    """Refuse a `label_smoothing` outside [0, 1), or above 0 for other problems than single-label classification."""
     check_number("label_smoothing", config.label_smoothing, maximum=1.0)
     if config.label_smoothing == 1:
         raise ValueError("`label_smoothing` must be below 1, got 1: the labels would have no effect.")
@@ -63,7 +68,7 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_backbone_fields(config) -> None:
-    """What every backbone has: image and patch size, channels, dropout rates, norms, activation, biases."""
+    """Check the fields of every backbone: image and patch size, channels, dropout rates, norms, activation, biases."""
     check_integer("num_channels", config.num_channels, minimum=1)
     for name in ("image_size", "patch_size"):
         check_size(name, getattr(config, name))
@@ -73,7 +78,6 @@ def check_backbone_fields(config) -> None:
         check_number(name, getattr(config, name), maximum=1.0)
     check_number("layer_norm_eps", config.layer_norm_eps)
     check_number("initializer_range", config.initializer_range)
-    if not isinstance(config.qkv_bias, bool):
-        raise ValueError(f"`qkv_bias` must be true or false, got {config.qkv_bias!r}.")
+    check_boolean("qkv_bias", config.qkv_bias)
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {config.hidden_act!r}.")

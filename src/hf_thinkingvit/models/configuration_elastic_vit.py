@@ -66,13 +66,7 @@ class ElasticViTConfig(NestedViTConfig):
         if not isinstance(self.sub_networks, Sequence) or not self.sub_networks:
             raise ValueError(f"`sub_networks` must be a non-empty list, got {self.sub_networks!r}.")
         for index, network in enumerate(self.networks):
-            network.check_fits(
-                self.hidden_size,
-                self.hidden_size,
-                self.intermediate_size,
-                self.num_hidden_layers,
-                name=f"`sub_networks[{index}]`",
-            )
+            network.check_fits(self, f"`sub_networks[{index}]`")
         check_integer("default_sub_network", self.default_sub_network, minimum=0)
         if self.default_sub_network >= len(self.sub_networks):
             raise ValueError(

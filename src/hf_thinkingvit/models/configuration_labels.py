@@ -1,4 +1,4 @@
-"""Names of classes: `id2label` and `label2id` of a configuration, where only one of them, or their number, is given."""
+"""Completes `id2label` and `label2id` of a configuration if only one of them, or the number of labels, is given."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 def label2id_of(id2label: Mapping[int, str]) -> dict[str, int]:
     """
-    The inverse of `id2label`. Names of several classes are left out, because a name can lead to one class only: looking
-    one up is then an error and not silently the last of its classes.
+    The inverse of `id2label`. Names that several classes share are left out, so that looking one up is an error instead
+    of silently giving the last of its classes.
     """
     counts = Counter(id2label.values())
     return {label: index for index, label in id2label.items() if counts[label] == 1}
@@ -16,13 +16,13 @@ def label2id_of(id2label: Mapping[int, str]) -> dict[str, int]:
 
 def complete_labels(given: Mapping[str, Any]) -> dict[str, dict]:
     """
-    The configuration's fields `id2label` and `label2id` from what a caller gives of them and of `num_labels`.
+    The configuration's fields `id2label` and `label2id`, from any of them and `num_labels`.
 
     Args:
-        given (`dict`): fields of a configuration, of which only these three are read; `None` is as good as not given.
+        given (`dict`): fields of a configuration, of which only these three are read; `None` means not given.
 
     Returns:
-        Both fields. Where only `num_labels` is given, with Transformers' names (`LABEL_0` and so on); empty where none
+        Both fields, with Transformers' names (`LABEL_0` and so on) if only `num_labels` is given; an empty dict if none
         of the three is.
 
     Raises:

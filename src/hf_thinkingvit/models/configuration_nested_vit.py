@@ -1,4 +1,4 @@
-"""What the configurations of every plain-ViT family share: sizes, and the checks that they can work."""
+"""Sizes that the configurations of all plain-ViT families share, and their checks."""
 
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from .configuration_checks import as_pair, check_backbone_fields, check_integer
 
 class NestedViTConfig(PreTrainedConfig):
     r"""
-    The ViT fields. Families add theirs, say how many tokens precede the patches, and name their code in `remote_code`.
+    The fields of a ViT. Subclasses add their own, and define `num_prefix_tokens` and `remote_code`.
 
     Args:
         drop_path_rate (`float`, *optional*, defaults to 0.0):
@@ -31,7 +31,7 @@ class NestedViTConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly initialised weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
-            The official value; Transformers' ViT has 1e-12.
+            ε of the layer norms. The default is the official value; Transformers' ViT has 1e-12.
         image_size (`int` or `tuple[int, int]`, *optional*, defaults to 224):
             Input size in pixels, (height, width) where not square.
         patch_size (`int` or `tuple[int, int]`, *optional*, defaults to 16):
@@ -43,7 +43,7 @@ class NestedViTConfig(PreTrainedConfig):
     """
 
     is_staged: ClassVar[bool] = False
-    # The `auto_map` of saved folders. Saving a model adds the code of its own class only; a folder serves them all.
+    # The `auto_map` of saved folders. Transformers would add only the class of the saved model, not the other heads.
     remote_code: ClassVar[dict[str, str]] = {}
 
     drop_path_rate: float | int = 0.0
@@ -88,7 +88,7 @@ class NestedViTConfig(PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     def validate(self) -> None:
-        """Refuse values that cannot work, also those set after construction. Called by the models and on saving."""
+        """Refuse invalid values, also those set after construction. Called by the models and on saving."""
         super().validate()
         for name in ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers"):
             check_integer(name, getattr(self, name), minimum=1)

@@ -13,13 +13,13 @@ from .exit_rules import check_exit_fields, default_exit_fields
 
 
 if TYPE_CHECKING:
-    # Never runs: Transformers copies the files that relative imports name along with the code of a saved model, and
-    # only `custom_pipelines` names this one.
+    # Never executed: Transformers saves the files that relative imports name with a model's code, and nothing else
+    # imports this one.
     from .staged_pipeline import StagedImageClassificationPipeline  # noqa: F401
 
 
 ADAPTIVE_IMAGE_CLASSIFICATION = "adaptive-image-classification"
-# What the configuration says of it, in the form that `Pipeline.save_pretrained` writes for registered pipelines.
+# Its entry in `custom_pipelines`, in the form that `Pipeline.save_pretrained` writes for registered pipelines.
 PIPELINE = {
     "impl": "staged_pipeline.StagedImageClassificationPipeline",
     "pt": ["AutoModelForImageClassification"],
@@ -41,25 +41,38 @@ def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
 
     Args:
         model_or_config (`nn.Module` or `PreTrainedConfig`): of any family, also of those in Transformers.
+
+    Raises:
+        ValueError: for a staged model that was loaded with the code of an earlier version, saved in its folder, which
+            has other steps than this version calls.
     """
-    return getattr(configuration_of(model_or_config), "is_staged", False)
+    config = configuration_of(model_or_config)
+    is_staged = getattr(config, "is_staged", None)
+    if is_staged is None and hasattr(config, "exit_criterion"):
+        raise ValueError(
+            f"This {config.model_type} model runs the code in its own folder (`trust_remote_code=True`), which an "
+            "earlier version of hf-thinkingvit saved and this version cannot use. Import `hf_thinkingvit` before the "
+            "model is loaded: then the installed code is used, with the same weights. Saving the model again updates "
+            "its folder."
+        )
+    return bool(is_staged)
 
 
 class StagedConfig(PreTrainedConfig):
     r"""
-    How a model that answers in stages decides, and how its stages are weighted in training. Families say what their
-    stages are, in `stages`.
+    Fields of models that answer in stages: the exit rule, and the weights of the stages in training. Subclasses define
+    the stages in `stages`.
 
     Args:
         threshold (`float` or `list[float]`, *optional*):
-            τ: an image exits after a stage iff its entropy is below τ (strictly; for `max_probability`, `margin`,
-            `patience`, `confident_twice`, `act` and `pondernet`: iff they are above it). One number, or one per exit,
-            that is per stage but the last, which always answers. For the entropies, 0 never exits early. τ is on the
-            scale of its criterion. By default 0.5 for `"topk_entropy"` and 0.1 for `"mean_binary_entropy"`; the other
-            criteria have no default and need both fields. For regression, which no criterion judges, the default is 0,
-            and nothing else is accepted.
+            τ: an image exits after a stage iff its entropy is strictly below τ (for `max_probability`, `margin`,
+            `patience`, `confident_twice`, `act` and `pondernet`: iff the score is strictly above τ). One number, or one
+            per exit, that is per stage but the last, which always answers. For the entropies, 0 never exits early. τ is
+            on the scale of its criterion. By default 0.5 for `"topk_entropy"` and 0.1 for `"mean_binary_entropy"`; the
+            other criteria have no default and need both fields. For regression, which no criterion judges, the default
+            is 0, and nothing else is accepted.
         exit_criterion (`str`, *optional*):
-            `"topk_entropy"` (the official code's, on which published thresholds are), `"entropy"` (full softmax, the
+            `"topk_entropy"` (the official code's, to which published thresholds refer), `"entropy"` (full softmax, the
             paper's formula), `"normalised_entropy"` (the same, divided by its maximum), `"max_probability"` or
             `"margin"` (largest minus second largest probability); criteria that compare stages, `"similarity"` (mean
             squared difference from the logits before), `"patience"` (stages in a row with the same prediction) and
@@ -67,14 +80,14 @@ class StagedConfig(PreTrainedConfig):
             and `"pondernet"` (see [`EarlyExitViTConfig`]); for multi-label classification `"mean_binary_entropy"` (of
             each label's sigmoid, averaged over the labels: from 0 to ln 2). By default `"mean_binary_entropy"` where
             `problem_type` is `"multi_label_classification"`, and `"topk_entropy"` otherwise. Setting another one later
-            (or a `problem_type` that it does not suit) unsets `threshold`, which must then be set as well; only 0 keeps
-            its meaning from one entropy to another.
+            (or a `problem_type` that it does not suit) resets `threshold` to `None`, and it must then be set as well;
+            only 0 remains valid from one entropy to another.
         entropy_top_k (`int`, *optional*, defaults to 10):
-            How many of the largest probabilities `"topk_entropy"` keeps.
+            How many of the largest probabilities `"topk_entropy"` uses.
         stage_loss_weights (`list[float]`, *optional*):
             Weight of each stage's loss in the training loss. Equal weights that sum to 1 by default.
         label_smoothing (`float`, *optional*, defaults to 0.0):
-            Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1. Of
+            Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1. For
             single-label classification only. Use it instead of `TrainingArguments.label_smoothing_factor`, with which
             `Trainer` computes the loss itself, from the last stage alone.
     """
@@ -94,16 +107,16 @@ class StagedConfig(PreTrainedConfig):
             value = as_plain_numbers(value)
         before = self.__dict__.get("exit_criterion")
         super().__setattr__(name, value)
-        if before is None:  # under construction: the fields are judged together when all of them are set
+        if before is None:  # during construction: the fields are checked together once all are set
             return
         if name == "problem_type" and not suits_problem_type(before, value):
             self.exit_criterion, _ = default_exit_fields(value, None, 0.0, 0)
         elif name == "exit_criterion" and not same_threshold(before, value, self.threshold):
-            # The old τ would be read on the new criterion's scale; without one, everything that needs it refuses.
+            # The old τ is not on the new criterion's scale. With `None`, everything that needs τ raises an error.
             self.threshold = None
 
     def __post_init__(self, **kwargs):
-        # As Transformers resolves it: `num_labels` wins over `id2label`.
+        # As in Transformers, `num_labels` takes precedence over `id2label`.
         num_labels = kwargs.get("num_labels") or (2 if self.id2label is None else len(self.id2label))
         problem_type = "regression" if self.problem_type is None and num_labels == 1 else self.problem_type
         self.exit_criterion, self.threshold = default_exit_fields(
@@ -112,18 +125,18 @@ class StagedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def update(self, config_dict: dict[str, Any]) -> None:
-        """As in Transformers, in an order in which a `threshold` is that of an `exit_criterion` given with it."""
+        """As in Transformers, but sets `exit_criterion` before `threshold`, which it may reset."""
         first = ("problem_type", "exit_criterion")
         super().update(dict(sorted(config_dict.items(), key=lambda item: item[0] not in first)))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "StagedConfig":
         """
-        As in Transformers. Overrides of the model's own fields are in place before the fields are checked, since what
-        one of them may be depends on others.
+        As in Transformers, but overrides of the model's own fields are applied before the fields are checked, because
+        the valid values of one field depend on others.
 
         Raises:
-            ValueError: if `exit_criterion` is overridden without `threshold`; for values that cannot work.
+            ValueError: if `exit_criterion` is overridden without `threshold`, or a value is invalid.
         """
         base = {field.name for field in fields(PreTrainedConfig)} - {"problem_type", "id2label", "label2id"}
         names = {field.name for field in fields(cls)} - base
@@ -144,7 +157,7 @@ class StagedConfig(PreTrainedConfig):
 
     @property
     def stages(self) -> tuple[Any, ...]:
-        """The sub-networks, in the order in which they think."""
+        """The sub-networks, in the order in which they run."""
         raise NotImplementedError
 
     @property
@@ -154,9 +167,9 @@ class StagedConfig(PreTrainedConfig):
     @property
     def custom_pipelines(self) -> dict[str, dict[str, Any]]:
         """
-        The pipelines that travel with the model, by task. Without the adaptive one where it is registered, as this
-        package does: Transformers would prefer the folder's, and then insist on `trust_remote_code`. A copy, because
-        `pipeline` writes classes into it, which no configuration could save.
+        The pipelines that are saved with the model, by task. The adaptive one is left out if it is registered, as this
+        package does: Transformers would prefer the folder's, and require `trust_remote_code`. Returns a copy, because
+        `pipeline` writes classes into it, which cannot be saved.
         """
         from transformers.pipelines import PIPELINE_REGISTRY
 

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
-from .configuration_checks import as_pair, check_backbone_fields, check_integer, check_number
+from .configuration_checks import as_pair, check_backbone_fields, check_boolean, check_integer, check_number
 from .configuration_staged import StagedConfig
 from .sub_networks import SubNetwork
 
@@ -12,7 +12,10 @@ QKV_SLICINGS = ("leading_rows", "each_projection")
 
 
 class SwinRound(NamedTuple):
-    """One thinking round: for each hierarchical layer the leading heads, channels and MLP channels that it uses."""
+    """
+    One thinking round: for each hierarchical layer the leading heads, channels and MLP channels that it uses. All
+    blocks of a layer run, and a head has the same width in every round.
+    """
 
     layers: tuple[SubNetwork, ...]
 
@@ -22,7 +25,7 @@ class SwinRound(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the round's answer: those of its last layer."""
+        """Channels that the classifier reads: those of the last layer."""
         return self.layers[-1].hidden_size
 
 
@@ -41,7 +44,7 @@ class ThinkingSwinConfig(StagedConfig):
             one round is a plain Swin Transformer.
         qkv_slicing (`str`, *optional*, defaults to `"leading_rows"`):
             Which rows of the fused query-key-value matrix (3 · channels) a round of n channels uses: `"leading_rows"`
-            the first 3n, cut into queries, keys and values, which is what the official weights are trained for; or
+            the first 3n, cut into queries, keys and values, as the official weights require; or
             `"each_projection"` the first n of each third, so that the heads of a plain Swin are nested as they are. At
             full width they are the same.
         image_size (`int` or `tuple[int, int]`, *optional*, defaults to 224):
@@ -58,7 +61,7 @@ class ThinkingSwinConfig(StagedConfig):
         num_heads (`list[int]`, *optional*, defaults to `[3, 6, 12, 24]`):
             Attention heads of each layer at full width.
         window_size (`int`, *optional*, defaults to 7):
-            Side of the attention windows, in patches. Where the grid is no multiple of it, windows are padded.
+            Side of the attention windows, in patches. If the grid is not a multiple of it, windows are padded.
         mlp_ratio (`float`, *optional*, defaults to 4.0):
             MLP width over layer width.
         qkv_bias (`bool`, *optional*, defaults to `True`):
@@ -76,13 +79,13 @@ class ThinkingSwinConfig(StagedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly initialised weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
-            Of the blocks' norms and the final one; those of patch embedding and patch merging have 1e-5 in any case, as
-            in Transformers' Swin.
+            ε of the blocks' norms and the final one; the norms of patch embedding and patch merging always have 1e-5,
+            as in Transformers' Swin.
         threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
 
     Raises:
-        ValueError: for values that cannot work; the message names the field.
+        ValueError: if a value is invalid; the message names the field.
 
     Example:
 
@@ -123,7 +126,7 @@ class ThinkingSwinConfig(StagedConfig):
         self._check_hierarchy()
         self.depths, self.num_heads = list(self.depths), list(self.num_heads)
         self.head_rounds = [list(heads) for heads in self.head_rounds]
-        # Of what follows from other fields, what a file or a caller says is only checked.
+        # These follow from other fields, so a value in a file or from a caller is only checked.
         for name in ("hidden_size", "num_hidden_layers"):
             given = kwargs.pop(name, None)
             if given is not None and given != getattr(self, name):
@@ -154,7 +157,7 @@ class ThinkingSwinConfig(StagedConfig):
 
     @property
     def downsampling(self) -> int:
-        """Patches along each side that one position of the last layer stands for."""
+        """Patches along each side that one position of the last layer covers."""
         return 2 ** (self.num_layers - 1)
 
     @property
@@ -200,8 +203,7 @@ class ThinkingSwinConfig(StagedConfig):
         width = self.embed_dim // self.num_heads[0] * self.head_rounds[0][0]
         if int(self.mlp_ratio * width) < 1:
             raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) leaves no MLP channel for a width of {width}: raise it.")
-        if not isinstance(self.use_absolute_embeddings, bool):
-            raise ValueError(f"`use_absolute_embeddings` must be true or false, got {self.use_absolute_embeddings!r}.")
+        check_boolean("use_absolute_embeddings", self.use_absolute_embeddings)
         if self.qkv_slicing not in QKV_SLICINGS:
             raise ValueError(f"`qkv_slicing` must be one of {list(QKV_SLICINGS)}, got {self.qkv_slicing!r}.")
 

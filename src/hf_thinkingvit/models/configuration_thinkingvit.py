@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from .configuration_checks import check_integer
+from .configuration_checks import check_boolean, check_integer
 from .configuration_nested_vit import NestedViTConfig
 from .configuration_staged import StagedConfig
 from .sub_networks import SubNetwork
@@ -30,7 +30,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             `layer_norm_eps` (1e-6), `image_size` (224), `patch_size` (16), `num_channels` (3), `qkv_bias`.
 
     Raises:
-        ValueError: for values that cannot work; the message names the field.
+        ValueError: if a value is invalid; the message names the field.
 
     Example:
 
@@ -81,6 +81,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
     def validate(self) -> None:
         self._check_thinking_stages()
         super().validate()
+        check_boolean("use_distillation_token", self.use_distillation_token)
         if max(self.thinking_stages) > self.num_attention_heads:
             raise ValueError(
                 f"`thinking_stages` asks for {max(self.thinking_stages)} heads, but the model has "
@@ -92,6 +93,8 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
                     f"`intermediate_size` ({self.intermediate_size}) cannot be shared out: a stage of {heads} of "
                     f"{self.num_attention_heads} heads would get a fraction of a channel."
                 )
+        for index, sub_network in enumerate(self.stages):
+            sub_network.check_fits(self, f"Stage {index} of `thinking_stages`")
 
     def _check_thinking_stages(self) -> None:
         stages = self.thinking_stages

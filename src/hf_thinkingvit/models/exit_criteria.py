@@ -30,7 +30,7 @@ class ExitCriterion:
         maximum (`Callable`): `(num_labels, top_k) -> float`, the greatest score that there is; infinity where scores
             have no bound.
         description (`str`): the score in words, for model cards; `{top_k}` stands for `entropy_top_k`.
-        default_threshold (`float`, *optional*): τ where a configuration gives none. `None`: it must give one.
+        default_threshold (`float`, *optional*): τ for configurations without `threshold`. `None`: they must set it.
         is_entropy (`bool`): whether the score is itself the entropy to report.
         multi_label (`bool`): whether it judges each label by itself (sigmoid), instead of all as one choice (softmax).
         score_with_memory (`Callable`, *optional*): used instead of `score`:
@@ -141,7 +141,7 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
 
 
 def suits_problem_type(exit_criterion: str, problem_type: str | None) -> bool:
-    """Whether the criterion judges answers to such a problem: one choice (softmax), or each label by itself."""
+    """Whether the criterion is defined for answers to such a problem: a softmax, or a sigmoid for each label."""
     criterion = EXIT_CRITERIA.get(exit_criterion) if isinstance(exit_criterion, str) else None
     if criterion is None or problem_type not in ("single_label_classification", "multi_label_classification"):
         return True

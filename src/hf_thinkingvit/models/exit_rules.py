@@ -13,7 +13,7 @@ import torch
 
 from .configuration_checks import as_plain_numbers, check_integer, check_number, configured_problem_type
 from .exit_criteria import EXIT_CRITERIA, suits_problem_type
-from .exit_scores import topk_entropy
+from .exit_scores import mean_binary_entropy, topk_entropy
 from .staged_run import Answer, Memory
 
 
@@ -104,16 +104,25 @@ class ExitRule:
         thresholds (`tuple[float, ...]`): τ of each stage but the last.
         entropy_top_k (`int`): classes that the top-k entropy counts.
         reported_entropy (`Callable`, *optional*): `(logits, top_k) -> (images,)`, the entropy to report where the
-            criterion's score is not an entropy; by default `topk_entropy`.
+            criterion's score is not an entropy; by default `topk_entropy`, and `mean_binary_entropy` for criteria that
+            judge each label by itself.
+
+    Not for subclassing: sweep and exports compare scores with τ as this class does. Another way to decide is another
+    criterion.
     """
 
     criterion: str
     thresholds: tuple[float, ...]
     entropy_top_k: int
-    reported_entropy: Callable[[torch.Tensor, int], torch.Tensor] = topk_entropy
+    reported_entropy: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
     @classmethod
-    def from_config(cls, config, threshold: float | Sequence[float] | None = None) -> "ExitRule":
+    def from_config(
+        cls,
+        config,
+        threshold: float | Sequence[float] | None = None,
+        reported_entropy: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ) -> "ExitRule":
         """
         The rule that `config` describes; `threshold`, where given, overrides `config.threshold`.
 
@@ -123,7 +132,12 @@ class ExitRule:
         threshold = config.threshold if threshold is None else threshold
         if threshold is None:
             raise ValueError(_needs_threshold(config.exit_criterion))
-        rule = cls(config.exit_criterion, resolve_thresholds(threshold, config.num_stages - 1), config.entropy_top_k)
+        rule = cls(
+            config.exit_criterion,
+            resolve_thresholds(threshold, config.num_stages - 1),
+            config.entropy_top_k,
+            reported_entropy,
+        )
         rule.check_problem_type(configured_problem_type(config))
         return rule
 
@@ -153,7 +167,7 @@ class ExitRule:
         """
         Args:
             stage_index (`int`): the stage that answered, counted from 0.
-            answer (`dict[str, torch.Tensor]`): its answers; `"logits"` and what else the criterion reads.
+            answer (`dict[str, torch.Tensor]`): its answers, with every entry that the criterion reads.
             memory (`dict[str, torch.Tensor]`, *optional*): of the verdict on the same images at the stage before.
 
         Returns:
@@ -161,8 +175,21 @@ class ExitRule:
         """
         criterion = EXIT_CRITERIA[self.criterion]
         score, memory = criterion(answer, memory or {}, self.entropy_top_k)
-        entropies = score if criterion.is_entropy else self.reported_entropy(answer["logits"], self.entropy_top_k)
+        entropies = score if criterion.is_entropy else self._entropy(answer["logits"])
+        if score.dim() != 1 or entropies.dim() != 1:
+            raise ValueError(
+                f"`exit_criterion` = {self.criterion!r} must give one score and one entropy per image, but for answers "
+                f"of the shape {tuple(answer['logits'].shape)} they have the shapes {tuple(score.shape)} and "
+                f"{tuple(entropies.shape)}: it is not made for this task."
+            )
         return Verdict(score, self.exits(stage_index, score), entropies, memory)
+
+    def _entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.reported_entropy is not None:
+            return self.reported_entropy(logits, self.entropy_top_k)
+        if EXIT_CRITERIA[self.criterion].multi_label:
+            return mean_binary_entropy(logits)
+        return topk_entropy(logits, self.entropy_top_k)
 
     def exits(self, stage_index: int, score: torch.Tensor) -> torch.Tensor:
         """Which images exit at a stage, bool, from the criterion's scores of its answers, float32, of any shape."""

@@ -1,7 +1,7 @@
 """
-Image files as RGB with 8 bits a channel, whatever they hold.
+Reads image files as RGB with 8 bits per channel.
 
-Pillow's `convert("RGB")` cuts the values of wider grey images at 255, which turns nearly all of a 16-bit image white.
+Pillow's `convert("RGB")` clips the values of wider grey images at 255, which turns nearly all of a 16-bit image white.
 """
 
 import base64
@@ -27,13 +27,13 @@ def read_image(source: str | os.PathLike | Image.Image, timeout: float | None = 
         timeout (`float`, *optional*): for URLs, in seconds.
 
     Raises:
-        ValueError: if there is none, or its grey values are of an unknown range (see `as_rgb`).
+        ValueError: if the image cannot be read, or the range of its grey values is unknown (see `as_rgb`).
     """
     if isinstance(source, Image.Image):
         return as_rgb(source)
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
-        request = Request(source, headers={"User-Agent": "hf-thinkingvit"})  # Python's own is refused by some servers
+        request = Request(source, headers={"User-Agent": "hf-thinkingvit"})  # some servers refuse Python's default
         with urlopen(request, timeout=timeout) as response:
             content = response.read()
         return as_rgb(Image.open(BytesIO(content)), source)
@@ -43,7 +43,7 @@ def read_image(source: str | os.PathLike | Image.Image, timeout: float | None = 
     try:
         image = Image.open(BytesIO(base64.decodebytes(source.rpartition(",")[2].encode())))
     except Exception:  # neither a path nor base64
-        return load_image(source)  # says so
+        return load_image(source)  # raises an error that says so
     return as_rgb(image, "in base64")
 
 
@@ -56,8 +56,8 @@ def as_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         name (`str`, *optional*): for messages; by default the name of its file.
 
     Raises:
-        ValueError: if its values are numbers of an unknown range: 32-bit integers, signed ones, and floats. Only PNG
-            and PGM files say that theirs end at 65535 where Pillow holds them in 32 bits.
+        ValueError: if the range of its values is unknown: 32-bit or signed integers, and floats. PNG and PGM files are
+            accepted, because their values end at 65535 even if Pillow opens them as 32-bit integers.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return ImageOps.exif_transpose(image).convert("RGB")
@@ -69,7 +69,7 @@ def as_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     tiff = getattr(image, "tag_v2", {})
     white = 2**12 - 1 if tiff.get(BITS_PER_SAMPLE) == (12,) else 2**16 - 1
     values = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint32)
-    if tiff.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0, which Pillow reads as it is
+    if tiff.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0, and Pillow does not invert the values
         values = white - values
     return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
 

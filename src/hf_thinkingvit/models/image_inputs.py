@@ -1,4 +1,4 @@
-"""What callers hand over as images: one, or a stream of them."""
+"""Inputs of callers: one image, or a stream of images."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,7 +33,7 @@ def each_image(inputs: Any) -> Iterable[Any]:
             tensor or array of four dimensions its own.
 
     Raises:
-        ValueError: for a folder, a dict, bytes, and what is neither an image nor iterable.
+        ValueError: if `inputs` is a folder, a dict or bytes, or neither an image nor iterable.
     """
     if isinstance(inputs, (str, os.PathLike)) and os.path.isdir(inputs):
         raise ValueError(
@@ -48,8 +48,8 @@ def each_image(inputs: Any) -> Iterable[Any]:
         return [inputs]
     if isinstance(inputs, DataLoader) and inputs.batch_sampler is not None:
         return _images_of_batches(inputs)
-    # Iterating comes first: what has a length may lack indices (webdataset), or raise in `__getitem__` (torch's
-    # IterableDataset). By index, torch's map-style datasets need not end with an IndexError.
+    # Iteration is preferred: objects with a length may lack indices (webdataset), or raise in `__getitem__` (torch's
+    # IterableDataset). Indices stop at the length, since torch's map-style datasets need not raise an IndexError.
     if hasattr(inputs, "__iter__"):
         return inputs
     if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
@@ -60,13 +60,13 @@ def each_image(inputs: Any) -> Iterable[Any]:
 def _images_of_batches(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, Mapping):
-            yield batch  # for whoever reads it to refuse
+            yield batch  # refused later, with the index of the input
         else:
             yield from batch
 
 
 def check_one_image(image: Any) -> None:
-    """`ValueError` for what an image processor would take for several images, of which only the first would count."""
+    """`ValueError` if an image processor would take `image` for several images, of which only the first would count."""
     if isinstance(image, Mapping):
         raise ValueError(f"Expected one image. {NO_DICT}")
     if isinstance(image, (list, tuple)):
@@ -77,16 +77,17 @@ def check_one_image(image: Any) -> None:
 
 def as_8_bits(image: Any) -> Any:
     """
-    Arrays and tensors of integers as uint8, 16-bit values scaled as those of files are; anything else as it is.
+    Convert arrays and tensors of integers to uint8, with 16-bit values scaled as in image files. Anything else is
+    returned unchanged.
 
-    Image processors take all integers for 8-bit values: wider ones would leave the range that the model knows.
+    Image processors assume that integers are 8-bit values, so wider ones would be out of the range of training images.
 
     Args:
-        image: as callers hand it over. Unsigned 16-bit values end at 65535, floats are the image processor's to scale.
+        image: the caller's image. Unsigned 16-bit values range up to 65535; image processors scale floats.
 
     Raises:
-        ValueError: for other integers with values outside of 0 to 255, whose range is unknown; for unsigned 16-bit ones
-            that all lie in it, which may be 8-bit values.
+        ValueError: if integers other than unsigned 16-bit ones have values outside of 0 to 255, so that their range is
+            unknown; if unsigned 16-bit values are all within 0 to 255, so that they may be 8-bit values.
     """
     if is_torch_tensor(image):
         if image.is_floating_point() or image.dtype in (torch.uint8, torch.bool):

@@ -38,7 +38,7 @@ class AViTModelOutput(ModelOutput):
         ponder (`torch.FloatTensor` of shape `(batch_size, tokens)`):
             ρ: layers that each token ran, plus its remainder. Float32.
         halting_scores (`torch.FloatTensor` of shape `(layers, batch_size, tokens)`):
-            Scores of every layer's output, float32; of tokens that had halted, what a layer makes of zeros.
+            Scores of every layer's output, float32; meaningless for tokens that had halted, whose inputs are 0.
         hidden_states, attentions (`tuple[torch.Tensor]`, *optional*):
             As in Transformers' ViT; rows of halted tokens mean nothing.
     """
@@ -69,8 +69,8 @@ class AViTImageClassifierOutput(ModelOutput):
         mean_depth (`torch.FloatTensor` of shape `(batch_size,)`):
             Mean number of layers that the image's tokens run until its answer is there. An image leaves with its class
             token (and distillation token); other tokens that have not halted leave with it, and count with the layers
-            that they ran. The same in training, and whatever else is returned; where every token's own depth is meant,
-            as in the A-ViT paper, take the mean of `token_depth`.
+            that they ran. The same in training, and whatever other outputs are asked for. The A-ViT paper's mean depth,
+            of every token's own depth, is the mean of `token_depth`.
         macs (`torch.LongTensor` of shape `(batch_size,)`, *optional*, not returned in training mode):
             Multiply-accumulates in matrix products of the sparse computation until the image's answer is there. What
             runs only for `token_depth` or for recorded outputs is not counted.
@@ -161,7 +161,7 @@ class AViTModel(AViTPreTrainedModel):
         check_arguments(self, kwargs)
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
         hidden_states = self.begin(pixel_values, interpolate_pos_encoding)
-        halting = DenseHalting(self.config, epsilon, num_layers, hidden_states)
+        halting = DenseHalting(self.config, epsilon, hidden_states)
         run_layers(self.layers[:num_layers], hidden_states, self.config.sub_network, halting, **kwargs)
         return AViTModelOutput(
             last_hidden_state=self.layernorm(halting.output),
@@ -189,7 +189,7 @@ class AViTModel(AViTPreTrainedModel):
         epsilon, num_layers = self.resolve(halting_epsilon, max_depth)
         hidden_states = self.begin(pixel_values, interpolate_pos_encoding)
         batch_size, num_tokens, width = hidden_states.shape
-        halting = SparseHalting(self.config, epsilon, num_layers, hidden_states, all_depths=output_token_depth)
+        halting = SparseHalting(self.config, epsilon, hidden_states, all_depths=output_token_depth)
         run_layers(self.layers[:num_layers], hidden_states, self.config.sub_network, halting)
         output = halting.output.view(batch_size, self.config.num_prefix_tokens, width)
         return self.layernorm(output), halting.token_depth.view(batch_size, num_tokens)
@@ -291,7 +291,7 @@ class AViTForImageClassification(AViTPreTrainedModel):
     @classmethod
     def from_vit(cls, source, **config_overrides) -> "AViTForImageClassification":
         r"""
-        Start from a trained plain ViT or DeiT, of which an A-ViT has exactly the parameters.
+        Start from a trained plain ViT or DeiT. An A-ViT has exactly the same parameters.
 
         Args:
             source (`str`, `os.PathLike`, `ViTForImageClassification`, `DeiTForImageClassification` or
@@ -303,7 +303,8 @@ class AViTForImageClassification(AViTPreTrainedModel):
                 than the source's gives a new classifier, freshly initialised.
 
         Raises:
-            ValueError: if the source is no ViT or DeiT classifier, or an override changes what its weights fix.
+            ValueError: if the source is not a ViT or DeiT classifier, or an override changes a field that its weights
+                determine.
         """
         vit = load_classifier(source, ONE_OR_TWO_HEADS, config_overrides)
         model = cls(avit_config_from_vit(vit.config, **config_overrides))

@@ -84,7 +84,7 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
         state = {"hidden_states": hidden_states}
         if self.config.halting == "act":
             state["halted_output"] = torch.zeros_like(hidden_states[:, 0])
-            state["remainder"] = torch.ones_like(hidden_states[:, 0, 0], dtype=torch.float32)
+            state["remainder"] = hidden_states.new_ones(hidden_states.shape[0], dtype=torch.float32)
         elif self.config.halting == "pondernet":
             state["halting_noise"] = image_noise(pixel_values.to(hidden_states.dtype), self.config.halting_seed)
         return state
@@ -215,7 +215,7 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
         if self.config.halting is not None:
             class_token = state["tokens"][:, 0]
             if stage_index == self.config.num_stages - 1:
-                score = torch.ones_like(class_token[:, 0], dtype=torch.float32)
+                score = class_token.new_ones(class_token.shape[0], dtype=torch.float32)
             else:
                 score = self.halting_gates[stage_index](class_token).float().sigmoid().squeeze(1)
             state = {**state, "halting_score": score}
@@ -286,7 +286,7 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, None, threshold)
-        self.warn_of_outside_loss(labels, stages, output_stage_logits)
+        self.check_call(pixel_values, labels, stages, output_stage_logits)
         run = run_stages(
             self,
             self.exit_rule(threshold),

@@ -77,8 +77,7 @@ def resolve_network(
     if intermediate_size is None:
         return networks[number]
     network = replace(networks[number], intermediate_size=intermediate_size)
-    sizes = config.hidden_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    network.check_fits(*sizes, name="The sub-network with these `intermediate_size`")
+    network.check_fits(config, "The sub-network with these `intermediate_size`")
     return network
 
 

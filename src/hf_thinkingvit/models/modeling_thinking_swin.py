@@ -238,7 +238,7 @@ class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMix
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Images, as the image processor returns them.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Class indices, of which -100 is ignored. With one label (`config.num_labels == 1`) a float target for
+                Class indices; -100 is ignored. With one label (`config.num_labels == 1`) a float target for
                 regression; with `config.problem_type = "multi_label_classification"` a float tensor
                 `(batch_size, num_labels)`. In training mode without labels a warning says, once, that a loss computed
                 outside should be one of `stage_logits`; `output_stage_logits=True` says that it is.
@@ -264,7 +264,7 @@ class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMix
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
-        self.warn_of_outside_loss(labels, stages, output_stage_logits)
+        self.check_call(pixel_values, labels, stages, output_stage_logits)
         run = run_stages(
             self,
             self.exit_rule(threshold),
@@ -298,7 +298,7 @@ class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMix
                 of another number than the source's gives a new classifier, freshly initialised.
 
         Raises:
-            ValueError: if the source is no Swin classifier, or an override changes what its weights fix.
+            ValueError: if the source is no Swin classifier, or an override changes a field that its weights determine.
         """
         swin = load_swin(source, config_overrides)
         model = cls(thinking_swin_config_from_swin(swin.config, head_rounds, **config_overrides))

@@ -98,8 +98,8 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
 
     def run_stage(self, stage_index: int, state: State, all_tokens: bool = True, **kwargs) -> State:
         """
-        Run the layers of a stage. Of the last layer only the class token is computed, unless `all_tokens`; what the
-        other tokens need is in the state then.
+        Run the layers of a stage. Unless `all_tokens`, the last layer computes the class token alone, and the state
+        holds the inputs, keys and values from which `recycle` computes its other tokens.
 
         Returns:
             The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm.
@@ -206,7 +206,7 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Images, as the image processor returns them.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Class indices, of which -100 is ignored. With one label (`config.num_labels == 1`) a float target for
+                Class indices; -100 is ignored. With one label (`config.num_labels == 1`) a float target for
                 regression; with `config.problem_type = "multi_label_classification"` a float tensor
                 `(batch_size, num_labels)`. In training mode without labels a warning says, once, that a loss computed
                 outside should be one of `stage_logits`; `output_stage_logits=True` says that it is.
@@ -231,7 +231,7 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
-        self.warn_of_outside_loss(labels, stages, output_stage_logits)
+        self.check_call(pixel_values, labels, stages, output_stage_logits)
         run = run_stages(
             self,
             self.exit_rule(threshold),
@@ -248,8 +248,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         r"""
         Start from a trained plain ViT (the plug-in upgrade of the ThinkingViT paper).
 
-        The source goes into the leading channels and heads of the new model, of which the rest is freshly initialised;
-        so with a source as wide as stage 0, stage 0 gives the source's logits. A source of full width fills the whole
+        The source goes into the leading channels and heads of the new model; the rest is freshly initialised. With a
+        source as wide as stage 0, stage 0 gives the source's logits. A source of full width fills the whole
         model. One between the widths of two stages is a start for training only: no stage gives its logits.
 
         Args:

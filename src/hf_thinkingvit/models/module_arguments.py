@@ -1,4 +1,4 @@
-"""Checks of how a model is called that every `forward` shares."""
+"""Checks of call arguments that every `forward` shares."""
 
 import difflib
 import inspect
@@ -10,21 +10,21 @@ from transformers.utils import TransformersKwargs, logging
 
 logger = logging.get_logger(__name__)
 
-# What Transformers passes on to a model's layers, attention backend and loss, whatever the model is.
+# Arguments that Transformers passes on to the layers, attention backend and loss of any model.
 TRANSFORMERS_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
 
 
 def check_arguments(model: PreTrainedModel, kwargs: dict) -> None:
     """
-    Refuse a misspelt argument, which a `forward` with `**kwargs` would ignore. `None` asks for nothing: wrappers that
-    serve all kinds of models pass it as arguments of other kinds (`attention_mask`).
+    Refuse unknown arguments, such as misspelt ones, which a `forward` with `**kwargs` would ignore. `None` is accepted,
+    because generic wrappers pass it for arguments of other kinds of models (`attention_mask`).
 
     Args:
-        model (`PreTrainedModel`): whose `forward` was called.
-        kwargs (`dict`): what it was given beyond its own arguments.
+        model (`PreTrainedModel`): the model whose `forward` was called.
+        kwargs (`dict`): the `**kwargs` of that call.
 
     Raises:
-        TypeError: for a name that neither the model's `forward` nor Transformers knows, with the nearest that one does.
+        TypeError: if neither the model's `forward` nor Transformers knows a name; the message suggests the nearest.
     """
     for name in kwargs:
         if name not in TRANSFORMERS_ARGUMENTS and kwargs[name] is not None:
@@ -40,12 +40,12 @@ def _unknown_argument(model: PreTrainedModel, name: str) -> str:
 
 
 def warn_of_outside_loss(model: PreTrainedModel, message: str) -> None:
-    """Warn, once, of a call in training mode without labels: a loss computed outside may see part of the outputs."""
+    """Warn once of a call in training mode without labels: a loss computed outside may use only part of the outputs."""
     if model.training and torch.is_grad_enabled():
         _warn_once(f"{type(model).__name__} was called in training mode without `labels`. {message}")
 
 
-# torch.compile calls such a function while it traces, and so warns when it compiles, without a break in the graph.
+# torch.compile calls this function while tracing, so it warns at compile time and causes no graph break.
 @torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     logger.warning_once(message)

@@ -1,4 +1,4 @@
-"""Attributes of a module that are derived from its other attributes and stay behind when the module is copied."""
+"""Caches of a module, derived from its parameters or settings, which copies of the module do not inherit."""
 
 import torch
 from torch import nn
@@ -6,10 +6,10 @@ from torch import nn
 
 class ModuleCacheMixin:
     """
-    For a module that caches what it derived from its parameters or settings in the attributes `_cache_attributes`.
+    Mixin for a module with caches in the attributes `_cache_attributes`. Place it before `nn.Module` in the bases.
 
-    They are dropped by `copy.deepcopy`, by `pickle` and `torch.save`, and for the replicas of `nn.DataParallel`, which
-    share every other attribute with the original: each copy derives its own. Place it before `nn.Module` in the bases.
+    The caches are dropped by `copy.deepcopy`, by `pickle` and `torch.save`, and for the replicas of `nn.DataParallel`,
+    which share every other attribute with the original. Each copy builds its own.
     """
 
     _cache_attributes: tuple[str, ...] = ()
@@ -26,5 +26,5 @@ class ModuleCacheMixin:
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` may outlive the call: not one of a tracer (a fake tensor, say), nor of another subclass."""
+    """Whether `tensor` may be cached: not if it is of a subclass, such as a tracer's fake tensor."""
     return type(tensor) is torch.Tensor

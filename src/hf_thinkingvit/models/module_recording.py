@@ -1,6 +1,6 @@
 """
-What the models say to Transformers' recording of hidden states and attentions, and ask of it
-(`transformers.utils.output_capturing`, which records by forward hooks).
+Use of Transformers' recording of hidden states and attentions (`transformers.utils.output_capturing`, which records by
+forward hooks).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ RECORDINGS = ("output_hidden_states", "output_attentions")
 
 def record(module_class: type[nn.Module], index: int = 0, layer_name: str | None = None) -> OutputRecorder:
     """
-    What `_can_record_outputs` says of outputs that come stage after stage: entry `index` of what modules return; with
-    `layer_name`, only of modules within the submodule of that name.
+    Entry of `_can_record_outputs` that records output `index` of each module, stage after stage; with `layer_name`,
+    only of modules within the submodule of that name.
     """
     recorder = OutputRecorder(module_class, index=index, layer_name=layer_name)
     # Newer versions of Transformers resolve negative indices in `output_hidden_states` by this; older ones ignore it.
@@ -34,8 +34,8 @@ def wants_recordings(config, kwargs: dict) -> bool:
 @contextmanager
 def recording_off() -> Iterator[None]:
     """
-    For code that `torch.compile` traces where nothing is recorded. Transformers' idle hooks ask a context variable,
-    which some versions of torch cannot trace; told within the trace, they ask a plain attribute instead.
+    Within this context nothing is recorded, so that `torch.compile` can trace it. Transformers' idle hooks read a
+    context variable, which some versions of torch can trace only if the traced code has set it.
     """
     collector = getattr(output_capturing, "_active_collector", None)
     if not (hasattr(collector, "set") and hasattr(collector, "reset")):

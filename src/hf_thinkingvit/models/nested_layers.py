@@ -15,22 +15,24 @@ from .module_recording import is_idle_recorder
 
 class LeadingSliceMixin(ModuleCacheMixin):
     """
-    `leading(...)`: weight and bias of the leading channels. Taking the views anew costs more, at batch 1 on a CPU, than
-    some of the products that they serve, so inference caches them.
+    Provides `leading(...)`, views of the leading channels of weight and bias. Inference caches the views: taking them
+    again costs more, at batch 1 on a CPU, than some of the products that use them.
 
-    A cached view shares the storage of the parameter that it was taken from. So it needs no update when values change,
-    in place or through `.data`, nor when the storage itself is resized; it is dropped when the parameter no longer is
-    what it was (storage, offset, shape, strides, dtype), whether as another object or by `p.data = ...`. Only plain
-    parameters are cached, and only without gradients: a view taken under `torch.no_grad()` would cut the graph.
+    A cached view shares the storage of its parameter, so it needs no update when values change, in place or through
+    `.data`, or when the storage itself is resized. It is dropped when storage, offset, shape, strides or dtype change,
+    by assigning another parameter or by `p.data = ...`. Only views of plain parameters are cached, and only without
+    gradients: a view taken under `torch.no_grad()` would cut the graph.
     """
 
     _cache_attributes = ("_cached_views",)
 
     def leading(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Views of the leading corner `sizes` of the weight, and of as much of the bias as the corner has rows."""
+        """Views of `weight[:sizes[0], :sizes[1], ...]` and `bias[:sizes[0]]`."""
         weight, bias = self.weight, self.bias
         if sizes == weight.shape:
             return weight, bias
+        if any(size > full for size, full in zip(sizes, weight.shape)):
+            raise ValueError(f"A leading slice of {sizes} does not fit into a weight of {tuple(weight.shape)}.")
         if torch.compiler.is_compiling():
             return self._corner(weight, bias, sizes)
         if torch.is_grad_enabled() or not self._may_cache(weight, bias):
@@ -48,8 +50,8 @@ class LeadingSliceMixin(ModuleCacheMixin):
         return views
 
     def _may_cache(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        # Sharded, quantised and parametrized weights are no plain parameters; Accelerate, whose hook is `_hf_hook`,
-        # moves weights in for a call and out again.
+        # Sharded, quantised and parametrized weights are not plain parameters. Accelerate (`_hf_hook`) may load
+        # offloaded weights for each call.
         plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
         return plain and "_hf_hook" not in self.__dict__
 
@@ -62,7 +64,7 @@ class LeadingSliceMixin(ModuleCacheMixin):
         corner = tuple(slice(size) for size in sizes)
         return weight[corner], None if bias is None else bias[corner[0]]
 
-    # Right without these two as well, but views of the old weights would hold their memory until the next call.
+    # Not needed for correctness, but cached views would hold the memory of the old weights until the next call.
     def _apply(self, *args, **kwargs):
         self._drop_views()
         return super()._apply(*args, **kwargs)
@@ -73,12 +75,12 @@ class LeadingSliceMixin(ModuleCacheMixin):
 
 
 def _is_same_memory(tensor: torch.Tensor | None, alias: torch.Tensor | None) -> bool:
-    """Whether `tensor` still is the storage, offset, shape, strides and dtype that `alias` was taken from."""
+    """Whether `tensor` still has the storage, offset, shape, strides and dtype of `alias`, taken from it earlier."""
     if tensor is None or alias is None:
         return tensor is alias
     try:
         return tensor.dtype == alias.dtype and tensor.is_set_to(alias)
-    except NotImplementedError:  # of devices without memory (meta) or without this operation
+    except NotImplementedError:  # devices without memory (meta) or without this operation
         return False
 
 
@@ -106,8 +108,8 @@ class NestedConv2d(LeadingSliceMixin, nn.Conv2d):
         if start == 0:
             weight, bias = self.leading(stop or self.out_channels, *self.weight.shape[1:])
             return self._conv_forward(pixel_values, weight, bias).flatten(2).transpose(1, 2)
-        # Later channels are for the images that go on, maybe few: a product with their patches is the same, and quicker
-        # for few images than setting up a convolution.
+        # Later channels are computed only for the images that go on. A product with their patches gives the same,
+        # and is faster for few images than a convolution.
         rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], self.kernel_size))
         patches = pixel_values[..., : rows * self.kernel_size[0], : columns * self.kernel_size[1]]
         patches = patches.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
@@ -116,7 +118,7 @@ class NestedConv2d(LeadingSliceMixin, nn.Conv2d):
 
 
 class NestedLayerNorm(LeadingSliceMixin, nn.LayerNorm):
-    """LayerNorm over however many leading channels the input `(..., width)` has, with their weights and biases."""
+    """LayerNorm over inputs `(..., width)`, with the first `width` weights and biases."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         width = hidden_states.shape[-1]
@@ -124,25 +126,25 @@ class NestedLayerNorm(LeadingSliceMixin, nn.LayerNorm):
         return torch.layer_norm(hidden_states, (width,), weight, bias, self.eps)
 
 
-# Not public: where it is missing, hooks are assumed.
+# Private in torch. If it is missing, hooks are assumed.
 _has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
 
-# Classes whose output is memory that nobody else holds, or what an earlier one of them put out. Not their subclasses,
-# such as the layers of PEFT: those may return anything, their input for example.
+# Classes that return newly allocated memory, or the output of an earlier module of these classes, so that inference may
+# overwrite it. Subclasses, such as the layers of PEFT, do not count: they may return anything, for example their input.
 _OWN_OUTPUT: set[type[nn.Module]] = {GELUActivation, NestedLinear}
 
 
 def owns_output(module_class: type[nn.Module]) -> type[nn.Module]:
-    """Declares that `module_class` returns what its last `NestedLinear` put out, unless that is changed."""
+    """Class decorator that adds `module_class` to `_OWN_OUTPUT`."""
     _OWN_OUTPUT.add(module_class)
     return module_class
 
 
 def may_overwrite(output: torch.Tensor, *modules: nn.Module) -> bool:
     """
-    Whether inference may write into `output`, which the first of `modules` has just put out and the others have passed
-    on: fresh memory costs a layer on a CPU about a tenth of its time. Not where a gradient will need it, where a hook
-    may have kept it, or where a module is not the expected one and may have returned what others hold.
+    Whether inference may overwrite `output`, which the first of `modules` has just returned and the others have passed
+    on. Allocating memory takes about a tenth of a layer's time on a CPU. `False` if a gradient may need `output`, if a
+    hook may have stored it, or if one of `modules` has been replaced and may return a tensor that others hold.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(output) is not torch.Tensor:
         return False
@@ -155,7 +157,7 @@ def may_overwrite(output: torch.Tensor, *modules: nn.Module) -> bool:
 
 
 def _is_unobserved(module: nn.Module) -> bool:
-    """Whether `module` is of a class of `_OWN_OUTPUT` itself, with no hook that sees its input or output."""
+    """Whether the class of `module` is in `_OWN_OUTPUT`, and no hook sees its input or output."""
     attributes = module.__dict__
     if type(module) not in _OWN_OUTPUT or "forward" in attributes or attributes["_forward_pre_hooks"]:
         return False
@@ -166,8 +168,8 @@ def _is_unobserved(module: nn.Module) -> bool:
 
 
 def add_residual(hidden_states: torch.Tensor, branch: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
-    """`hidden_states + branch`, where the first of `modules` has just put out `branch`, and the others passed it on."""
-    # Under autocast, the sum is of the wider dtype.
+    """`hidden_states + branch`, where the first of `modules` has just returned `branch` and the others passed it on."""
+    # Under autocast, the sum has the wider dtype.
     if branch.dtype == hidden_states.dtype and may_overwrite(branch, *modules):
         return branch.add_(hidden_states)
     return hidden_states + branch
@@ -184,7 +186,7 @@ class NestedMLP(nn.Module):
         self.fc2 = NestedLinear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
-        """`hidden_states` (..., width) → the same shape, by way of the first `intermediate_size` channels."""
+        """`hidden_states` (..., width) → the same shape, through the first `intermediate_size` MLP channels."""
         intermediate = self.fc1(hidden_states, intermediate_size)
         if _is_exact_gelu(self.activation_fn) and may_overwrite(intermediate, self.fc1, self.activation_fn):
             torch.ops.aten.gelu_(intermediate)
@@ -194,15 +196,15 @@ class NestedMLP(nn.Module):
 
 
 def _is_exact_gelu(activation_fn: nn.Module) -> bool:
-    """Asked in every call, since the activation is an attribute that users replace."""
+    """Checked in every call, because users may replace the activation."""
     return type(activation_fn) is GELUActivation and activation_fn.act is nn.functional.gelu
 
 
 @owns_output
 class ResidualDropout(nn.Module):
     """
-    What training drops of a residual branch: single values (dropout), and the whole branch of an image (stochastic
-    depth, arXiv 1603.09382). What is kept is rescaled. In evaluation, nothing.
+    In training, drops single values of a residual branch (dropout) and the whole branch of an image (stochastic depth,
+    arXiv 1603.09382), and rescales the rest. In evaluation, the identity.
     """
 
     def __init__(self, dropout_prob: float = 0.0, drop_path_rate: float = 0.0):
@@ -211,7 +213,7 @@ class ResidualDropout(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` of shape `(batch, ...)`; one draw per image, so the number of tokens changes no draw."""
+        """`hidden_states` of shape `(batch, ...)`; stochastic depth draws once per image, not per token."""
         if not self.training:
             return hidden_states
         hidden_states = nn.functional.dropout(hidden_states, self.dropout_prob)

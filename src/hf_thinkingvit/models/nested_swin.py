@@ -100,7 +100,7 @@ class NestedSwinPatchMerging(nn.Module):
         rows, columns = hidden_states.shape[1:3]
         if rows % 2 or columns % 2:
             hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, columns % 2, 0, rows % 2))
-        # Of each square, down the left column and then down the right one.
+        # The order of the four neighbours: down the left column, then down the right one.
         squares = hidden_states.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
         return self.reduction(self.norm(squares.flatten(3)), out_channels)
 
@@ -148,7 +148,7 @@ class Windows(NamedTuple):
         offsets = (apart[:, None, :, None] * table_side + apart[None, :, None, :]).flatten()
         mask = None
         if shift:
-            # Bands along each axis: what lies in one band was adjacent before the shift.
+            # Bands along each axis: positions in the same band were adjacent before the shift.
             row_bands, column_bands = (
                 (torch.arange(side, device=device) >= side - window_size).long()
                 + (torch.arange(side, device=device) >= side - shift).long()
@@ -167,7 +167,7 @@ class Windows(NamedTuple):
         return hidden_states.flatten(1, 2).index_select(1, self.order).unflatten(1, (-1, self.size**2)).flatten(0, 1)
 
     def join(self, windows: torch.Tensor) -> torch.Tensor:
-        """The way back, without what was padded: (batch, rows, columns, channels)."""
+        """Inverse of `cut`, without the padding: (batch, rows, columns, channels)."""
         tokens = windows.unflatten(0, (-1, len(self.order) // self.size**2)).flatten(1, 2)
         return tokens.index_select(1, self.back).unflatten(1, self.grid)
 
@@ -180,8 +180,8 @@ def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
 
 class NestedQKV(LeadingSliceMixin, nn.Linear):
     """
-    Queries, keys and values from one matrix of 3 · channels rows, of which narrower rounds use the rows that `slicing`
-    says (see `qkv_slicing` in [`ThinkingSwinConfig`]). Slices are views, and whatever is one block of rows is one
+    Queries, keys and values from one matrix of 3 · channels rows. `slicing` says which of the rows narrower rounds use
+    (see `qkv_slicing` in [`ThinkingSwinConfig`]). Slices are views, and whatever is one block of rows is one
     product.
     """
 
@@ -265,7 +265,7 @@ class NestedSwinBlock(GradientCheckpointingLayer):
 
 class NestedSwinLayer(ModuleCacheMixin, nn.Module):
     """
-    A layer of the hierarchy: patch merging, except in the first, then blocks, of which every other one shifts its
+    A layer of the hierarchy: patch merging (except in the first layer), then blocks. Every other block shifts its
     windows by half their size.
     """
 

@@ -43,8 +43,8 @@ def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> 
 
 class NestedViTEmbeddings(nn.Module):
     """
-    Patches, class token (and distillation token) and position embeddings. Each channel is computed once: those that the
-    first stage reads for every image, the others when a stage needs them, for the images that it runs.
+    Patches, class token (and distillation token) and position embeddings. Each channel is computed once: those of the
+    first stage for every image, further ones when a wider stage runs, for the images that it runs.
     """
 
     def __init__(self, config: NestedViTConfig):
@@ -268,18 +268,19 @@ def run_layers(
     numbers, pending = sub_network.layer_numbers(len(layers)), {}
     for number in numbers:
         layer, sizes, arguments = layers[number], sub_network.at_layer(number), {}
+        is_last = number == numbers[-1]
         if policy is not None:
             if policy.is_done:
                 break
-            hidden_states, arguments = policy.before_layer(number, hidden_states)
-        if num_queries is None or number != numbers[-1]:
+            hidden_states, arguments = policy.before_layer(number, hidden_states, is_last)
+        if num_queries is None or not is_last:
             hidden_states = layer(hidden_states, sizes, **arguments, **kwargs)
         else:
             others = hidden_states[:, num_queries:]
             hidden_states, key, value = layer(hidden_states, sizes, slice(num_queries), **arguments, **kwargs)
             pending = {"hidden_states": others, "key": key, "value": value}
         if policy is not None:
-            hidden_states = policy.after_layer(number, hidden_states)
+            hidden_states = policy.after_layer(number, hidden_states, is_last)
     return hidden_states, pending
 
 

@@ -1,6 +1,6 @@
 """
-Stages compiled one by one, for a few batch sizes: early exit leaves any number of images, and a program for each number
-would compile for ever. Batches are filled up to the next size, and what was filled in is cut off again.
+Compilation of single stages, for a few batch sizes. Early exit leaves any number of images to a stage, and compiling a
+program for each number would take too long, so batches are padded to the next size and the padding is cut off again.
 """
 
 import threading
@@ -28,8 +28,8 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> list[int]:
 
 def compilable_step(step: Callable) -> Callable:
     """
-    Declares a step of a staged model (`begin`, `run_stage`, `recycle`): `step(self, [stage_index,] state, ...)`. Once
-    the model has been told to `compile_stages`, inference calls the step's compiled program, whoever calls the step.
+    Decorator for a step of a staged model (`begin`, `run_stage`, `recycle`): `step(self, [stage_index,] state, ...)`.
+    After `compile_stages`, calling the step in inference runs its compiled program.
     """
     parameters = [p for p in list(signature(step).parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [parameter.name for parameter in parameters]
@@ -41,14 +41,14 @@ def compilable_step(step: Callable) -> Callable:
         programs = self._stage_programs
         if programs is None or self.training or torch.is_grad_enabled():
             return step(self, *args, **kwargs)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # no program within another
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the caller is being compiled
             return step(self, *args, **kwargs)
         given = {name: kwargs[name] for name in kwargs if kwargs[name] is not None and name not in RECORDINGS}
         positional = dict(zip(names, args))
         arguments = {**defaults, **positional, **given}
         state = arguments.get(state_name)
-        # Programs are made for the step's own arguments, each given once and a plain value. Anything else runs as
-        # before, a call that records outputs for example; or fails as before.
+        # A program takes the step's own arguments, each given once and as a plain value. Any other call, for example
+        # one that records outputs, runs (or fails) without a program.
         fits = set(names) == arguments.keys() and len(args) == len(positional) and not positional.keys() & given.keys()
         constants = {name: value for name, value in arguments.items() if name != state_name}
         fits = fits and _is_batch(state) and all(isinstance(value, int | range | None) for value in constants.values())
@@ -61,8 +61,8 @@ def compilable_step(step: Callable) -> Callable:
 
 class CompiledStagesMixin(ModuleCacheMixin):
     """
-    `compile_stages`, for a model whose steps are marked with `compilable_step`. It leaves one attribute on the model,
-    which copies do not inherit: they run uncompiled until they are told to compile, too.
+    Provides `compile_stages`, for a model whose steps are decorated with `compilable_step`. Copies of the model do not
+    inherit its programs: they run uncompiled until `compile_stages` is called on them.
     """
 
     _stage_programs: "StagePrograms | None" = None
@@ -70,18 +70,18 @@ class CompiledStagesMixin(ModuleCacheMixin):
 
     def compile_stages(self, batch_sizes: Sequence[int] | None = (1, 2, 4, 8, 16, 32, 64), **options) -> None:
         r"""
-        Compile each stage, and each way from one to the next, by itself. In evaluation without gradients, `forward` and
-        everything else that runs stages then use the compiled programs; calls that record hidden states run as before.
-        Compiling happens at first use, once for each stage, batch size and image size. Whatever changes in the model
-        afterwards (weights, dtype, modules, hooks, configuration) is seen, and compiles again where it has to. Copies
+        Compile each stage, and each step from one stage to the next, separately. In evaluation without gradients,
+        `forward` and everything else that runs stages then use the compiled programs; calls that record hidden states
+        run uncompiled. Compilation happens at first use, once for each stage, batch size and image size. Later changes
+        of the model (weights, dtype, modules, hooks, configuration) take effect, and recompile if necessary. Copies
         (`copy.deepcopy`, `pickle`, the replicas of `nn.DataParallel`) are not compiled.
 
         Args:
             batch_sizes (`list[int]`, *optional*):
-                Batches are filled up to the next of these, and more images than the last run in parts, so that nothing
-                compiles again however many images a stage is left with. `None` undoes it.
+                Batches are padded to the next of these sizes, and larger batches than the last run in parts, so that no
+                number of images compiles again. `None` removes the compiled programs.
             options:
-                Of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
+                Options of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
 
         Raises:
             ValueError: if `batch_sizes` is neither `None` nor a list of positive integers.
@@ -96,18 +96,18 @@ class StagePrograms:
     """
     The compiled programs of a model's steps: one for each step, its arguments, batch size and image size.
 
-    A program takes the model as an argument and holds nothing of it, so it reads the weights of the model that it is
-    called with, as they are at that time; what it may rely on is for the guards of `torch.compile` to say.
+    A program takes the model as an argument and holds no reference to it, so it reads the current weights of the model
+    that it is called with. The guards of `torch.compile` decide whether it must be recompiled.
 
     Args:
-        batch_sizes (`list[int]`): ascending. More images than the last run in parts.
-        options (`dict`): of `torch.compile`.
+        batch_sizes (`list[int]`): ascending. Larger batches than the last run in parts.
+        options (`dict`): options of `torch.compile`.
     """
 
     def __init__(self, batch_sizes: list[int], options: dict[str, Any]):
         self.batch_sizes, self.options = batch_sizes, options
         self.programs: dict[tuple, Callable] = {}
-        # A CUDA graph writes each answer to where the last one was: it is copied before the next call may run.
+        # A CUDA graph reuses the memory of its outputs, so they are copied before the next call may run.
         self.copies = options.get("mode") in ("reduce-overhead", "max-autotune")
         self.lock = threading.Lock() if self.copies else nullcontext()
 
@@ -124,7 +124,7 @@ class StagePrograms:
         if size > count:
             rows = torch.arange(size, device=_first(state).device).clamp(max=count - 1)
             state = tree_map(lambda tensor: tensor.index_select(0, rows), state)
-        # A program is for certain strides, also where a dimension is 1: those of a view would make it compile again.
+        # Programs are specialised on strides, even of dimensions of size 1: those of a view would recompile.
         state = tree_map(lambda tensor: tensor.flatten().view(tensor.shape), state)
         program = self._program(step, state_name, state, constants)
         # A hook that is added or removed later must be seen; by default `torch.compile` does not look for hooks again.

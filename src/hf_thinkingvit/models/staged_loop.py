@@ -20,12 +20,13 @@ import torch
 from .exit_rules import ExitRule
 from .module_recording import wants_recordings
 from .staged_compilation import CompiledStagesMixin, compilable_step
-from .staged_run import Memory, StagedRun, StageStep, State, select_rows
+from .staged_run import Answer, Memory, StagedRun, StageStep, State, select_rows
 from .tasks import Task
 
 
-# Entries of a state that belong to the exit rule: they pass from stage to stage beside those of the model.
-MEMORY_PREFIX = "memory."
+# Entries of a state that are the loop's own pass from stage to stage beside those of the model: what the exit rule
+# remembers, and what has been accepted so far by a task that merges answers.
+MEMORY_PREFIX, ACCEPTED_PREFIX = "_memory.", "_accepted."
 
 
 def resolve_stages(
@@ -73,7 +74,7 @@ def step_stage(
     **kwargs,
 ) -> StageStep:
     """
-    Run a stage, with what leads to it, and decide which images exit.
+    Enter a stage (`begin` or `recycle`), run it, read its answers and judge them.
 
     Args:
         model (`StagedModelMixin`): provides the steps.
@@ -84,22 +85,47 @@ def step_stage(
             of the [`StageStep`] before, of the images that go on.
         interpolate_pos_encoding (`bool`, *optional*), kwargs: arguments of the model's `forward`.
     """
-    memory = {name.removeprefix(MEMORY_PREFIX): state[name] for name in state if name.startswith(MEMORY_PREFIX)}
+    memory, accepted = _take(state, MEMORY_PREFIX), _take(state, ACCEPTED_PREFIX)
     if stage_index == stages[0]:
         state = model.begin(
             state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding, stages=stages, **kwargs
         )
     else:
-        state = {name: state[name] for name in state if not name.startswith(MEMORY_PREFIX)} if memory else state
+        if memory or accepted:
+            state = {name: state[name] for name in state if not name.startswith((MEMORY_PREFIX, ACCEPTED_PREFIX))}
         state = model.recycle(stage_index - 1, state, **kwargs)
     is_last = stage_index == stages[-1]
     state = model.run_stage(stage_index, state, is_last=is_last, **kwargs)
+    if reserved := [name for name in state if name.startswith((MEMORY_PREFIX, ACCEPTED_PREFIX))]:
+        raise ValueError(f"A state may not have entries called {reserved}: these names are the loop's own.")
     answer = model.answer(stage_index, state)
+    if accepted:
+        answer = model.merge_answers(accepted, answer)
     verdict = rule.judge(stage_index, answer, memory)
     if verdict.memory:
         state = {**state, **{MEMORY_PREFIX + name: tensor for name, tensor in verdict.memory.items()}}
+    if model.merges_answers and not is_last:
+        state = {**state, **{ACCEPTED_PREFIX + name: tensor for name, tensor in answer.items()}}
     exits = torch.ones_like(verdict.exits) if is_last else verdict.exits
     return StageStep({**answer, "entropy": verdict.entropy}, verdict.score, exits, state)
+
+
+def _take(state: State, prefix: str) -> State:
+    """The entries of a state whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+
+
+def _put(accepted: Answer, answer: Answer, chosen: torch.Tensor) -> Answer:
+    """
+    The answers of a batch with some rows replaced: `chosen` is a mask (bool) of the rows of `answer` to take, or the
+    place in the batch of each row of `answer` (int64).
+    """
+    if chosen.dtype != torch.bool:
+        return {name: accepted[name].index_copy(0, chosen, rows) for name, rows in answer.items()}
+    return {
+        name: torch.where(chosen.view(-1, *[1] * (rows.dim() - 1)), rows, accepted[name])
+        for name, rows in answer.items()
+    }
 
 
 def run_stages(
@@ -134,12 +160,12 @@ def run_stages(
             run = StagedRun(answer, exit_stage, stage_index)
             undecided = torch.ones_like(step.exits)
         elif run_all:
-            run.accepted = model.merge_answers(run.accepted, answer, undecided)
+            run.accepted = _put(run.accepted, answer, undecided)
             run.exit_stage = torch.where(undecided, stage_index, run.exit_stage)
         elif rows is None:
             run.accepted, run.exit_stage = answer, torch.full_like(run.exit_stage, stage_index)
         else:
-            run.accepted = model.merge_answers(run.accepted, answer, rows)
+            run.accepted = _put(run.accepted, answer, rows)
             run.exit_stage = run.exit_stage.index_fill(0, rows, stage_index)
         run.steps.append(step._replace(state={}))
         if stage_index == stages[-1]:
@@ -159,7 +185,7 @@ def run_stages(
 
 class StagedModelMixin(CompiledStagesMixin, Task):
     """
-    The steps of a model that thinks in stages: those of its backbone (`base_model`), and a task's `answer`. The first
+    The steps of a model that thinks in stages: three of its backbone (`base_model`), and a task's `answer`. The first
     three are `compilable_step`s, which `compile_stages` compiles.
     """
 

@@ -28,7 +28,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
 
     A call takes what `ImageClassificationPipeline` takes, and any other iterable of images: a tuple, a `DataLoader`, a
     stream that has a length and no indices. Lists, tuples, and tensors or arrays of four dimensions give a list of
-    results, everything else an iterator. Dataset rows that are dicts are refused: give their images.
+    results, everything else an iterator. Dataset rows that are dicts are refused: pass their images.
 
     Args, of the pipeline or of a call:
         threshold (`float` or `list[float]`, *optional*):
@@ -39,14 +39,14 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         interpolate_pos_encoding (`bool`, *optional*):
             As in the model's `forward`.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
-            What becomes of an image that cannot be read. With `"return"` its place holds `[{"error": message}]`, a list
-            like any result, and the other images get theirs.
+            Whether an image that cannot be read raises an exception. With `"return"` its result is
+            `[{"error": message}]`, a list like any result, and the other images are classified.
         top_k, function_to_apply, timeout, batch_size, num_workers:
             As in `ImageClassificationPipeline`.
 
     Raises:
-        ValueError: if the model does not think in stages, for what is no image and no stream of images, or, unless
-            `on_error="return"`, for an image that cannot be read; the message names it.
+        ValueError: if the model does not think in stages; if the input is neither an image nor a stream of images; or,
+            unless `on_error="return"`, if an image cannot be read (the message names it).
 
     Example:
 
@@ -67,10 +67,10 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             )
 
     def check_model_type(self, supported_models) -> None:
-        """Transformers knows the classes of its own by name, and would log an error for all others."""
+        """Does nothing: Transformers would log an error for every class that is not its own."""
 
     def __call__(self, inputs: Any, **kwargs):
-        """As `ImageClassificationPipeline`, for more kinds of streams; an empty list is none of its errors."""
+        """As in `ImageClassificationPipeline`, for more kinds of streams. An empty list gives an empty list."""
         images = each_image(inputs)
         if is_one_image(inputs) or isinstance(inputs, Dataset):
             return super().__call__(inputs, **kwargs)
@@ -106,7 +106,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             check_one_image(image)
             image = read_image(image, timeout) if isinstance(image, (str, Image.Image)) else image
             return super().preprocess(as_8_bits(image))
-        except Exception as error:  # decoders raise many types, and none of them says which image it was
+        except Exception as error:  # decoders raise many types, without the name of the image
             name = image if isinstance(image, str) else getattr(image, "filename", "") or repr(image)
             raise ValueError(
                 f"Cannot read the image {name[:200]}: {type(error).__name__}: {error} "
@@ -114,7 +114,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             ) from error
 
     def read(self, image: Any, **preprocess_params) -> torch.Tensor | Exception:
-        """Pixel values `(channels, height, width)`, or why there are none."""
+        """Pixel values `(channels, height, width)`, or the exception if the image cannot be read."""
         try:
             return self.preprocess(image, **preprocess_params)["pixel_values"][0]
         except ValueError as error:
@@ -130,7 +130,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         if num_workers:
             if isinstance(inputs, list) or (isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset)):
                 images = PipelineDataset(inputs, self.read, preprocess_params)
-            else:  # one worker: each would read the whole stream
+            else:  # one worker, because each would read the whole stream
                 images, num_workers = PipelineIterator(each_image(inputs), self.read, preprocess_params), 1
             readings = DataLoader(images, batch_size=None, num_workers=num_workers)
         else:
@@ -140,9 +140,9 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
     def run_stream(
         self, readings: Iterable[torch.Tensor | Exception], batch_size: int, forward_params: dict[str, Any]
     ) -> Iterator[dict[str, Any] | Exception]:
-        """The model's outputs for each image, or why it could not be read, in order. Batches have one image size."""
+        """The model's outputs for each image, or its reading error, in order. The images of a batch have one size."""
         waiting: list[torch.Tensor | Exception] = []
-        size = None  # of the images that wait
+        size = None  # shape of the images in `waiting`
         for reading in readings:
             if isinstance(reading, torch.Tensor):
                 if size not in (None, reading.shape):
@@ -179,7 +179,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
                     raise output
 
     def _forward(self, model_inputs, **forward_params):
-        if self.model.training:  # it may have been trained since
+        if self.model.training:  # it may have been trained since the pipeline was created
             self.model.eval()
         return self.model(**model_inputs, **forward_params)
 
@@ -191,7 +191,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         return [{**result, **exit_facts} for result in super().postprocess(model_outputs, **postprocess_params)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save model and image processor. The model's code and configuration bring the pipeline with them."""
+        """Save model and image processor. The pipeline is saved with the model's code and configuration."""
         self.model.save_pretrained(save_directory, **kwargs)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory, **kwargs)

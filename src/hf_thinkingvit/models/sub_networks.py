@@ -69,14 +69,13 @@ class SubNetwork:
             return self
         return replace(self, intermediate_size=self.intermediate_size[layer])
 
-    def check_fits(
-        self, hidden_size: int, attention_size: int, intermediate_size: int, num_layers: int, name: str
-    ) -> None:
-        """`ValueError`, which calls the sub-network `name`, unless a model of these full sizes contains it."""
+    def check_fits(self, config, name: str) -> None:
+        """`ValueError`, which calls the sub-network `name`, unless a model of this `NestedViTConfig` contains it."""
+        num_layers = config.num_hidden_layers
         for what, used, full in (
-            ("channels", self.hidden_size, hidden_size),
-            ("channels of its heads", self.attention_size, attention_size),
-            ("MLP channels", self._widest, intermediate_size),
+            ("channels", self.hidden_size, config.hidden_size),
+            ("channels of its heads", self.attention_size, config.hidden_size),
+            ("MLP channels", self._widest, config.intermediate_size),
             ("layers", (self.layers or (num_layers - 1,))[-1] + 1, num_layers),
         ):
             if used > full:

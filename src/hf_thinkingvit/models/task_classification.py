@@ -2,9 +2,9 @@
 Image classification: the output of staged classifiers, the checks of labels, and the loss of one answer, of several
 stages' answers, and of a part of a batch.
 
-`Trainer` with gradient accumulation calls a model on parts of a batch, and tells it how many labels the whole batch has
-(`num_items_in_batch`). It then adds the gradients up and divides nothing. So each part's loss, which is a mean, must be
-scaled by the part's share of the batch; `share_of_batch` is that share, also for what a model adds to this loss.
+`Trainer` with gradient accumulation calls a model on parts of a batch, and passes the number of labels of the whole
+batch (`num_items_in_batch`). It then sums the gradients without dividing them. So each part's loss, which is a mean,
+must be scaled by the part's share of the batch, `share_of_batch`, as must any loss that a model adds to it.
 """
 
 from dataclasses import dataclass
@@ -52,8 +52,9 @@ class StagedImageClassifierOutput(ModelOutput):
             `exit_criterion` is `"entropy"`, of each label averaged over the labels where it is `"mean_binary_entropy"`,
             over the `entropy_top_k` most probable classes otherwise.
         stage_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_stage_logits=True` or in training mode):
-            Logits `(batch_size, num_labels)` of every stage for every image, also of stages after its exit: asking for
-            them makes all images run all stages. The other fields do not change.
+            Logits `(batch_size, num_labels)` of every stage that may run (with `sub_network`, of this one alone) for
+            every image, also of stages after its exit: asking for them makes all images run all stages. The other
+            fields do not change.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             The first stage's input, then each layer's output, stage after stage, for the stages that ran. Entries of
             stage i have the shape `(images, tokens, width of stage i)`, with only the images that ran it: those whose
@@ -74,7 +75,7 @@ class StagedImageClassifierOutput(ModelOutput):
 
 
 def problem_type_of(labels: torch.Tensor, config) -> str:
-    """`config.problem_type`; where it is `None`, what Transformers takes it for, from `num_labels` and the labels."""
+    """`config.problem_type`; if it is `None`, inferred from `num_labels` and the labels, as in Transformers."""
     problem_type = configured_problem_type(config)
     if problem_type is None:
         problem_type = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
@@ -85,12 +86,13 @@ def check_labels(labels: torch.Tensor, batch_size: int, config) -> None:
     """
     Refuse labels that do not fit the batch and `config`: class indices (int64) `(batch_size,)`; for multi-label
     classification floating-point targets `(batch_size, num_labels)` between 0 and 1; for regression floating-point
-    targets `(batch_size, num_labels)`, or `(batch_size,)` with one label. Values are checked on the CPU only: reading
-    them elsewhere would wait for the device. -100 marks class indices, and multi-label targets, that do not count.
+    targets `(batch_size, num_labels)`, or `(batch_size,)` with one label. Values are checked on the CPU only, because
+    reading them from another device would synchronise with it. Class indices and multi-label targets of
+    -100 are ignored.
 
     Raises:
-        ValueError: for another type, dtype, shape or value; and for multi-label targets of a model whose exit criterion
-            judges a softmax.
+        ValueError: if type, dtype, shape or values do not fit, or the exit criterion is for another kind of
+            classification than the labels.
     """
     if not isinstance(labels, torch.Tensor) or not (labels.is_floating_point() or labels.dtype == torch.long):
         got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
@@ -128,10 +130,10 @@ def check_labels(labels: torch.Tensor, batch_size: int, config) -> None:
 
 def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
     """
-    The share that these labels have of a batch of which they are a part: 1.0 where `num_items_in_batch` is `None`.
+    The share of `labels` in the whole batch of which they are a part; 1.0 if `num_items_in_batch` is `None`.
 
-    Counted as `Trainer` counts `num_items_in_batch`: every entry but -100. Of multi-label targets each label is one, so
-    that the share is that of the images. The shares of all parts, over accumulation steps and processes, sum to 1.
+    Every entry but -100 counts, as in `Trainer`'s `num_items_in_batch`. Multi-label targets have one entry per label,
+    so the share is that of the images. The shares of all parts, over accumulation steps and processes, sum to 1.
     """
     if num_items_in_batch is None:
         return 1.0
@@ -156,19 +158,19 @@ def classification_loss(
     Args:
         labels (`torch.Tensor`): as `check_labels` accepts them, on any device.
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`, any floating dtype): the answer.
-        config (`PreTrainedConfig`): of the model, for `num_labels` and `problem_type`.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): labels of the whole batch, of which this is a part:
-            the losses of all parts then sum to the loss of the whole. By default this is the whole.
+        config (`PreTrainedConfig`): the model's, for `num_labels` and `problem_type`.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): number of labels of the whole batch, if this is a
+            part of it; the losses of all parts then sum to the loss of the whole.
         label_smoothing (`float`, *optional*, defaults to 0.0): share of each target that is spread evenly over all
             classes. The models pass `config.label_smoothing` in training mode.
         kwargs: other arguments of a model's `forward`, ignored.
 
     Returns:
-        `torch.Tensor`: a float32 scalar, a mean over what counts (0 where nothing does).
+        `torch.Tensor`: a float32 scalar, the mean over the labels that are not -100 (0 if all are).
 
     Raises:
-        ValueError: for label smoothing in multi-label classification and regression, which have no other classes to
-            spread a target over.
+        ValueError: if `label_smoothing` is above 0 in multi-label classification or regression, which have no other
+            classes to spread a target over.
     """
     logits, labels = logits.float(), labels.to(logits.device)
     problem_type = problem_type_of(labels, config)
@@ -192,8 +194,8 @@ def classification_loss(
 
 def loss_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    What to call `model.loss_function` with, beside labels, logits and configuration: the arguments of `forward`, and in
-    training mode the label smoothing. In evaluation mode the loss measures the answers, without smoothing.
+    Keyword arguments of `model.loss_function`: those of `forward`, and in training mode the label smoothing. In
+    evaluation mode the loss measures the answers, without smoothing.
     """
     smoothing = model.config.label_smoothing if model.training else 0.0
     return {**kwargs, "label_smoothing": smoothing} if smoothing else kwargs
@@ -201,11 +203,11 @@ def loss_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, 
 
 class ImageClassificationTask(Task):
     """
-    One answer per image, `{"logits": (images, num_labels)}`: of a classification, single-label or multi-label, or of a
-    regression. Models say in `answer` from which features their classifier reads it.
+    One answer per image, `{"logits": (images, num_labels)}`, for single-label and multi-label classification and for
+    regression. Models implement `answer`, which applies their classifier to their features.
     """
 
-    _loss_function = staticmethod(classification_loss)  # behind `loss_function`, which users may set
+    _loss_function = staticmethod(classification_loss)  # the default of `loss_function`, which users may set
 
     def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
         check_labels(labels, batch_size, self.config)
@@ -213,22 +215,29 @@ class ImageClassificationTask(Task):
     def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
         return self.loss_function(labels, answer["logits"], self.config, **loss_arguments(self, kwargs))
 
-    def warn_of_outside_loss(
-        self, labels: torch.Tensor | None, stages: range, output_stage_logits: bool | None
+    def check_call(
+        self,
+        pixel_values: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        stages: range,
+        output_stage_logits: bool | None,
     ) -> None:
-        """Warn, once, of training several stages without labels, where the loss may be of the last stage alone."""
-        if labels is None and len(stages) > 1 and not output_stage_logits:
-            warn_of_outside_loss(self, OUTSIDE_LOSS)
+        """
+        `ValueError` for labels that do not fit, before anything is computed. And a warning, once, of training several
+        stages without labels, where the loss may be of the last stage alone.
+        """
+        if labels is None:
+            if len(stages) > 1 and not output_stage_logits:
+                warn_of_outside_loss(self, OUTSIDE_LOSS)
+        elif pixel_values is not None and pixel_values.dim() == 4:  # `begin` refuses other pixels
+            self.check_labels(labels, len(pixel_values))
 
     def build_output(
         self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
     ) -> StagedImageClassifierOutput:
         """The output of a run, with the loss if there are `labels`. The arguments are those of `forward`."""
         with_stage_logits = self.training or output_stage_logits
-        loss = None
-        if labels is not None:
-            self.check_labels(labels, len(run.exit_stage))
-            loss = self.run_loss(labels, run, **kwargs)
+        loss = None if labels is None else self.run_loss(labels, run, **kwargs)
         return StagedImageClassifierOutput(
             loss=loss,
             logits=run.accepted["logits"],

@@ -5,10 +5,11 @@ A task is a mixin for a `PreTrainedModel`. `task_classification.py` is one; anot
 like it, since the loop over stages only calls what is declared here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from .exit_rules import ExitRule
 from .staged_run import Answer, StagedRun
@@ -43,9 +44,15 @@ class Task:
     Attributes:
         reads_all_tokens (`bool`): whether `answer` reads all tokens of a stage, not just the leading (class) token.
             Stages compute the others only for the images that go on, where it does not.
+        merges_answers (`bool`): whether an image's accepted answer is made of those of several stages, by
+            `merge_answers`. By default it is the answer of the stage at which the image exits.
+        reported_entropy (`Callable`, *optional*): `(logits, top_k) -> (images,)`, the entropy to report of an answer
+            where the exit criterion's score is not an entropy; by default that of a classification.
     """
 
     reads_all_tokens: bool = False
+    merges_answers: bool = False
+    reported_entropy: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
     def answer(self, stage_index: int, state: dict[str, torch.Tensor]) -> Answer:
         """The answers of a stage, from the state as `run_stage` left it."""
@@ -53,24 +60,17 @@ class Task:
 
     def exit_rule(self, threshold: float | Sequence[float] | None = None) -> ExitRule:
         """The rule that decides after each stage, with `threshold` instead of `config.threshold` where it is given."""
-        return ExitRule.from_config(self.config, threshold)
+        return ExitRule.from_config(self.config, threshold, type(self).reported_entropy)
 
-    def merge_answers(self, accepted: Answer, answer: Answer, chosen: torch.Tensor) -> Answer:
+    def merge_answers(self, accepted: Answer, answer: Answer) -> Answer:
         """
-        Put some images' answers in place of those accepted so far.
+        What to accept of some images after a further stage, and what the exit rule judges. Called if `merges_answers`.
 
         Args:
-            accepted (`dict[str, torch.Tensor]`): one row per image of the batch.
-            answer (`dict[str, torch.Tensor]`): of a later stage, with the same entries.
-            chosen (`torch.Tensor`): where `answer` has a row for each image of the batch, which of them to take, bool
-                `(batch_size,)`; else the place in the batch of each of its rows, int64.
+            accepted (`dict[str, torch.Tensor]`): what the stages so far have come to, one row per image.
+            answer (`dict[str, torch.Tensor]`): the further stage's answers to the same images, with the same entries.
         """
-        if chosen.dtype != torch.bool:
-            return {name: accepted[name].index_copy(0, chosen, rows) for name, rows in answer.items()}
-        return {
-            name: torch.where(chosen.view(-1, *[1] * (rows.dim() - 1)), rows, accepted[name])
-            for name, rows in answer.items()
-        }
+        raise NotImplementedError
 
     def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
         """`ValueError` for labels that do not fit the batch and the configuration."""
@@ -78,6 +78,12 @@ class Task:
 
     def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
         """The loss of one answer, a float32 scalar."""
+        raise NotImplementedError
+
+    def build_output(
+        self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
+    ) -> ModelOutput:
+        """The output of a run, with the loss if there are `labels`. The arguments are those of `forward`."""
         raise NotImplementedError
 
     def run_loss(self, labels: torch.Tensor, run: StagedRun, **kwargs: Any) -> torch.Tensor:

@@ -79,12 +79,11 @@ def halt(
 
 class DenseHalting(TokenPolicy):
     """
-    Halted tokens are masked and set to zero; nothing is removed.
+    Halted tokens are masked and set to zero; nothing is removed. Tokens still active in the last layer halt there.
 
     Args:
         config (`AViTConfig`): for the halting score.
         epsilon (`float`): ε.
-        num_layers (`int`): tokens still active in the last of so many layers halt there.
         hidden_states (`torch.Tensor` of shape `(batch, tokens, width)`): the input of the first layer.
 
     Attributes:
@@ -94,8 +93,8 @@ class DenseHalting(TokenPolicy):
         scores (`list[torch.Tensor]`): halting scores `(batch, tokens)` of each layer's output.
     """
 
-    def __init__(self, config: AViTConfig, epsilon: float, num_layers: int, hidden_states: torch.Tensor):
-        self.config, self.epsilon, self.last_layer = config, epsilon, num_layers - 1
+    def __init__(self, config: AViTConfig, epsilon: float, hidden_states: torch.Tensor):
+        self.config, self.epsilon = config, epsilon
         shape, device = hidden_states.shape[:2], hidden_states.device
         self.active = torch.ones(shape, dtype=torch.bool, device=device)
         self.state = HaltingState.start(shape, device)
@@ -104,7 +103,9 @@ class DenseHalting(TokenPolicy):
         self.ponder = torch.zeros(shape, device=device)
         self.scores: list[torch.Tensor] = []
 
-    def before_layer(self, layer: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def before_layer(
+        self, layer: int, hidden_states: torch.Tensor, is_last: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         return hidden_states, {"active": self.active, "attention_mask": self._mask(hidden_states)}
 
     def _mask(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -114,11 +115,11 @@ class DenseHalting(TokenPolicy):
         mask = mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)
         return mask[:, None, None, :].expand(-1, 1, visible.shape[1], -1)
 
-    def after_layer(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+    def after_layer(self, layer: int, output: torch.Tensor, is_last: bool) -> torch.Tensor:
         config, active = self.config, self.active
         scores = halting_scores(output, config.gate_scale, config.gate_center, config.gate_channel)
         self.scores.append(scores)
-        last = torch.ones_like(scores) if layer == self.last_layer else scores
+        last = torch.ones_like(scores) if is_last else scores
         step, self.state = halt(self.state, last, self.epsilon, active)
         self.output = self.output + step.weight[..., None].to(output.dtype) * output
         self.ponder = self.ponder + active + torch.where(step.halts, step.weight, 0.0)
@@ -129,12 +130,11 @@ class DenseHalting(TokenPolicy):
 
 class SparseHalting(TokenPolicy):
     """
-    Halted tokens are removed. For inference: nothing here is differentiable.
+    Halted tokens are removed. Tokens still active in the last layer halt there. For inference: not differentiable.
 
     Args:
         config (`AViTConfig`): for the halting score and the number of prefix tokens (class, distillation).
         epsilon (`float`): ε.
-        num_layers (`int`): tokens still active in the last of so many layers halt there.
         hidden_states (`torch.Tensor` of shape `(batch, tokens, width)`): the input of the first layer.
         all_depths (`bool`): run images until all their tokens have halted, for their depths; otherwise an image leaves
             as soon as its prefix tokens have halted, after which nothing can change its answer.
@@ -144,14 +144,13 @@ class SparseHalting(TokenPolicy):
         token_depth (`torch.LongTensor` of shape `(batch * tokens,)`): layers that each token ran, as far as it was run.
     """
 
-    def __init__(
-        self, config: AViTConfig, epsilon: float, num_layers: int, hidden_states: torch.Tensor, all_depths: bool
-    ):
-        self.config, self.epsilon, self.last_layer, self.all_depths = config, epsilon, num_layers - 1, all_depths
+    def __init__(self, config: AViTConfig, epsilon: float, hidden_states: torch.Tensor, all_depths: bool):
+        self.config, self.epsilon, self.all_depths = config, epsilon, all_depths
+        self.num_layers = 0  # that have run
         batch_size, num_tokens, width = hidden_states.shape
         num_prefix, device = config.num_prefix_tokens, hidden_states.device
         self.output = hidden_states.new_zeros(batch_size * num_prefix, width)
-        self.token_depth = torch.full((batch_size * num_tokens,), num_layers, device=device)
+        self.token_depth = torch.zeros(batch_size * num_tokens, dtype=torch.long, device=device)
         self.packed = PackedTokens.whole(batch_size, num_tokens, num_prefix, device)
         self.state = HaltingState.start((batch_size * num_tokens,), device)
 
@@ -159,19 +158,23 @@ class SparseHalting(TokenPolicy):
     def is_done(self) -> bool:
         return self.packed.prefix.numel() == 0 and not (self.all_depths and self.packed.position.numel())
 
-    def before_layer(self, layer: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def before_layer(
+        self, layer: int, hidden_states: torch.Tensor, is_last: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         packed = self.packed
-        if layer == 0:
+        if not self.num_layers:
             hidden_states = hidden_states.flatten(0, 1)[None]
-        if layer < self.last_layer:
+        if not is_last:
             return hidden_states, {"query_lengths": packed.lengths, "key_lengths": packed.lengths}
-        # Every token halts here, so that only what is read of this layer's output needs computing.
+        # Every token halts here, and only the outputs of prefix tokens are read.
         lengths = {"query_lengths": packed.prefix_lengths, "key_lengths": packed.lengths}
         return hidden_states, {"queries": packed.prefix, **lengths}
 
-    def after_layer(self, layer: int, output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def after_layer(self, layer: int, output: torch.Tensor | tuple[torch.Tensor, ...], is_last: bool) -> torch.Tensor:
         config, packed = self.config, self.packed
-        if layer == self.last_layer:
+        self.num_layers += 1
+        if is_last:
+            self.token_depth[packed.position] = self.num_layers
             prefix, weight = output[0][0], self.state.remainder[packed.prefix]
             self.output.index_add_(0, packed.prefix_slot, weight[:, None].to(self.output.dtype) * prefix)
             return prefix[None]
@@ -187,7 +190,7 @@ class SparseHalting(TokenPolicy):
             unfinished = torch.zeros(packed.batch_size, device=stays.device)
             unfinished.index_add_(0, packed.image[packed.prefix], stays[packed.prefix].float())
             stays = stays & (unfinished > 0)[packed.image]
-        self.token_depth[packed.position[~stays]] = layer + 1
+        self.token_depth[packed.position[~stays]] = self.num_layers
         rows = stays.nonzero().squeeze(1)
         self.packed, self.state = packed.select(rows), self.state.select(rows)
         return hidden_states[rows][None]

@@ -1,4 +1,4 @@
-"""A-ViT's training loss (arXiv 2112.07658, section 3): of its answers, and of how long its tokens compute."""
+"""A-ViT's training loss (arXiv 2112.07658, section 3): the task loss, the ponder loss and the distributional prior."""
 
 import torch
 from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def prior_loss(mean_scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def halting_losses(halting_scores: torch.Tensor, ponder: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The ponder loss, which is the mean of what the tokens have computed, and the distributional prior's loss: unweighted
+    The ponder loss (the mean of ρ over all tokens) and the loss of the distributional prior: unweighted
     float32 scalars.
 
     Args:

@@ -1,6 +1,6 @@
 """
-Images with different numbers of tokens, packed one after another without padding: which token is whose, and attention
-of each image over its own tokens.
+Images with different numbers of tokens, packed one after another without padding: which image each token belongs to,
+and attention of each image over its own tokens.
 """
 
 import inspect
@@ -14,17 +14,17 @@ from torch import nn
 
 class PackedTokens:
     """
-    Where the packed tokens of a batch come from. Made anew only when tokens leave.
+    Image and position of each packed token of a batch. Rebuilt only when tokens leave.
 
     Args:
         position (`torch.LongTensor` of shape `(tokens,)`): index of each token in the flattened `(batch, num_tokens)`.
-        batch_size, num_tokens (`int`): of the batch before any token left.
-        num_prefix (`int`): the first so many tokens of each image are its prefix (class, distillation).
+        batch_size, num_tokens (`int`): sizes of the batch before any token left.
+        num_prefix (`int`): number of prefix tokens (class, distillation), which are the first of each image.
 
     Attributes:
-        image (`torch.LongTensor` of shape `(tokens,)`): whose token it is.
-        prefix (`torch.LongTensor`): which of the packed tokens are prefix tokens.
-        prefix_slot (`torch.LongTensor`): index of each of those in the flattened `(batch, num_prefix)`.
+        image (`torch.LongTensor` of shape `(tokens,)`): index of the image of each token.
+        prefix (`torch.LongTensor`): indices of the prefix tokens among the packed tokens.
+        prefix_slot (`torch.LongTensor`): index of each prefix token in the flattened `(batch, num_prefix)`.
         lengths, prefix_lengths (`tuple[int]`): tokens and prefix tokens per image, without images that have none left.
     """
 
@@ -50,7 +50,7 @@ class PackedTokens:
 
 @cache
 def variable_length_kernel() -> Callable | None:
-    """`torch.nn.attention.varlen.varlen_attn`, where this version of torch has it and it takes `scale`."""
+    """`torch.nn.attention.varlen.varlen_attn`; `None` if this version of torch lacks it or its argument `scale`."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -59,7 +59,7 @@ def variable_length_kernel() -> Callable | None:
 
 
 def runs_variable_length_kernel(query: torch.Tensor) -> bool:
-    """Whether `varlen_attn` is there and runs here: flash attention, so NVIDIA from Ampere on, in half precision."""
+    """Whether `varlen_attn` exists and supports `query`: half precision on NVIDIA GPUs from Ampere on."""
     return (
         query.is_cuda
         and torch.version.hip is None
@@ -85,10 +85,12 @@ def packed_attention(
     scaling: float,
 ) -> torch.Tensor:
     """
+    Attention of each image over its own tokens.
+
     Args:
         query (`torch.Tensor` of shape `(1, heads, all queries, head_dim)`): the images' queries, one after another.
         key, value (`torch.Tensor` of shape `(1, heads, all keys, head_dim)`): likewise.
-        query_lengths, key_lengths (`tuple[int]`): how many each image has; an image may have no queries.
+        query_lengths, key_lengths (`tuple[int]`): number of queries and keys per image; an image may have no queries.
 
     Returns:
         `torch.Tensor` of shape `(1, all queries, heads, head_dim)`.

@@ -20,10 +20,13 @@ class TokenPolicy:
 
     is_done: bool = False
 
-    def before_layer(self, layer: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def before_layer(
+        self, layer: int, hidden_states: torch.Tensor, is_last: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Args:
             layer (`int`): number of the layer, from 0.
+            is_last (`bool`): whether it is the last layer that runs.
             hidden_states (`torch.Tensor` of shape `(batch, tokens, width)`): the tokens so far.
 
         Returns:
@@ -32,8 +35,8 @@ class TokenPolicy:
         """
         return hidden_states, {}
 
-    def after_layer(self, layer: int, output: Any) -> torch.Tensor:
-        """What the next layer's `before_layer` gets, from what the layer returned (a tuple if it got `queries`)."""
+    def after_layer(self, layer: int, output: Any, is_last: bool) -> torch.Tensor:
+        """The tokens for the next layer, from the output of this one (a tuple if it was called with `queries`)."""
         return output
 
 

@@ -1,4 +1,4 @@
-"""Plain Transformers Swin classifiers → ThinkingSwin models of the same size, whose rounds use parts of them."""
+"""Converts plain Transformers Swin classifiers to ThinkingSwin models of the same size."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from .configuration_thinking_swin import ThinkingSwinConfig
 from .weights_from_vit import HEADS, check_overrides, load_classifier, match_source, override_fields
 
 
-# What both kinds of model mean in the same way.
+# Fields with the same meaning in both configurations.
 SHARED_FIELDS = (
     "image_size",
     "patch_size",
@@ -42,10 +42,10 @@ def load_swin(source: str | os.PathLike | PreTrainedModel, overrides: dict) -> S
 
 def thinking_swin_config_from_swin(config, head_rounds=None, **overrides) -> ThinkingSwinConfig:
     """
-    The configuration of a ThinkingSwin of the size of the Swin `config`.
+    The configuration of a ThinkingSwin with the sizes of the Swin `config`.
 
     Raises:
-        ValueError: if the rounds are none that the source can have, or an override changes what its weights fix.
+        ValueError: if `head_rounds` does not fit the source, or an override changes a field that its weights fix.
     """
     check_overrides(overrides, FIXED_FIELDS)
     heads = list(config.num_heads)
@@ -57,7 +57,7 @@ def thinking_swin_config_from_swin(config, head_rounds=None, **overrides) -> Thi
 
 
 def _source_names(name: str) -> list[str]:
-    """The source's names of the tensors that, one upon another, are our parameter `name`; none for recycling."""
+    """Names of the source's tensors whose concatenation is our parameter `name`; an empty list for recycling."""
     name = name.removeprefix("thinking_swin.")
     if name.startswith("recyclers."):
         return []
@@ -65,7 +65,7 @@ def _source_names(name: str) -> list[str]:
         return [name]
     name = name.replace("patch_embeddings.", "patch_embeddings.projection.")
     merging = re.match(r"layers\.(\d+)\.(downsample\..*)", name)
-    if merging:  # before the layer here, and behind the one before it there
+    if merging:  # part of the layer that follows it here, of the layer before it in the source
         name = f"layers.{int(merging[1]) - 1}.{merging[2]}"
     name = re.sub(r"^layers\.", "encoder.layers.", name)
     name = name.replace("attention.relative", "attention.relative_position_bias.relative")
@@ -75,8 +75,8 @@ def _source_names(name: str) -> list[str]:
 @torch.no_grad()
 def import_swin(model: PreTrainedModel, swin: PreTrainedModel) -> None:
     """
-    Put the weights of `swin` into `model`, which takes on its device, dtype and mode; recycling keeps what it has, and
-    so does the classifier of another number of labels.
+    Copy the weights of `swin` into `model`, and move `model` to its device, dtype and training mode. Recycling is left
+    unchanged, as is the classifier if the numbers of labels differ.
     """
     takes_classifier = match_source(model, swin)
     weights = dict(swin.named_parameters())

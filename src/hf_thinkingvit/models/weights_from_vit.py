@@ -1,8 +1,8 @@
 """
-Plain Transformers ViT / DeiT classifiers → models of this package, and a stage of a ThinkingViT → a plain classifier.
+Converts plain Transformers ViT and DeiT classifiers to models of this package, and a stage of a ThinkingViT back.
 
-Both ways are one operation, because a stage is the leading corner of every weight: parameters pair up by name, and the
-smaller of the two is the leading corner of the larger.
+Both directions pair the parameters by name. A stage uses the leading rows and columns of every weight, so the smaller
+parameter of a pair is a leading slice of the larger.
 """
 
 import os
@@ -28,7 +28,7 @@ from .configuration_thinkingvit import ThinkingViTConfig
 
 logger = logging.get_logger(__name__)
 
-# What both kinds of model mean in the same way, whatever the width.
+# Fields with the same meaning in both configurations, independent of the width.
 SHARED_FIELDS = (
     "num_hidden_layers",
     "hidden_act",
@@ -51,7 +51,7 @@ ONE_HEAD = (ViTForImageClassification, DeiTForImageClassification)
 ONE_OR_TWO_HEADS = (*ONE_HEAD, DeiTForImageClassificationWithTeacher)
 
 
-# Parameters that belong to the labels: of our models, and under the source's names.
+# Prefixes of the classifiers' parameters, in our models and in the source.
 HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "exit_classifiers.")
 
 
@@ -59,11 +59,11 @@ def load_classifier(
     source: str | os.PathLike | PreTrainedModel, accepted: tuple[type[PreTrainedModel], ...], overrides: dict
 ) -> PreTrainedModel:
     """
-    An image classifier of one of the `accepted` classes, from a model, a folder or a Hub id. It may lack the classifier
-    itself where `overrides` of the configuration say what the labels are.
+    An image classifier of one of the `accepted` classes, from a model, a folder or a Hub id. It may lack the
+    classification head if `overrides` of the configuration define the labels.
 
     Raises:
-        ValueError: if it is of another class, or its checkpoint lacks weights, such as those of the classifier.
+        ValueError: if it has another class, or its checkpoint lacks weights, such as those of the head.
     """
     needs_classifier = all(overrides.get(name) is None for name in ("num_labels", "id2label", "label2id"))
     names = " or ".join(f"`{expected.__name__}`" for expected in accepted)
@@ -102,8 +102,7 @@ FIXED_FIELDS = (
 
 
 def check_overrides(overrides: dict, fixed_fields: tuple[str, ...] = FIXED_FIELDS) -> None:
-    """`ValueError` for overrides of what the source's weights fix. The labels are free: another number of them gets a
-    new classifier."""
+    """`ValueError` if `overrides` has one of `fixed_fields`, which the source's weights fix."""
     fixed = [name for name in fixed_fields if name in overrides]
     if fixed:
         raise ValueError(
@@ -113,8 +112,8 @@ def check_overrides(overrides: dict, fixed_fields: tuple[str, ...] = FIXED_FIELD
 
 def override_fields(fields: dict, overrides: dict) -> dict:
     """
-    The source's `fields` of a configuration, of which `overrides` win. Of `num_labels`, `id2label` and `label2id` one
-    is enough; the source's names of the labels stay where only their number is given and it is the same.
+    The source's `fields`, updated with `overrides`. One of `num_labels`, `id2label` and `label2id` is enough; the
+    source's label names remain if only their number is given and is the same.
 
     Raises:
         ValueError: if the overrides' labels contradict each other.
@@ -135,8 +134,8 @@ def thinkingvit_config_from_vit(
     The configuration of a ThinkingViT with the head size of the ViT or DeiT `config`, as wide as its widest stage.
 
     Raises:
-        ValueError: if all of `thinking_stages` have fewer heads than the source, or an override changes what the
-            source's weights fix.
+        ValueError: if all of `thinking_stages` have fewer heads than the source, or an override changes a field
+            that the source's weights fix.
     """
     check_overrides(overrides)
     source_heads = config.num_attention_heads
@@ -172,10 +171,10 @@ def fields_from_vit(config: PreTrainedConfig, overrides: dict) -> dict:
 
 def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     """
-    The configuration of an A-ViT of the size of the ViT or DeiT `config`; a DeiT makes it a distilled one.
+    The configuration of an A-ViT with the sizes of the ViT or DeiT `config`, and a distillation token for a DeiT.
 
     Raises:
-        ValueError: if an override changes what the source's weights fix.
+        ValueError: if an override changes a field that the source's weights fix.
     """
     fields = fields_from_vit(config, overrides)
     fields["use_distillation_token"] = isinstance(config, DeiTConfig)
@@ -220,11 +219,11 @@ def pairs_of_layers(
 
 def match_source(model: PreTrainedModel, source: PreTrainedModel) -> bool:
     """
-    `model` takes on device, dtype and mode of `source`.
+    Move `model` to the device, dtype and training mode of `source`.
 
     Returns:
-        Whether the source's classifier fits. Where the numbers of labels differ it does not, and that of `model` stays
-        as it was initialised, which is logged as by `from_pretrained`.
+        Whether the source's classifier fits. If the numbers of labels differ it does not: `model` gets a newly
+        initialised one, and a warning as from `from_pretrained`.
     """
     model.to(device=source.device, dtype=source.dtype).train(source.training)
     fits = model.config.num_labels == source.config.num_labels
@@ -243,8 +242,8 @@ def match_source(model: PreTrainedModel, source: PreTrainedModel) -> bool:
 @torch.no_grad()
 def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> bool:
     """
-    Put the weights of `vit` into the leading channels and heads of `model`, which takes on its device, dtype and mode.
-    Returns whether those of the classifier are among them (see `match_source`).
+    Copy the weights of `vit` into the leading channels and heads of `model`, and move `model` to its device, dtype and
+    training mode. Returns whether the classifier was copied (see `match_source`).
     """
     takes_classifier = match_source(model, vit)
     for name, nested, parameter in _pairs(model, vit):
@@ -255,7 +254,7 @@ def import_vit(model: PreTrainedModel, vit: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def export_stage(model: PreTrainedModel, stage_index: int) -> PreTrainedModel:
-    """A plain ViT, or DeiT where there is a distillation token, with the weights of one stage of a ThinkingViT."""
+    """A plain ViT, or DeiT if there is a distillation token, with the weights of one stage of a ThinkingViT."""
     config = model.config
     if isinstance(stage_index, bool) or not isinstance(stage_index, int) or not 0 <= stage_index < config.num_stages:
         raise ValueError(f"`stage_index` must be an integer from 0 to {config.num_stages - 1}, got {stage_index!r}.")
