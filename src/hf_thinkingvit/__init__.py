@@ -10,6 +10,8 @@ from .conversion import convert_checkpoint
 from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
 from .models.configuration_avit import AViTConfig
+from .models.configuration_early_exit_vit import EarlyExitViTConfig
+from .models.configuration_elastic_vit import ElasticViTConfig
 from .models.configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .models.configuration_thinkingvit import ThinkingViTConfig
 from .models.exit_criteria import EXIT_CRITERIA, ExitCriterion
@@ -20,6 +22,18 @@ from .models.modeling_avit import (
     AViTModel,
     AViTModelOutput,
     AViTPreTrainedModel,
+)
+from .models.modeling_early_exit_vit import (
+    EarlyExitImageClassifierOutput,
+    EarlyExitViTForImageClassification,
+    EarlyExitViTModel,
+    EarlyExitViTPreTrainedModel,
+)
+from .models.modeling_elastic_vit import (
+    ElasticImageClassifierOutput,
+    ElasticViTForImageClassification,
+    ElasticViTModel,
+    ElasticViTPreTrainedModel,
 )
 from .models.modeling_thinking_swin import (
     ThinkingSwinForImageClassification,
@@ -47,6 +61,16 @@ __all__ = [
     "AViTPreTrainedModel",
     "AdaptiveImageClassificationPipeline",
     "EXIT_CRITERIA",
+    "ElasticImageClassifierOutput",
+    "ElasticViTConfig",
+    "ElasticViTForImageClassification",
+    "ElasticViTModel",
+    "ElasticViTPreTrainedModel",
+    "EarlyExitImageClassifierOutput",
+    "EarlyExitViTConfig",
+    "EarlyExitViTForImageClassification",
+    "EarlyExitViTModel",
+    "EarlyExitViTPreTrainedModel",
     "ExitCriterion",
     "ExitRule",
     "SubNetwork",

@@ -19,10 +19,18 @@ from hf_thinkingvit.families.record import Costs
 from hf_thinkingvit.hub import model_card
 from hf_thinkingvit.models.configuration_staged import thinks_in_stages
 from tests.models.test_modeling_avit import lively_avit
+from tests.models.test_modeling_early_exit_vit import lively_exits
+from tests.models.test_modeling_elastic_vit import lively_elastic
 from tests.utils import FIXTURES, lively_model, lively_swin
 
 
-MODELS = {"thinkingvit": lively_model, "thinking_swin": lively_swin, "avit": lively_avit}
+MODELS = {
+    "thinkingvit": lively_model,
+    "thinking_swin": lively_swin,
+    "avit": lively_avit,
+    "early_exit_vit": lively_exits,
+    "elastic_vit": lively_elastic,
+}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -52,7 +60,7 @@ class TestRecord:
     def test_counts_as_the_family_computes(self, family):
         staged = thinks_in_stages(family.config_class())
         assert (family.costs.stages is not None) == (family.costs.published_stages is not None) == staged
-        assert staged or family.costs.halting is not None
+        assert staged or family.costs.halting is not None or family.costs.sub_networks is not None
 
     def test_starts_from_plain_models_with_every_head(self, family):
         assert all(callable(getattr(head, family.plain.constructor)) for head in family.heads.values())
@@ -61,7 +69,7 @@ class TestRecord:
         model = MODELS[family.model_type]()
         for each in (model, model.base_model, model.config, nn.DataParallel(model), torch.compile(model)):
             assert family_of(each) is family
-            assert thinks_in_stages(each) == (family.model_type != "avit")
+            assert thinks_in_stages(each) == (family.model_type not in ("avit", "elastic_vit"))
 
     def test_is_found_from_classes_of_others(self, family):
         """Remote code (the same model type, another class), and a subclass with another model type."""
@@ -76,7 +84,7 @@ class TestRecord:
 
 def test_a_model_of_no_family():
     for other in (ViTConfig(), nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match=f"families thinkingvit, thinking_swin, avit, got {type(other).__name__}"):
+        with pytest.raises(ValueError, match=f"families {', '.join(FAMILIES)}, got {type(other).__name__}"):
             family_of(other)
 
 

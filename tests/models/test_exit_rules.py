@@ -14,8 +14,9 @@ from hf_thinkingvit.models.exit_scores import (
 )
 
 
-# Those of one answer for each image; the others judge maps, and are tested with segmentation.
-CRITERIA = sorted(name for name, criterion in EXIT_CRITERIA.items() if not criterion.is_dense)
+# Criteria that judge a stage by its logits alone, of one answer for each image. `test_modeling_early_exit_vit.py` tests
+# the criteria with memory, and the tests of segmentation those of maps.
+CRITERIA = sorted(n for n, criterion in EXIT_CRITERIA.items() if criterion.score is not None and not criterion.is_dense)
 LOGITS = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)) * 4
 
 

@@ -12,6 +12,12 @@ from hf_thinkingvit import (
     AViTConfig,
     AViTForImageClassification,
     AViTModel,
+    EarlyExitViTConfig,
+    EarlyExitViTForImageClassification,
+    EarlyExitViTModel,
+    ElasticViTConfig,
+    ElasticViTForImageClassification,
+    ElasticViTModel,
     ThinkingSwinConfig,
     ThinkingSwinForImageClassification,
     ThinkingSwinModel,
@@ -179,6 +185,53 @@ class ThinkingSwinModelTester(ThinkingViTModelTester):
 class ThinkingSwinModelTest(ThinkingViTModelTest):
     all_model_classes = (ThinkingSwinModel, ThinkingSwinForImageClassification)
     model_tester_class = ThinkingSwinModelTester
+
+
+class EarlyExitViTModelTester(ThinkingViTModelTester):
+    """The same for exits by layer, each with a transformer layer of its own."""
+
+    def __init__(self, parent):
+        super().__init__(parent, thinking_stages=(4,))
+
+    def get_config(self):
+        return self.sized(EarlyExitViTConfig, exit_head="transformer_layer", threshold=0.0)
+
+
+class EarlyExitViTModelTest(ThinkingViTModelTest):
+    all_model_classes = (EarlyExitViTModel, EarlyExitViTForImageClassification)
+    model_tester_class = EarlyExitViTModelTester
+
+    @unittest.skip("expects one classifier that depends on the number of labels, and exits have their own")
+    def test_can_load_ignoring_mismatched_shapes(self):
+        pass
+
+
+class ActModelTester(EarlyExitViTModelTester):
+    """The same for learned halting, which never ends early at τ = 1."""
+
+    def get_config(self):
+        return self.sized(EarlyExitViTConfig, halting="act", exit_head="shared", threshold=1.0)
+
+
+class ActModelTest(ThinkingViTModelTest):
+    all_model_classes = (EarlyExitViTModel, EarlyExitViTForImageClassification)
+    model_tester_class = ActModelTester
+
+    @unittest.skip("the loss of learned halting is of single-label classification")
+    def test_problem_types(self):
+        pass
+
+
+class ElasticViTModelTester(EarlyExitViTModelTester):
+    """The same for an elastic ViT, which runs as a whole."""
+
+    def get_config(self):
+        return self.sized(ElasticViTConfig)
+
+
+class ElasticViTModelTest(ThinkingViTModelTest):
+    all_model_classes = (ElasticViTModel, ElasticViTForImageClassification)
+    model_tester_class = ElasticViTModelTester
 
 
 class AViTModelTester(ThinkingViTModelTester):

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from hf_thinkingvit import ThinkingViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.models.test_modeling_avit import lively_avit
+from tests.models.test_modeling_early_exit_vit import lively_method
+from tests.models.test_modeling_elastic_vit import lively_elastic
 from tests.utils import lively_model, lively_swin, middle_threshold, random_images
 
 
@@ -74,11 +76,19 @@ for family, overrides in cases.items():
 
 
 PIXEL_VALUES = random_images()
-MODELS = {"thinkingvit": lively_model(), "thinking_swin": lively_swin(), "avit": lively_avit()}
+MODELS = {
+    "thinkingvit": lively_model(),
+    "thinking_swin": lively_swin(),
+    "avit": lively_avit(),
+    "early_exit_vit": lively_method("pondernet"),
+    "elastic_vit": lively_elastic(),
+}
 OVERRIDES = {
     "thinkingvit": {"threshold": middle_threshold(MODELS["thinkingvit"], PIXEL_VALUES)},
     "thinking_swin": {"threshold": middle_threshold(MODELS["thinking_swin"], PIXEL_VALUES)},
     "avit": {"halting_epsilon": 0.02},
+    "early_exit_vit": {"threshold": 0.9},
+    "elastic_vit": {"default_sub_network": 1},
 }
 
 
@@ -108,20 +118,22 @@ def test_the_code_comes_from_the_folder(loaded_elsewhere):
 def test_loads_without_the_package_and_gives_equal_outputs(family, loaded_elsewhere):
     root, _ = loaded_elsewhere
     model, found = MODELS[family], load_file(root / f"{family}.safetensors")
+    arguments = {"sub_network": 1} if family == "elastic_vit" else OVERRIDES[family]
     with torch.no_grad():
-        expected = dict(model(PIXEL_VALUES, **OVERRIDES[family]))
+        expected = dict(model(PIXEL_VALUES, **arguments))
         expected["tokens"] = model.base_model(PIXEL_VALUES).last_hidden_state
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=lambda m: f"{name}: {m}")
-    assert len(expected["macs" if family == "avit" else "exit_stage"].unique()) > 1
+    if family != "elastic_vit":
+        assert len(expected["macs" if family == "avit" else "exit_stage"].unique()) > 1
     # A folder that it saves is complete again.
     names = {path.name for path in (root / family).glob("*.py")}
     backbone = "nested_swin.py" if family == "thinking_swin" else "nested_vit.py"
     assert {f"modeling_{family}.py", f"configuration_{family}.py", backbone} <= names
     for name in names:
         assert (root / "again" / family / name).read_text() == (root / family / name).read_text()
-    staged = family != "avit"
+    staged = family not in ("avit", "elastic_vit")
     config = json.loads((root / "again" / family / "config.json").read_text())
     assert ("custom_pipelines" in config) == staged
     for place in (f"{family}_by_pipeline", f"again/{family}_by_pipeline") if staged else ():

@@ -11,6 +11,7 @@ from hf_thinkingvit.training.losses import TrainingLoss
 from hf_thinkingvit.training.objectives import ADDED_OBJECTIVES, Objective, choose_objectives
 from hf_thinkingvit.training.stage_samplers import STAGE_SAMPLERS, StageSampler
 from tests.models.test_modeling_avit import lively_avit
+from tests.models.test_modeling_early_exit_vit import lively_exits, lively_method
 from tests.models.test_weights_from_vit import trained_vit
 from tests.training.tiny_runs import flags, logged_scalars
 from tests.utils import lively_model, random_images
@@ -48,6 +49,9 @@ class TestChoice:
         assert names(distilled) == ["HeadsObjective", "HaltingObjective"]
         assert names(distilled, teacher) == ["DistillationHeadObjective", "HaltingObjective"]
 
+        assert names(lively_exits()) == names(lively_method("pabee")) == ["StagesObjective"]
+        assert {names(lively_method(method))[0] for method in ("act", "pondernet", "fastbert")} == {"ExitLossObjective"}
+
     def test_models_say_whether_they_think_in_stages(self):
         for model, expected in ((lively_model(), True), (lively_avit(), False), (trained_vit(), False)):
             assert thinks_in_stages(model) is thinks_in_stages(model.config) is expected
@@ -60,6 +64,27 @@ def test_halting_losses_need_labels():
     outputs = model(random_images(4), **loss.model_arguments(0, 0))
     with pytest.raises(ValueError, match="call it with `labels`"):
         loss(outputs, None, torch.eye(12)[:4], 0)
+
+
+class TestExitLosses:
+    @pytest.mark.parametrize("method", ["act", "pondernet", "fastbert"])
+    def test_are_the_models_own(self, method):
+        """With the run's label smoothing; one-hot targets, as mixup makes them, are the same as class indices."""
+        model, labels = lively_method(method).train(), torch.tensor([3, 0, 11, 5])
+        outputs = model(random_images(4), labels=labels)
+        loss = TrainingLoss(TrainingConfig(label_smoothing=0.0), model.config)
+        for targets in (labels, torch.eye(12)[labels]):
+            total, parts = loss(outputs, None, targets, 0)
+            torch.testing.assert_close(total, outputs.loss)
+        assert list(parts) == [f"stage_{stage}_loss" for stage in range(4)]
+        smoothed = TrainingLoss(TrainingConfig(label_smoothing=0.3), model.config)(outputs, None, labels, 0)[0]
+        model.config.label_smoothing = 0.3
+        torch.testing.assert_close(smoothed, model(random_images(4), labels=labels).loss)
+
+    @pytest.mark.parametrize("setting", [{"stage_sampling": "sandwich"}, {"inplace_distillation": 0.5}])
+    def test_leave_no_place_for_others(self, setting):
+        with pytest.raises(ValueError, match="trains all stages by a loss of its own"):
+            TrainingLoss(TrainingConfig(**setting), lively_method("act").config)
 
 
 class TestNewOnes:

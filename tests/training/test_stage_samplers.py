@@ -1,6 +1,7 @@
 """Which stages a step trains, and with which weights."""
 
 import pytest
+import torch
 
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.stage_samplers import STAGE_SAMPLERS, build_stage_sampler
@@ -57,5 +58,21 @@ def test_refuses_steps_without_a_weight():
 
 
 def test_refuses_unknown_names():
-    with pytest.raises(ValueError, match=r"`stage_sampling` must be one of \['all', 'sandwich'\], got 'random'"):
+    with pytest.raises(
+        ValueError, match=r"`stage_sampling` must be one of \['all', 'sandwich', 'one', 'accumulate'\], got 'random'"
+    ):
         build_stage_sampler(TrainingConfig(stage_sampling="random"), lively_model().config)
+
+
+def test_one_stage_per_step_or_per_micro_batch():
+    """As often as their weights say, the same in every process and resumed run."""
+    config = TrainingConfig(stage_sampling="one")
+    sampler = STAGE_SAMPLERS["one"]([0.2, 0.3, 0.5], config)
+    drawn = [sampler.stages(step, 0)[0] for step in range(1000)]
+    assert drawn == [sampler.stages(step, 1)[0] for step in range(1000)]
+    shares = torch.bincount(torch.tensor(drawn)) / 1000
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.3, 0.5]), atol=0.06, rtol=0)
+    assert sampler.weights(0, 0) == [float(index == drawn[0]) for index in range(3)]
+    several = STAGE_SAMPLERS["accumulate"]([0.2, 0.3, 0.5], config)
+    assert len({several.stages(7, micro_batch)[0] for micro_batch in range(20)}) == 3
+    assert several.stages(7, 3) == several.stages(7, 3)

@@ -4,7 +4,7 @@ from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_stage_milliseconds
 from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint
 from .labels import LabelMap, label_map_argument
-from .macs import halting_macs, published_stage_macs, stage_macs
+from .macs import halting_macs, published_stage_macs, stage_macs, sub_network_macs
 from .segmentation import StageConfusions, collect_stage_confusions, segmentation_measures
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
@@ -29,5 +29,6 @@ __all__ = [
     "published_stage_macs",
     "segmentation_measures",
     "stage_macs",
+    "sub_network_macs",
     "weights_fingerprint",
 ]

@@ -113,6 +113,9 @@ def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
     """Evenly spaced τ over the criterion's range, from one at which no image exits early to one at which all do."""
     criterion = EXIT_CRITERIA[answers.criterion]
     limit = criterion.maximum(answers.num_labels, answers.entropy_top_k)
+    if math.isinf(limit):  # many scales, because the scores of a criterion without bound may be on any
+        grid = [0.0, *np.geomspace(1e-6, 1e6, steps).tolist()]
+        return grid if criterion.exits_below else grid[::-1]
     if not criterion.exits_below:
         highest = limit + limit / steps if answers.exit_at_threshold else limit
         return np.linspace(highest, 0.0, steps + 1).tolist()

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ..families import family_of
 from ..models.configuration_avit import AViTConfig
+from ..models.configuration_elastic_vit import ElasticViTConfig
 from ..models.configuration_staged import StagedConfig
 
 
@@ -44,6 +45,16 @@ def published_stage_macs(config: StagedConfig, image_size: int | Sequence[int] |
     return _counting(config, "published_stages")(config, image_size)
 
 
+def sub_network_macs(config: ElasticViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """
+    MACs of each sub-network of an elastic ViT alone, as this package computes it. Arguments as of `stage_macs`.
+
+    Raises:
+        ValueError: if the model has no sub-networks to choose from.
+    """
+    return _counting(config, "sub_networks")(config, image_size)
+
+
 def halting_macs(
     config: AViTConfig, token_depth: torch.Tensor, image_size: int | Sequence[int] | None = None
 ) -> torch.Tensor:
@@ -66,7 +77,12 @@ def halting_macs(
     return _counting(config, "halting")(config, token_depth, image_size)
 
 
-COUNTED = {"stages": "think in stages", "published_stages": "think in stages", "halting": "halt tokens"}
+COUNTED = {
+    "stages": "think in stages",
+    "published_stages": "think in stages",
+    "sub_networks": "have sub-networks to choose from",
+    "halting": "halt tokens",
+}
 
 
 def _counting(config: PreTrainedConfig, kind: str) -> Callable:

@@ -4,13 +4,14 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..models.configuration_staged import configuration_of
-from . import avit, thinking_swin, thinkingvit
+from . import avit, early_exit_vit, elastic_vit, thinking_swin, thinkingvit
 from .record import Family
 
 
 # By model type. Order matters for conversion: every ThinkingViT checkpoint also matches the A-ViT test.
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (thinkingvit.FAMILY, thinking_swin.FAMILY, avit.FAMILY)
+    family.model_type: family
+    for family in (thinkingvit.FAMILY, thinking_swin.FAMILY, avit.FAMILY, early_exit_vit.FAMILY, elastic_vit.FAMILY)
 }
 
 

@@ -1,6 +1,6 @@
 """
-Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages, and of
-tokens that halt or are pruned. `evaluation/macs.py` says what is counted.
+Multiply-accumulates in matrix products on a plain ViT backbone, from a configuration alone: of nested stages, of
+sub-networks, of exits by layer, and of tokens that halt or are pruned. `evaluation/macs.py` says what is counted.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ import torch
 
 from ..models.configuration_avit import AViTConfig
 from ..models.configuration_checks import as_pair
+from ..models.configuration_early_exit_vit import EarlyExitViTConfig
+from ..models.configuration_elastic_vit import ElasticViTConfig
 from ..models.configuration_nested_vit import NestedViTConfig
 from ..models.configuration_pruning import kept_counts, resolve_keep_rates
 from ..models.configuration_thinkingvit import ThinkingViTConfig
@@ -72,6 +74,54 @@ def _answer(config: ThinkingViTConfig, stage: SubNetwork, num_patches: int) -> i
     return config.decoder_num_hidden_layers * layer + projections + masks
 
 
+def exit_macs(config: EarlyExitViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """Of layers up to each exit, with its head. The other tokens of an exit's last layer are of the next stage."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    sizes, macs = config.sub_network, []
+    layer = _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, num_tokens, num_tokens)
+    class_token_only = _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, 1, num_tokens)
+    left = 0  # by the stage before
+    for index, stage in enumerate(config.stages):
+        entry = _patch_embedding(config, num_patches, sizes.hidden_size) if index == 0 else left
+        is_exit = index < config.num_stages - 1
+        head = sizes.hidden_size * (config.num_labels + (is_exit and config.halting is not None))
+        last = class_token_only
+        if is_exit and config.exit_head == "transformer_layer":
+            last, head = layer, head + class_token_only
+        left = layer - last
+        macs.append(entry + (len(stage.layers) - 1) * layer + last + head)
+    return macs
+
+
+def published_exit_macs(config: EarlyExitViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """As a plain ViT computes: all tokens of every layer, also of an exit's own transformer layer."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    sizes, macs = config.sub_network, []
+    layer = _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, num_tokens, num_tokens)
+    for index, stage in enumerate(config.stages):
+        is_exit = index < config.num_stages - 1
+        entry = 0 if index else _patch_embedding(config, num_patches, sizes.hidden_size)
+        layers = len(stage.layers) + (is_exit and config.exit_head == "transformer_layer")
+        head = sizes.hidden_size * (config.num_labels + (is_exit and config.halting is not None))
+        macs.append(entry + layers * layer + head)
+    return macs
+
+
+def sub_network_macs(config: ElasticViTConfig, image_size: int | Sequence[int] | None = None) -> list[int]:
+    """Of each sub-network alone: of its last layer only the class token is computed."""
+    num_patches, num_tokens = _num_patches_and_tokens(config, image_size)
+    macs = []
+    for network in config.networks:
+        numbers = network.layer_numbers(config.num_hidden_layers)
+        total = _patch_embedding(config, num_patches, network.hidden_size) + network.hidden_size * config.num_labels
+        for number in numbers:
+            queries = 1 if number == numbers[-1] else num_tokens
+            sizes = network.at_layer(number)
+            total += _key_value(sizes, num_tokens) + _tokens_of_layer(sizes, queries, num_tokens)
+        macs.append(total)
+    return macs
+
+
 def halting_macs(
     config: AViTConfig, token_depth: torch.Tensor, image_size: int | Sequence[int] | None = None
 ) -> torch.Tensor:
@@ -133,14 +183,14 @@ def _patch_embedding(config: NestedViTConfig, num_patches: int, width: int) -> i
 
 
 def _key_value(stage: SubNetwork, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
-    return 2 * num_tokens * stage.hidden_size**2
+    return 2 * num_tokens * stage.hidden_size * stage.attention_size
 
 
 def _tokens_of_layer(
     stage: SubNetwork, num_queries: int | torch.Tensor, num_tokens: int | torch.Tensor
 ) -> int | torch.Tensor:
     """A layer for `num_queries` tokens that attend to `num_tokens`, without computing their keys and values."""
-    query_and_output = 2 * stage.hidden_size**2
-    attention = 2 * num_tokens * stage.hidden_size
+    query_and_output = 2 * stage.hidden_size * stage.attention_size
+    attention = 2 * num_tokens * stage.attention_size
     mlp = 2 * stage.hidden_size * stage.intermediate_size
     return num_queries * (query_and_output + attention + mlp)

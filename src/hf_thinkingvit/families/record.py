@@ -36,11 +36,13 @@ class Costs:
     Attributes:
         stages (`Callable`): `(config, image_size)` to the MACs that each stage adds, as this package computes it.
         published_stages (`Callable`): the same as the paper's tables count.
+        sub_networks (`Callable`): `(config, image_size)` to the MACs of each sub-network alone.
         halting (`Callable`): `(config, token_depth, image_size)` to the MACs of each image, from its tokens' depths.
     """
 
     stages: Callable[..., list[int]] | None = None
     published_stages: Callable[..., list[int]] | None = None
+    sub_networks: Callable[..., list[int]] | None = None
     halting: Callable[..., Any] | None = None
 
 

@@ -66,7 +66,9 @@ class _AdaptiveProgram(nn.Module):
         if not names:
             names.extend(outputs)
         if index == len(self.stages) - 1:
-            return *outputs.values(), torch.full_like(outputs["entropy"], index, dtype=torch.long)
+            # Copies: an answer may pass on what the state held, which is an input of the conditional.
+            entries = (tensor.clone() for tensor in outputs.values())
+            return *entries, torch.full_like(outputs["entropy"], index, dtype=torch.long)
         state_names, num_entries = list(state), len(outputs)
         entropy_at = list(outputs).index("entropy")
 

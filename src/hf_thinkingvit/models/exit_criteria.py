@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .exit_memory import act, confident_twice, patience, pondernet, similarity
 from .exit_scores import entropy, margin, max_probability, mean_binary_entropy, mean_grid_entropy, topk_entropy
 from .staged_run import Answer, Memory
 
@@ -26,7 +27,8 @@ class ExitCriterion:
             is below 0.
         exits_below (`bool`): `True` where a low score means certainty (entropies): exit iff score < τ.
             `False` where a high score does (probabilities): exit iff score > τ.
-        maximum (`Callable`): `(num_labels, top_k) -> float`, the greatest score that there is.
+        maximum (`Callable`): `(num_labels, top_k) -> float`, the greatest score that there is; infinity where scores
+            have no bound.
         description (`str`): the score in words, for model cards; `{top_k}` stands for `entropy_top_k`.
         default_threshold (`float`, *optional*): τ for configurations without `threshold`. `None`: they must set it.
         is_entropy (`bool`): whether the score is itself the entropy to report.
@@ -36,6 +38,7 @@ class ExitCriterion:
             `(answer, memory, top_k) -> (scores, memory)`, where `answer` has every entry that the model answers with,
             and `memory` is what the call for the stage before returned, of the same images (`{}` at the first stage).
             Its tensors have one row per image. Scores must not depend on τ: then one pass serves every τ.
+        halting (`str`, *optional*): the kind of learned halting score that it reads, as in `config.halting`.
     """
 
     score: Callable[[torch.Tensor, int], torch.Tensor] | None
@@ -47,6 +50,7 @@ class ExitCriterion:
     multi_label: bool = False
     is_dense: bool = False
     score_with_memory: Callable[[Answer, Memory, int], tuple[torch.Tensor, Memory]] | None = None
+    halting: str | None = None
 
     def __call__(self, answer: Answer, memory: Memory, top_k: int) -> tuple[torch.Tensor, Memory]:
         """Scores `(images,)`, float32, and the memory for the next stage."""
@@ -119,6 +123,49 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
         description="the entropy of all probabilities, averaged over patches (in nats)",
         is_entropy=True,
         is_dense=True,
+    ),
+    "normalised_entropy": ExitCriterion(
+        lambda logits, top_k: entropy(logits) / math.log(max(logits.shape[-1], 2)),
+        exits_below=True,
+        maximum=lambda num_labels, top_k: 1.0,
+        description="the entropy of all probabilities as a fraction of its maximum, the logarithm of their number",
+    ),
+    "similarity": ExitCriterion(
+        None,
+        exits_below=True,
+        maximum=lambda num_labels, top_k: math.inf,
+        description="the mean squared difference of the logits from those of the stage before",
+        score_with_memory=similarity,
+    ),
+    "patience": ExitCriterion(
+        None,
+        exits_below=False,
+        maximum=lambda num_labels, top_k: math.inf,
+        description="the number of stages in a row with the same prediction",
+        score_with_memory=patience,
+    ),
+    "confident_twice": ExitCriterion(
+        None,
+        exits_below=False,
+        maximum=lambda num_labels, top_k: 1.0,
+        description="the largest probability, the smaller one of the last two stages,",
+        score_with_memory=confident_twice,
+    ),
+    "act": ExitCriterion(
+        None,
+        exits_below=False,
+        maximum=lambda num_labels, top_k: 1.0,
+        description="the sum of the learned halting scores so far, at most 1,",
+        score_with_memory=act,
+        halting="act",
+    ),
+    "pondernet": ExitCriterion(
+        None,
+        exits_below=False,
+        maximum=lambda num_labels, top_k: 2.0,
+        description="the learned probability of having halted, plus a number between 0 and 1 drawn for the image,",
+        score_with_memory=pondernet,
+        halting="pondernet",
     ),
 }
 

@@ -223,6 +223,12 @@ def check_exit_fields(config) -> None:
         raise ValueError(f"`exit_criterion` must be one of {sorted(EXIT_CRITERIA)}, got {config.exit_criterion!r}.")
     if not isinstance(config.exit_at_threshold, bool):
         raise ValueError(f"`exit_at_threshold` must be true or false, got {config.exit_at_threshold!r}.")
+    halting = EXIT_CRITERIA[config.exit_criterion].halting
+    if halting is not None and getattr(config, "halting", None) != halting:
+        raise ValueError(
+            f"`exit_criterion` = {config.exit_criterion!r} reads learned halting scores, which only an "
+            f"`EarlyExitViTConfig` with `halting` = {halting!r} has: choose another criterion, with its `threshold`."
+        )
     check_integer("entropy_top_k", config.entropy_top_k, minimum=2)  # the entropy of one class is always 0
     ExitRule.from_config(config)
     weights = config.stage_loss_weights

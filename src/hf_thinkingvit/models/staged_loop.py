@@ -20,7 +20,7 @@ import torch
 from .exit_rules import ExitRule
 from .module_recording import wants_recordings
 from .staged_compilation import CompiledStagesMixin, compilable_step
-from .staged_run import Answer, StagedRun, StageStep, State, select_rows
+from .staged_run import Answer, Memory, StagedRun, StageStep, State, select_rows
 from .tasks import Task
 
 
@@ -136,6 +136,7 @@ def run_stages(
     stages: range,
     pixel_values: torch.Tensor,
     run_all: bool = False,
+    memory: Memory | None = None,
     **kwargs,
 ) -> StagedRun:
     """
@@ -146,9 +147,12 @@ def run_stages(
         model, rule, stages, kwargs: as in `step_stage`.
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
         run_all (`bool`): run every stage for every image in evaluation mode as well.
+        memory (`dict[str, torch.Tensor]`, *optional*): what the exit rule remembers before the first stage, with one
+            row per image; nothing by default.
     """
     run_all = run_all or model.training
     state: State = {"pixel_values": pixel_values}
+    state |= {MEMORY_PREFIX + name: tensor for name, tensor in (memory or {}).items()}
     run = rows = undecided = None  # rows: places in the batch of the images still running; None for all of them
     for stage_index in stages:
         step = step_stage(model, rule, stages, stage_index, state, **kwargs)

@@ -6,7 +6,7 @@ parameter of a pair is a leading slice of the larger.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import (
@@ -46,12 +46,13 @@ SHARED_FIELDS = (
 )
 
 
+PLAIN_VIT = (ViTForImageClassification,)
 ONE_HEAD = (ViTForImageClassification, DeiTForImageClassification)
 ONE_OR_TWO_HEADS = (*ONE_HEAD, DeiTForImageClassificationWithTeacher)
 
 
 # Prefixes of the classifiers' parameters, in our models and in the source.
-HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "exit_classifiers.")
 
 
 def load_classifier(
@@ -156,6 +157,18 @@ def thinkingvit_config_from_vit(
     return ThinkingViTConfig(**override_fields(fields, overrides))
 
 
+def fields_from_vit(config: PreTrainedConfig, overrides: dict) -> dict:
+    """
+    The fields of a model of the size of the ViT or DeiT `config`, before `overrides`.
+
+    Raises:
+        ValueError: if an override changes what the source's weights fix.
+    """
+    check_overrides(overrides)
+    names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
+    return {name: getattr(config, name) for name in names}
+
+
 def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     """
     The configuration of an A-ViT with the sizes of the ViT or DeiT `config`, and a distillation token for a DeiT.
@@ -163,9 +176,7 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
     Raises:
         ValueError: if an override changes a field that the source's weights fix.
     """
-    check_overrides(overrides)
-    names = ("hidden_size", "num_attention_heads", "intermediate_size", *SHARED_FIELDS)
-    fields = {name: getattr(config, name) for name in names}
+    fields = fields_from_vit(config, overrides)
     fields["use_distillation_token"] = isinstance(config, DeiTConfig)
     return AViTConfig(**override_fields(fields, overrides))
 
@@ -174,14 +185,36 @@ def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, 
     """(name and parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
     nested = dict(model.named_parameters())
     for name, parameter in vit.named_parameters():
-        name = name.replace(f"{vit.base_model_prefix}.", f"{model.base_model_prefix}.", 1)
-        name = name.removeprefix("cls_") if name.startswith("cls_classifier.") else name
-        name = name.replace("patch_embeddings.projection.", "patch_embeddings.")
+        name = _our_name(model, vit, name)
         yield name, nested[name], parameter
+
+
+def _our_name(model: PreTrainedModel, vit: PreTrainedModel, name: str) -> str:
+    """The name in our model of the ViT's parameter `name`."""
+    name = name.replace(f"{vit.base_model_prefix}.", f"{model.base_model_prefix}.", 1)
+    name = name.removeprefix("cls_") if name.startswith("cls_classifier.") else name
+    return name.replace("patch_embeddings.projection.", "patch_embeddings.")
 
 
 def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return parameter[tuple(slice(size) for size in shape)]
+
+
+def pairs_of_layers(
+    model: PreTrainedModel, vit: PreTrainedModel, layers: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    (leading corner of our model's parameter, the ViT's parameter), for every parameter of the ViT, whose layers are
+    those of our model with the numbers `layers`.
+    """
+    nested = dict(model.named_parameters())
+    ours = f"{model.base_model_prefix}.layers."
+    taken = {f"{ours}{index}.": f"{ours}{number}." for index, number in enumerate(layers)}
+    for name, parameter in vit.named_parameters():
+        name = _our_name(model, vit, name)
+        prefix = next((prefix for prefix in taken if name.startswith(prefix)), None)
+        name = name if prefix is None else name.replace(prefix, taken[prefix], 1)
+        yield _leading(nested[name], parameter.shape), parameter
 
 
 def match_source(model: PreTrainedModel, source: PreTrainedModel) -> bool:
@@ -244,13 +277,16 @@ __all__ = [
     "HEADS",
     "ONE_HEAD",
     "ONE_OR_TWO_HEADS",
+    "PLAIN_VIT",
     "SHARED_FIELDS",
     "avit_config_from_vit",
     "check_overrides",
     "export_stage",
+    "fields_from_vit",
     "import_vit",
     "load_classifier",
     "match_source",
     "override_fields",
+    "pairs_of_layers",
     "thinkingvit_config_from_vit",
 ]

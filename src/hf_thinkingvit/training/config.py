@@ -117,7 +117,8 @@ class TrainingConfig:
 
     label_smoothing: float = _help("share of the target spread over all labels", 0.1)
     stage_sampling: str = _help(
-        "all stages' losses in each step, or those of the first, the last and random ones between",
+        "stages (of an elastic model sub-networks) whose losses train a step: all; sandwich, the first, the last and "
+        "random ones between; one, a random one; accumulate, a random one in each micro-batch",
         "all",
         choices=list(STAGE_SAMPLERS),
     )

@@ -39,7 +39,8 @@ class TrainingLoss:
     ):
         if isinstance(teacher, PreTrainedModel):
             teacher = Teacher(teacher, id2label=model_config.id2label, label_map=config.label_map)
-        check_stages(config, model_config.num_stages if thinks_in_stages(model_config) else 1)
+        num_stages = model_config.num_stages if thinks_in_stages(model_config) else 1
+        check_stages(config, len(getattr(model_config, "sub_networks", None) or ()) or num_stages)
         self.objectives = [
             objective(config, model_config, teacher) for objective in choose_objectives(model_config, teacher)
         ]

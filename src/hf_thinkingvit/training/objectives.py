@@ -7,13 +7,15 @@ A new one is a subclass of `Objective` and an entry in one of the two.
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from ..evaluation.labels import check_single_label
 from ..models.configuration_staged import thinks_in_stages
+from ..models.exit_losses import exit_losses
 from .answer_losses import AnswerLosses, TrainingBatch
 from .distillation import DistillationLoss, Teacher, teacher_loss, token_distance
-from .stage_samplers import build_stage_sampler
+from .stage_samplers import build_stage_sampler, stage_sampler_class
 
 
 if TYPE_CHECKING:
@@ -74,6 +76,78 @@ class StagesObjective(Objective):
         if len(losses) == 1:
             return loss, {}
         return loss, {f"stage_{index}_loss": part.detach() for index, part in enumerate(losses)}
+
+
+class SubNetworksObjective(Objective):
+    """
+    The weighted sum of the losses of those sub-networks of an elastic ViT that the sampler draws. Only these are
+    computed; their losses are logged.
+
+    Raises:
+        ValueError: for in-place distillation, which needs the answers of the whole model.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        if config.inplace_distillation:
+            raise ValueError("`inplace_distillation` is of models that think in stages: leave it out.")
+        count = len(model_config.sub_networks)
+        self.sampler = stage_sampler_class(config.stage_sampling)([1.0 / count] * count, config)
+        self.answer_losses = AnswerLosses(config, model_config, teacher)
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return bool(getattr(model_config, "sub_networks", None))
+
+    def _drawn(self, step: int, micro_batch: int) -> list[int]:
+        return [index for index, weight in enumerate(self.sampler.weights(step, micro_batch)) if weight]
+
+    def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
+        return {"sub_network": self._drawn(step, micro_batch)}
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        losses = self.answer_losses(batch.outputs.sub_network_logits, batch)
+        weights = self.sampler.weights(batch.step, batch.micro_batch)
+        drawn = dict(zip(self._drawn(batch.step, batch.micro_batch), losses, strict=True))
+        loss = sum(weights[index] * part for index, part in drawn.items())
+        return loss, {f"sub_network_{index}_loss": part.detach() for index, part in drawn.items()}
+
+
+class ExitLossObjective(Objective):
+    """
+    The loss of an early-exit ViT with learned halting or self-distillation: what the model's own training loss is, of
+    the labels of the run, which mixup may have mixed. Every stage's loss is logged.
+
+    Raises:
+        ValueError: for a teacher, in-place distillation or sampled stages, which these losses have no place for.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
+        check_single_label(model_config)
+        if teacher is not None or config.inplace_distillation or config.stage_sampling != "all":
+            raise ValueError(
+                "An early-exit ViT with `halting` or `self_distillation` trains all stages by a loss of its own: leave "
+                "out `teacher` and `inplace_distillation`, and set `stage_sampling` to all."
+            )
+        self.model_config, self.label_smoothing = model_config, config.label_smoothing
+
+    @classmethod
+    def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
+        return getattr(model_config, "has_own_loss", False)
+
+    def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
+        return {"output_stage_logits": True}
+
+    def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        smoothing = 0.0 if batch.targets.is_floating_point() else self.label_smoothing
+        stage_logits = batch.outputs.stage_logits
+        losses = [
+            F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing, reduction="none")
+            for logits in stage_logits
+        ]
+        loss = exit_losses(
+            self.model_config, stage_logits, torch.stack(losses, dim=1), batch.outputs.get("halting_scores")
+        ).mean()
+        return loss, {f"stage_{index}_loss": part.detach().mean() for index, part in enumerate(losses)}
 
 
 class DistillationHeadObjective(Objective):
@@ -194,6 +268,8 @@ class PruningObjective(Objective):
 
 # The first that applies to the model, in this order.
 TASK_OBJECTIVES: dict[str, type[Objective]] = {
+    "sub_networks": SubNetworksObjective,
+    "exit_loss": ExitLossObjective,
     "stages": StagesObjective,
     "distillation_head": DistillationHeadObjective,
     "heads": HeadsObjective,

@@ -95,7 +95,32 @@ class Sandwich(StageSampler):
         return [0, *sorted(between.tolist()), self.num_stages - 1]
 
 
-STAGE_SAMPLERS: dict[str, type[StageSampler]] = {"all": AllStages, "sandwich": Sandwich}
+class OnePerStep(StageSampler):
+    """One random stage in each step, drawn with the stages' weights: HydraViT (arXiv 2409.17978)."""
+
+    def stages(self, step: int, micro_batch: int) -> list[int]:
+        return [self._draw(self.config.seed, step)]
+
+    def _draw(self, *place: int) -> int:
+        with seeded(*place):
+            return int(torch.multinomial(self.stage_weights, 1))
+
+
+class OnePerMicroBatch(OnePerStep):
+    """
+    One random stage in each micro-batch, so that a step adds up the gradients of several: SortedNet (arXiv 2309.00255).
+    """
+
+    def stages(self, step: int, micro_batch: int) -> list[int]:
+        return [self._draw(self.config.seed, step, micro_batch)]
+
+
+STAGE_SAMPLERS: dict[str, type[StageSampler]] = {
+    "all": AllStages,
+    "sandwich": Sandwich,
+    "one": OnePerStep,
+    "accumulate": OnePerMicroBatch,
+}
 
 
 def stage_sampler_class(name: str) -> type[StageSampler]:

@@ -14,7 +14,7 @@ from .config import TrainingConfig
 from .labels import first_difference, label_names, match_labels
 
 
-HEADS = ("classifier", "distillation_classifier")
+HEADS = ("classifier", "distillation_classifier", "exit_classifiers")
 
 
 def build_model(
@@ -165,7 +165,7 @@ def with_labels(
         order = torch.tensor(match.order)
         for head in HEADS:
             if getattr(model, head, None) is not None:
-                for parameter in getattr(model, head).parameters():
+                for parameter in getattr(model, head).parameters():  # weight and bias of one classifier, or of several
                     parameter.copy_(parameter[order])
     labels = _labels(id2label)
     model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]

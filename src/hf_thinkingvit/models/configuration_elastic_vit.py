@@ -1,0 +1,167 @@
+"""Elastic ViT configuration."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from .configuration_checks import check_integer, check_label_smoothing
+from .configuration_nested_vit import NestedViTConfig
+from .sub_networks import SubNetwork
+
+
+class ElasticViTConfig(NestedViTConfig):
+    r"""
+    Configuration of one Vision Transformer that contains several smaller ones, of which the user picks one. The class
+    methods `hydravit`, `matformer`, `dynabert` and `sortednet` choose the published sub-networks for any full size.
+
+    Args:
+        sub_networks (`list[dict]`, *optional*):
+            The fields of a [`SubNetwork`] for each: `num_attention_heads`, `hidden_size`, `intermediate_size` (one
+            number, or one for each layer), `head_dim` and `layers`. By default one, the whole model.
+        default_sub_network (`int`, *optional*):
+            The sub-network that `forward` runs where none is asked for; by default the last.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1.
+        kwargs:
+            The ViT fields of [`NestedViTConfig`], at full size: `num_attention_heads` (12), `hidden_size` (by default
+            64 channels a head), `num_hidden_layers` (12), `intermediate_size` and so on.
+
+    Raises:
+        ValueError: for values that cannot work; the message names the field.
+    """
+
+    model_type = "elastic_vit"
+    keys_to_ignore_at_inference = ["sub_network_logits", "hidden_states", "attentions"]
+    remote_code: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_elastic_vit.ElasticViTConfig",
+        "AutoModel": "modeling_elastic_vit.ElasticViTModel",
+        "AutoModelForImageClassification": "modeling_elastic_vit.ElasticViTForImageClassification",
+    }
+
+    num_attention_heads: int = 12
+    sub_networks: list[dict] | tuple[dict, ...] | None = None
+    default_sub_network: int | None = None
+    label_smoothing: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        check_integer("num_attention_heads", self.num_attention_heads, minimum=1)
+        width = 64 * self.num_attention_heads if self.hidden_size is None else self.hidden_size
+        if self.sub_networks is None:
+            mlp = 4 * width if self.intermediate_size is None else self.intermediate_size
+            self.sub_networks = [
+                {"num_attention_heads": self.num_attention_heads, "hidden_size": width, "intermediate_size": mlp}
+            ]
+        self.sub_networks = [_as_dict(each) for each in self.sub_networks]
+        if self.default_sub_network is None:
+            self.default_sub_network = len(self.sub_networks) - 1
+        super().__post_init__(**kwargs)
+
+    @property
+    def networks(self) -> tuple[SubNetwork, ...]:
+        """The sub-networks as objects."""
+        return tuple(SubNetwork(**fields) for fields in self.sub_networks)
+
+    def validate(self) -> None:
+        super().validate()
+        if not isinstance(self.sub_networks, Sequence) or not self.sub_networks:
+            raise ValueError(f"`sub_networks` must be a non-empty list, got {self.sub_networks!r}.")
+        for index, network in enumerate(self.networks):
+            network.check_fits(self, f"`sub_networks[{index}]`")
+        check_integer("default_sub_network", self.default_sub_network, minimum=0)
+        if self.default_sub_network >= len(self.sub_networks):
+            raise ValueError(
+                f"`default_sub_network` must be from 0 to {len(self.sub_networks) - 1}, got {self.default_sub_network}."
+            )
+        check_label_smoothing(self)
+
+    @classmethod
+    def hydravit(cls, heads: Sequence[int] | None = None, **fields: Any) -> "ElasticViTConfig":
+        """
+        HydraViT (arXiv 2409.17978): as many leading heads, with their channels, as `heads` lists; by default every
+        number from a quarter of the heads to all.
+        """
+        full = _full_size(fields)
+        if heads is None:
+            heads = range(max(1, full["num_attention_heads"] // 4), full["num_attention_heads"] + 1)
+        share = {"hidden_size": full["head_dim"], "intermediate_size": full["mlp_per_head"]}
+        networks = [{"num_attention_heads": h, **{name: h * each for name, each in share.items()}} for h in heads]
+        return cls(sub_networks=networks, **fields)
+
+    @classmethod
+    def matformer(cls, **fields: Any) -> "ElasticViTConfig":
+        """MatFormer (arXiv 2310.07707): full width and heads; an eighth, a quarter, half and all of the MLP."""
+        full = _full_size(fields)
+        sizes = {"num_attention_heads": full["num_attention_heads"], "hidden_size": full["hidden_size"]}
+        widths = [max(1, full["intermediate_size"] // part) for part in (8, 4, 2, 1)]
+        return cls(sub_networks=[{**sizes, "intermediate_size": width} for width in widths], **fields)
+
+    @classmethod
+    def dynabert(cls, **fields: Any) -> "ElasticViTConfig":
+        """
+        DynaBERT (arXiv 2004.04037): full width; a quarter, half, three quarters and all of the heads and of the MLP,
+        each at a half, three quarters and all of the depth. Widths ascend within each depth.
+        """
+        full, networks = _full_size(fields), []
+        depth = full["num_hidden_layers"]
+        for depth_share in (0.5, 0.75, 1.0):
+            kept = max(1, round(depth_share * depth))
+            layers = sorted({min(int(index / depth_share), depth - 1) for index in range(kept)})
+            for width_share in (0.25, 0.5, 0.75, 1.0):
+                heads = max(1, round(width_share * full["num_attention_heads"]))
+                networks.append(
+                    {
+                        "num_attention_heads": heads,
+                        "hidden_size": full["hidden_size"],
+                        "intermediate_size": heads * full["mlp_per_head"],
+                        "head_dim": full["head_dim"],
+                        "layers": layers,
+                    }
+                )
+        return cls(sub_networks=networks, **fields)
+
+    @classmethod
+    def sortednet(cls, widths: Sequence[int] | None = None, **fields: Any) -> "ElasticViTConfig":
+        """
+        SortedNet (arXiv 2309.00255): leading channels with all heads, which get narrower; by default a quarter, half,
+        three quarters and all of the channels.
+        """
+        full = _full_size(fields)
+        heads, size = full["num_attention_heads"], full["hidden_size"]
+        widths = [size * part // 4 // heads * heads for part in (1, 2, 3, 4)] if widths is None else widths
+        networks = [
+            {
+                "num_attention_heads": heads,
+                "hidden_size": width,
+                "intermediate_size": width * full["intermediate_size"] // size,
+            }
+            for width in sorted(set(widths) - {0})
+        ]
+        return cls(sub_networks=networks, **fields)
+
+
+def _as_dict(network: Any) -> dict[str, Any]:
+    """Plain data, as saved: without fields that follow from the others."""
+    fields = asdict(network) if isinstance(network, SubNetwork) else dict(network)
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items() if value is not None
+    }
+
+
+def _full_size(fields: dict[str, Any]) -> dict[str, int]:
+    """The sizes of the whole model with these fields. `ValueError` if heads or MLP cannot be divided."""
+    chosen = ("sub_networks", "default_sub_network")
+    full = ElasticViTConfig(**{name: value for name, value in fields.items() if name not in chosen})
+    heads = full.num_attention_heads
+    if full.intermediate_size % heads:
+        raise ValueError(f"`intermediate_size` ({full.intermediate_size}) must be a multiple of the {heads} heads.")
+    return {
+        "num_attention_heads": heads,
+        "hidden_size": full.hidden_size,
+        "head_dim": full.head_dim,
+        "intermediate_size": full.intermediate_size,
+        "mlp_per_head": full.intermediate_size // heads,
+        "num_hidden_layers": full.num_hidden_layers,
+    }
+
+
+__all__ = ["ElasticViTConfig"]
