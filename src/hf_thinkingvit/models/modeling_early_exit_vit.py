@@ -309,10 +309,7 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
         if generator is None:
             return None
         if self.config.exit_criterion != "pondernet":
-            raise ValueError(
-                f"`generator` is of `exit_criterion` = 'pondernet', got it with {self.config.exit_criterion!r}, which "
-                "draws nothing."
-            )
+            raise ValueError(f"`generator` is for `exit_criterion` 'pondernet', not {self.config.exit_criterion!r}.")
         if pixel_values is None:  # `begin` says what is wrong
             return None
         noise = torch.rand(len(pixel_values), generator=generator, device=generator.device)
@@ -321,19 +318,16 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
     @classmethod
     def from_vit(cls, source, method: str | None = None, **config_overrides) -> "EarlyExitViTForImageClassification":
         r"""
-        Start from a trained plain ViT: it gives layers, final LayerNorm and classifier, so that without early exits
-        the model gives the source's logits (except with `halting="act"`). Heads of exits and halting gates are freshly
-        initialised.
+        Start from a trained plain ViT. Without early exits the model gives the source's logits (except with
+        `halting="act"`). Heads of exits and halting gates are freshly initialised.
 
         Args:
             source (`str`, `os.PathLike` or `ViTForImageClassification`):
                 A model, or the folder or Hub id of one.
             method (`str`, *optional*):
-                A published method, by the name of the configuration's class method that gives its fields, such as
-                `"pabee"`.
+                A published method: the name of a preset of the configuration, such as `"pabee"`.
             config_overrides:
-                Further fields of [`EarlyExitViTConfig`], such as `exit_layers`. `num_labels` (or `id2label`) of another
-                number than the source's gives new classifiers.
+                Further fields of [`EarlyExitViTConfig`], such as `exit_layers`; other labels give new classifiers.
 
         Raises:
             ValueError: if the source is no ViT classifier, there is no such method, or an override changes what the

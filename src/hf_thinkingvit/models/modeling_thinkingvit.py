@@ -80,8 +80,7 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
 
 class ThinkingViTModel(ThinkingViTPreTrainedModel):
     """
-    The bare ThinkingViT, without a classifier. `forward` runs every stage for every image, since without an answer
-    nothing can exit; a classifier runs it stage by stage with `begin`, `run_stage` and `recycle`.
+    The bare ThinkingViT. `forward` runs every stage for every image, since without an answer nothing can exit.
     """
 
     def __init__(self, config: ThinkingViTConfig):
@@ -178,15 +177,13 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
             max_stages (`int`, *optional*): run only this many stages; all by default.
             sub_network (`int`, *optional*): run the sub-network of this stage alone, without recycled tokens.
-            keep_rate (`float` or `list[float]`, *optional*): share of patches that remain where tokens are pruned,
-                instead of `config.pruning_keep_rate`.
+            keep_rate (`float` or `list[float]`, *optional*): instead of `config.pruning_keep_rate`.
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens of the last stage
-            that ran, after the final LayerNorm, `(batch_size, tokens, width of that stage)`; where patches were
-            removed, the remaining ones in descending order of their last scores. `hidden_states` and
-            `attentions` hold every layer of every stage, in order, as in `StagedImageClassifierOutput`.
+            that ran, after the final LayerNorm, `(batch_size, tokens, width of that stage)`; after pruning, patches by
+            descending score. `hidden_states` and `attentions` are as in `StagedImageClassifierOutput`.
 
         Raises:
             ValueError: for pixel values, `max_stages`, `sub_network` or `keep_rate` that do not fit the model.
@@ -289,14 +286,12 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             [`StagedImageClassifierOutput`]
 
         Raises:
-            ValueError: for pixel values, labels, `threshold`, `max_stages`, `sub_network` or `keep_rate` that do not
-                fit the model.
+            ValueError: for pixel values, labels or other arguments that do not fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network, threshold)
         predictors = self.thinkingvit.score_predictors
-        pruning = predictors.arguments(keep_rate, output_kept_tokens)
         self.check_call(pixel_values, labels, stages, output_stage_logits)
         run = run_stages(
             self,
@@ -305,7 +300,7 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             pixel_values,
             run_all=bool(output_stage_logits),
             interpolate_pos_encoding=interpolate_pos_encoding,
-            **pruning,
+            **predictors.arguments(keep_rate, output_kept_tokens),
             **kwargs,
         )
         outputs = self.build_output(run, labels, output_stage_logits, **kwargs)
@@ -320,9 +315,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         r"""
         Start from a trained plain ViT (the plug-in upgrade of the ThinkingViT paper).
 
-        The source goes into the leading channels and heads of the new model; the rest is freshly initialised. With a
-        source as wide as stage 0, stage 0 gives the source's logits. A source of full width fills the whole
-        model. One between the widths of two stages is a start for training only: no stage gives its logits.
+        The source goes into the leading channels and heads; the rest is freshly initialised. With a source as wide as
+        stage 0, stage 0 gives its logits. One between the widths of two stages is a start for training only.
 
         Args:
             source (`str`, `os.PathLike`, `ViTForImageClassification` or `DeiTForImageClassification`):
@@ -344,9 +338,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
     def extract_stage(self, stage_index: int):
         r"""
         A stand-alone Transformers `ViTForImageClassification` (with a distillation token: `DeiTForImageClassification`)
-        with the weights of one stage. For stage 0 it gives the same logits as this model with `max_stages=1`; a later
-        stage is extracted without the recycled tokens, so it gives the same logits only while its α are 0; a
-        pruned one without its pruning.
+        with the weights of one stage, which gives the logits of `forward(sub_network=stage_index)`: without recycled
+        tokens. A pruned stage is extracted without its pruning.
 
         Raises:
             ValueError: if there is no such stage.
