@@ -10,6 +10,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.starting_point import build_model
@@ -36,11 +37,18 @@ def test_shipped_configurations_run(path, images, sources, tmp_path):
     words = ["--config", str(path), "--output_dir", str(tmp_path), "--dataset", str(images), "--cpu"]
     words += ["--batch_size", "4", "--max_steps", "2", "--num_workers", "0"]
     config = parse_config(words)
-    if config.teacher:
+    if config.from_pretrained:  # a model of this package, which is its own teacher
+        source = sources / path.stem
+        stages = [6] if path.stem == "dynamicvit_small_imagenet" else [3, 6]
+        sizes = {"thinking_stages": stages, "hidden_size": 24, "image_size": 32, "patch_size": 8, "num_labels": 3}
+        ThinkingViTForImageClassification(ThinkingViTConfig(**sizes)).save_pretrained(source)
+        evaluation_image_processor(32).save_pretrained(source)
+        words += ["--from_pretrained", str(source), "--teacher", str(source), "--label_map", "index"]
+    elif config.teacher:
         words += ["--teacher", str(sources / "teacher")]
     if config.from_vit:
         words += ["--from_vit", str(sources / ("deit" if "distilled" in config.from_vit else "vit"))]
-    else:
+    elif not config.from_pretrained:
         with torch.device("meta"):  # full-size models, without memory
             assert build_model(config, dict(enumerate(LABELS))).config.num_labels == 3
     if path.stem == "thinking_swin_s_imagenet":

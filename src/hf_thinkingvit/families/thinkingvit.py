@@ -199,6 +199,6 @@ the recycled tokens.""",
         limits=STAGED_LIMITS,
     ),
     paper=THINKINGVIT_PAPER,
-    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare, crop_pct),
+    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare, crop_pct=crop_pct),
     other_official=(SEGMENTER,),
 )

@@ -203,7 +203,7 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
         if stage_index == self.config.num_stages - 1 or self.config.exit_head == "shared":
             return {"logits": self.classifier(self.early_exit_vit.layernorm(class_token)), **answer}
         if self.config.exit_head == "transformer_layer":
-            tokens, _, _ = self.exit_transformer_layers[stage_index](tokens, self.config.sub_network, slice(1))
+            tokens, _, _ = self.exit_transformer_layers[stage_index](tokens, self.config.sub_network, queries=slice(1))
             class_token = tokens[:, 0]
         logits = self.exit_classifiers[stage_index](self.exit_layernorms[stage_index](class_token))
         return {"logits": logits, **answer}
