@@ -279,11 +279,11 @@ class TestExits:
 
     def test_one_pass_serves_every_threshold(self, deciding):
         model, images, stages = deciding
-        measured, _ = measure_stages(model, [{"pixel_values": images}], lambda answer, batch: {}, progress=False)
+        measured = measure_stages(model, [{"pixel_values": images}], lambda answer, batch: {}, progress=False)
         right = torch.ones(12, 4, dtype=torch.bool)
         config = model.config
         macs = tuple(torch.tensor(stage_macs(config)).cumsum(0).tolist())
-        answers = StageAnswers(measured["score"], right, right, macs, config.exit_criterion, 10, 12, "images")
+        answers = StageAnswers(measured.scores, right, right, macs, config.exit_criterion, 10, 12, "images")
         assert torch.equal(answers.exit_stages(config.threshold), stages)
         # From no early exit to none that can exit earlier; calibration searches between the two.
         ends = answers.exit_stages_of_each([threshold_grid(answers)[0], threshold_grid(answers)[-1]])
@@ -353,7 +353,7 @@ class TestSampledHalting:
         assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
     def test_a_generator_is_for_a_criterion_that_draws(self):
-        with pytest.raises(ValueError, match="`generator` is of `exit_criterion` = 'pondernet'"):
+        with pytest.raises(ValueError, match="`generator` is for `exit_criterion` 'pondernet'"):
             lively_exits()(random_images(), generator=torch.Generator())
 
     def test_noise_of_images_is_uniform_and_differs_by_seed(self):

@@ -123,7 +123,7 @@ def test_what_is_not_compiled_runs_as_before():
         assert len(model(images, threshold=0.0).hidden_states) == 3
         model.config.output_hidden_states = False
         with pytest.raises(TypeError):
-            model.run_stage(0, model.thinkingvit.begin(images), False, 1)
+            model.run_stage(0, model.thinkingvit.begin(images), False, None, 1)
         assert compilations() == 0
         model.compile_stages(None)
         model(images)

@@ -31,8 +31,6 @@ class LeadingSliceMixin(ModuleCacheMixin):
         weight, bias = self.weight, self.bias
         if sizes == weight.shape:
             return weight, bias
-        if any(size > full for size, full in zip(sizes, weight.shape)):
-            raise ValueError(f"A leading slice of {sizes} does not fit into a weight of {tuple(weight.shape)}.")
         if torch.compiler.is_compiling():
             return self._corner(weight, bias, sizes)
         if torch.is_grad_enabled() or not self._may_cache(weight, bias):
@@ -96,6 +94,8 @@ class NestedLinear(LeadingSliceMixin, nn.Linear):
         Returns:
             `torch.Tensor` of shape `(..., out_features)`.
         """
+        if out_features is not None and out_features > self.out_features:
+            raise ValueError(f"{out_features} leading rows were asked of a layer that has {self.out_features}.")
         weight, bias = self.leading(out_features or self.out_features, hidden_states.shape[-1])
         return nn.functional.linear(hidden_states, weight, bias)
 
