@@ -58,7 +58,8 @@ class GatedThinkingViT(ThinkingViTForImageClassification):
 @pytest.fixture(params=sorted(CRITERIA))
 def model(request, monkeypatch):
     monkeypatch.setitem(EXIT_CRITERIA, request.param, CRITERIA[request.param])
-    config = tiny_config(thinking_stages=[1, 2, 3, 4], exit_criterion=request.param, threshold=0.5)
+    sizes = {"thinking_stages": [1, 2, 3, 4], "num_hidden_layers": 2}
+    config = tiny_config(**sizes, exit_criterion=request.param, threshold=0.5)
     model = lively(GatedThinkingViT, config)
     if request.param != "patience":  # a τ between two images, so that rounding decides nothing
         with torch.no_grad():

@@ -71,7 +71,7 @@ def dense_criterion(monkeypatch):
 
 @pytest.fixture
 def model(dense_criterion):
-    config = tiny_config(exit_criterion="mean_pixel_entropy", threshold=[0.0, 0.0])
+    config = tiny_config(exit_criterion="mean_pixel_entropy", threshold=[0.0, 0.0], num_hidden_layers=1)
     model = lively(ThinkingViTForDensePrediction, config)
     with torch.no_grad():
         _, run = model(random_images(8), run_all=True)
