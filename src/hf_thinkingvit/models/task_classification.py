@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .configuration_checks import configured_problem_type
 from .exit_criteria import EXIT_CRITERIA
 from .module_arguments import warn_of_outside_loss
-from .staged_run import Answer, StagedRun
+from .staged_run import Answer
 from .tasks import Task
 
 
@@ -224,6 +224,7 @@ class ImageClassificationTask(Task):
     regression. Models implement `answer`, which applies their classifier to their features.
     """
 
+    output_class = StagedImageClassifierOutput
     _loss_function = staticmethod(classification_loss)  # the default of `loss_function`, which users may set
 
     def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
@@ -248,20 +249,6 @@ class ImageClassificationTask(Task):
                 warn_of_outside_loss(self, OUTSIDE_LOSS)
         elif pixel_values is not None and pixel_values.dim() == 4:  # `begin` refuses other pixels
             self.check_labels(labels, len(pixel_values))
-
-    def build_output(
-        self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
-    ) -> StagedImageClassifierOutput:
-        """The output of a run, with the loss if there are `labels`. The arguments are those of `forward`."""
-        with_stage_logits = self.training or output_stage_logits
-        loss = None if labels is None else self.run_loss(labels, run, **kwargs)
-        return StagedImageClassifierOutput(
-            loss=loss,
-            logits=run.accepted["logits"],
-            exit_stage=run.exit_stage,
-            entropy=run.accepted["entropy"],
-            stage_logits=tuple(step.answer["logits"] for step in run.steps) if with_stage_logits else None,
-        )
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_checks import as_pair
 from .exit_scores import mean_pixel_entropy
-from .staged_run import Answer, StagedRun
+from .staged_run import Answer
 from .task_classification import loss_arguments, share_of_batch
 from .tasks import Task
 
@@ -153,6 +153,7 @@ class SemanticSegmentationTask(Task):
     """
 
     reads_all_tokens = True
+    output_class = StagedSemanticSegmenterOutput
     _loss_function = staticmethod(semantic_segmentation_loss)  # behind `loss_function`, which users may set
 
     def dense_answer(self, logits: torch.Tensor) -> Answer:
@@ -166,19 +167,6 @@ class SemanticSegmentationTask(Task):
 
     def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
         return self.loss_function(labels, answer["logits"], self.config, **loss_arguments(self, kwargs))
-
-    def build_output(
-        self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
-    ) -> StagedSemanticSegmenterOutput:
-        """The output of a run, with the loss if there are `labels`. The arguments are those of `forward`."""
-        with_stage_logits = self.training or output_stage_logits
-        return StagedSemanticSegmenterOutput(
-            loss=None if labels is None else self.run_loss(labels, run, **kwargs),
-            logits=run.accepted["logits"],
-            exit_stage=run.exit_stage,
-            entropy=run.accepted["entropy"],
-            stage_logits=tuple(step.answer["logits"] for step in run.steps) if with_stage_logits else None,
-        )
 
 
 __all__ = [

@@ -46,10 +46,13 @@ class Task:
             Stages compute the others only for the images that go on, where it does not.
         merges_answers (`bool`): whether an image's accepted answer is made of those of several stages, by
             `merge_answers`. By default it is the answer of the stage at which the image exits.
+        output_class (`type[ModelOutput]`): of `forward`, with the fields `loss`, `logits`, `exit_stage`, `entropy` and
+            `stage_logits`.
         reported_entropy (`Callable`, *optional*): `(logits, top_k) -> (images,)`, the entropy to report of an answer
             where the exit criterion's score is not an entropy; by default that of a classification.
     """
 
+    output_class: type[ModelOutput]
     reads_all_tokens: bool = False
     merges_answers: bool = False
     reported_entropy: Callable[[torch.Tensor, int], torch.Tensor] | None = None
@@ -84,7 +87,14 @@ class Task:
         self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
     ) -> ModelOutput:
         """The output of a run, with the loss if there are `labels`. The arguments are those of `forward`."""
-        raise NotImplementedError
+        with_stage_logits = self.training or output_stage_logits
+        return self.output_class(
+            loss=None if labels is None else self.run_loss(labels, run, **kwargs),
+            logits=run.accepted["logits"],
+            exit_stage=run.exit_stage,
+            entropy=run.accepted["entropy"],
+            stage_logits=tuple(step.answer["logits"] for step in run.steps) if with_stage_logits else None,
+        )
 
     def run_loss(self, labels: torch.Tensor, run: StagedRun, **kwargs: Any) -> torch.Tensor:
         """
