@@ -12,7 +12,7 @@ from hf_thinkingvit.models.staged_loop import run_stages
 from tests.utils import lively, random_images, tiny_config
 
 
-NUM_STAGES = 4
+NUM_STAGES = 3
 
 
 def similarity(answer, memory, top_k):
@@ -58,12 +58,12 @@ class GatedThinkingViT(ThinkingViTForImageClassification):
 @pytest.fixture(params=sorted(CRITERIA))
 def model(request, monkeypatch):
     monkeypatch.setitem(EXIT_CRITERIA, request.param, CRITERIA[request.param])
-    sizes = {"thinking_stages": [1, 2, 3, 4], "num_hidden_layers": 2}
+    sizes = {"thinking_stages": [1, 2, 4], "num_hidden_layers": 2}
     config = tiny_config(**sizes, exit_criterion=request.param, threshold=0.5)
     model = lively(GatedThinkingViT, config)
     if request.param != "patience":  # a τ between two images, so that rounding decides nothing
         with torch.no_grad():
-            scores = run_stages(model, model.exit_rule(), range(4), random_images(12), run_all=True).steps[1].score
+            scores = run_stages(model, model.exit_rule(), range(NUM_STAGES), random_images(12), run_all=True).steps[1].score
         model.config.threshold = scores.sort().values[3:5].mean().item()
     return model
 
@@ -84,9 +84,9 @@ def exit_stages_of(model, images):
         gates = torch.cat([answer["halting_score"] for answer in answers])
         threshold = model.config.threshold
         exits = {
-            "similarity": [s > 0 and (logits[s] - logits[s - 1]).square().mean().item() < threshold for s in range(4)],
-            "patience": [s > 0 and predictions[s] == predictions[s - 1] for s in range(4)],
-            "accumulated_gate": [gates[: s + 1].sum().item() > threshold for s in range(4)],
+            "similarity": [s > 0 and (logits[s] - logits[s - 1]).square().mean().item() < threshold for s in range(NUM_STAGES)],
+            "patience": [s > 0 and predictions[s] == predictions[s - 1] for s in range(NUM_STAGES)],
+            "accumulated_gate": [gates[: s + 1].sum().item() > threshold for s in range(NUM_STAGES)],
         }[model.config.exit_criterion]
         stages.append(exits.index(True) if True in exits else NUM_STAGES - 1)
     return torch.tensor(stages)
