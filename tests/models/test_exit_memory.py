@@ -63,7 +63,8 @@ def model(request, monkeypatch):
     model = lively(GatedThinkingViT, config)
     if request.param != "patience":  # a τ between two images, so that rounding decides nothing
         with torch.no_grad():
-            scores = run_stages(model, model.exit_rule(), range(NUM_STAGES), random_images(12), run_all=True).steps[1].score
+            run = run_stages(model, model.exit_rule(), range(NUM_STAGES), random_images(12), run_all=True)
+        scores = run.steps[1].score
         model.config.threshold = scores.sort().values[3:5].mean().item()
     return model
 
@@ -83,10 +84,11 @@ def exit_stages_of(model, images):
         predictions = logits.argmax(dim=1).tolist()
         gates = torch.cat([answer["halting_score"] for answer in answers])
         threshold = model.config.threshold
+        numbers = range(NUM_STAGES)
         exits = {
-            "similarity": [s > 0 and (logits[s] - logits[s - 1]).square().mean().item() < threshold for s in range(NUM_STAGES)],
-            "patience": [s > 0 and predictions[s] == predictions[s - 1] for s in range(NUM_STAGES)],
-            "accumulated_gate": [gates[: s + 1].sum().item() > threshold for s in range(NUM_STAGES)],
+            "similarity": [s > 0 and (logits[s] - logits[s - 1]).square().mean().item() < threshold for s in numbers],
+            "patience": [s > 0 and predictions[s] == predictions[s - 1] for s in numbers],
+            "accumulated_gate": [gates[: s + 1].sum().item() > threshold for s in numbers],
         }[model.config.exit_criterion]
         stages.append(exits.index(True) if True in exits else NUM_STAGES - 1)
     return torch.tensor(stages)
