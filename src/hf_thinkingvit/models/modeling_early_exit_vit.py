@@ -31,7 +31,7 @@ from .nested_vit import (
     run_layers,
 )
 from .staged_compilation import compilable_step
-from .staged_loop import StagedModelMixin, resolve_stages, run_stages
+from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, StagedRun, State
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .weights_from_vit import PLAIN_VIT, fields_from_vit, import_vit, load_classifier, override_fields
@@ -137,11 +137,7 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages)
-        state = self.begin(pixel_values, interpolate_pos_encoding, stages)
-        for stage_index in stages:
-            if stage_index > stages.start:
-                state = self.recycle(stage_index - 1, state, **kwargs)
-            state = self.run_stage(stage_index, state, **kwargs)
+        state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layernorm(state["tokens"]))
 
 

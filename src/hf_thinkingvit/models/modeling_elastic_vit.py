@@ -24,7 +24,8 @@ from .nested_vit import (
     run_layers,
 )
 from .sub_networks import SubNetwork
-from .task_classification import check_labels, classification_loss, loss_arguments
+from .task_classification import check_labels, classification_loss
+from .tasks import loss_arguments
 from .weights_from_vit import (
     PLAIN_VIT,
     SHARED_FIELDS,

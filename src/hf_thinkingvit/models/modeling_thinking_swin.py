@@ -23,7 +23,7 @@ from .module_arguments import check_arguments
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
-from .staged_loop import StagedModelMixin, resolve_stages, run_stages
+from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .weights_from_swin import import_swin, load_swin, thinking_swin_config_from_swin
@@ -184,11 +184,7 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
         """
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
-        state = self.begin(pixel_values, interpolate_pos_encoding, stages)
-        for stage_index in stages:
-            if stage_index > stages.start:
-                state = self.recycle(stage_index - 1, state, **kwargs)
-            state = self.run_stage(stage_index, state, **kwargs)
+        state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, **kwargs)
         return BaseModelOutput(last_hidden_state=state["tokens"].flatten(1, 2))
 
 

@@ -31,7 +31,7 @@ from .nested_vit import (
     run_layers,
 )
 from .staged_compilation import compilable_step
-from .staged_loop import StagedModelMixin, resolve_stages, run_stages
+from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
@@ -192,11 +192,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
         self.score_predictors.check_keep_rate(keep_rate)
-        state = self.begin(pixel_values, interpolate_pos_encoding, stages)
-        for stage_index in stages:
-            if stage_index > stages.start:
-                state = self.recycle(stage_index - 1, state, **kwargs)
-            state = self.run_stage(stage_index, state, keep_rate=keep_rate, **kwargs)
+        state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, keep_rate=keep_rate, **kwargs)
         return BaseModelOutput(last_hidden_state=state["tokens"])
 
 

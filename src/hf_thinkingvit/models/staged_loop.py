@@ -16,6 +16,7 @@ knows layers, heads, labels, losses or output types.
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from .exit_rules import ExitRule
 from .module_recording import wants_recordings
@@ -185,6 +186,22 @@ def run_stages(
     return run
 
 
+def run_backbone(
+    backbone: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    stages: range,
+    interpolate_pos_encoding: bool | None = None,
+    **kwargs,
+) -> State:
+    """Run `stages` of a model without a task for every image: the state as the last of them leaves it."""
+    state = backbone.begin(pixel_values, interpolate_pos_encoding, stages)
+    for stage_index in stages:
+        if stage_index > stages.start:
+            state = backbone.recycle(stage_index - 1, state, **kwargs)
+        state = backbone.run_stage(stage_index, state, **kwargs)
+    return state
+
+
 class StagedModelMixin(CompiledStagesMixin, Task):
     """
     The steps of a model that thinks in stages: three of its backbone (`base_model`), and a task's `answer`. The first
@@ -210,4 +227,4 @@ class StagedModelMixin(CompiledStagesMixin, Task):
         return self.base_model.recycle(stage_index, state, **kwargs)
 
 
-__all__ = ["StagedModelMixin", "resolve_stages", "run_stages", "step_stage"]
+__all__ = ["StagedModelMixin", "resolve_stages", "run_backbone", "run_stages", "step_stage"]

@@ -8,17 +8,14 @@ must be scaled by the part's share of the batch, `share_of_batch`, as must any l
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_checks import configured_problem_type
 from .exit_criteria import EXIT_CRITERIA
 from .module_arguments import warn_of_outside_loss
-from .staged_run import Answer
 from .tasks import Task
 
 
@@ -209,15 +206,6 @@ def classification_loss(
     return loss * share_of_batch(labels, num_items_in_batch)
 
 
-def loss_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """
-    Keyword arguments of `model.loss_function`: those of `forward`, and in training mode the label smoothing. In
-    evaluation mode the loss measures the answers, without smoothing.
-    """
-    smoothing = model.config.label_smoothing if model.training else 0.0
-    return {**kwargs, "label_smoothing": smoothing} if smoothing else kwargs
-
-
 class ImageClassificationTask(Task):
     """
     One answer per image, `{"logits": (images, num_labels)}`, for single-label and multi-label classification and for
@@ -229,9 +217,6 @@ class ImageClassificationTask(Task):
 
     def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
         check_labels(labels, batch_size, self.config)
-
-    def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
-        return self.loss_function(labels, answer["logits"], self.config, **loss_arguments(self, kwargs))
 
     def check_call(
         self,
@@ -256,7 +241,6 @@ __all__ = [
     "StagedImageClassifierOutput",
     "check_labels",
     "classification_loss",
-    "loss_arguments",
     "problem_type_of",
     "share_of_batch",
 ]

@@ -6,7 +6,6 @@ images are padded to whole patches, so the resized logits are cut to the size of
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +14,7 @@ from transformers.utils import ModelOutput
 from .configuration_checks import as_pair
 from .exit_scores import mean_pixel_entropy
 from .staged_run import Answer
-from .task_classification import loss_arguments, share_of_batch
+from .task_classification import share_of_batch
 from .tasks import Task
 
 
@@ -164,9 +163,6 @@ class SemanticSegmentationTask(Task):
 
     def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
         check_masks(labels, self.config)
-
-    def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
-        return self.loss_function(labels, answer["logits"], self.config, **loss_arguments(self, kwargs))
 
 
 __all__ = [

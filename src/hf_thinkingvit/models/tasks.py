@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .exit_rules import ExitRule
@@ -34,6 +35,15 @@ def weights_of_stages(weights: Sequence[float] | None, stages: range) -> list[fl
             "`max_stages` lets run: there is nothing to train. Raise `max_stages`, or set other weights."
         )
     return [weight * sum(weights) / sum(used) for weight in used]
+
+
+def loss_arguments(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Keyword arguments of `model.loss_function`: those of `forward`, and in training mode the label smoothing. In
+    evaluation mode the loss measures the answers, without smoothing.
+    """
+    smoothing = model.config.label_smoothing if model.training else 0.0
+    return {**kwargs, "label_smoothing": smoothing} if smoothing else kwargs
 
 
 class Task:
@@ -80,8 +90,8 @@ class Task:
         raise NotImplementedError
 
     def answer_loss(self, labels: torch.Tensor, answer: Answer, **kwargs: Any) -> torch.Tensor:
-        """The loss of one answer, a float32 scalar."""
-        raise NotImplementedError
+        """The loss of one answer, a float32 scalar, by `loss_function`; kwargs are those of `forward`."""
+        return self.loss_function(labels, answer["logits"], self.config, **loss_arguments(self, kwargs))
 
     def build_output(
         self, run: StagedRun, labels: torch.Tensor | None, output_stage_logits: bool | None, **kwargs: Any
@@ -108,4 +118,4 @@ class Task:
         return sum(weight * loss for weight, loss in zip(weights, losses))
 
 
-__all__ = ["Task", "weights_of_stages"]
+__all__ = ["Task", "loss_arguments", "weights_of_stages"]

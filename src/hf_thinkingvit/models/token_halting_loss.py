@@ -4,7 +4,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .task_classification import loss_arguments, share_of_batch
+from .task_classification import share_of_batch
+from .tasks import loss_arguments
 
 
 OUTSIDE_LOSS = (
