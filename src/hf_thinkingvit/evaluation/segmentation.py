@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.configuration_checks import as_pair, as_plain_numbers
@@ -61,6 +62,55 @@ def segmentation_measures(confusion: torch.Tensor) -> dict[str, Any]:
 
 def _plain(value: torch.Tensor) -> float | None:
     return None if value.isnan() else value.item()
+
+
+@torch.no_grad()
+def evaluate_segmentation(
+    accelerator: Accelerator, models: dict[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """
+    Evaluate every stage of several models in one pass over images in windows. Every process must call it.
+
+    Args:
+        accelerator (`Accelerator`): has prepared `batches`; images that it repeats to fill a batch count once.
+        models (`dict[str, nn.Module]`): unwrapped models, run in evaluation mode; their modes are restored.
+        batches: as [`~hf_thinkingvit.windows.window_batches`] makes them.
+
+    Returns:
+        For each model, the measures of `segmentation_measures`, each a list with one entry per stage, and `images`, the
+        number of images.
+
+    Raises:
+        ValueError: if there are no images, or none of their pixels counts.
+    """
+    was_training = {name: model.training for name, model in models.items()}
+    sums: dict[str, torch.Tensor] = {}
+    images = 0
+    try:
+        for model in models.values():
+            model.eval()
+        for batch in batches:
+            count = int(batch["rows"])
+            for name, model in models.items():
+                with accelerator.autocast():
+                    answers = model(batch["pixel_values"], output_stage_logits=True).stage_logits
+                confusions = torch.stack(
+                    [confusion_matrices(logits, batch["labels"], model.config) for logits in answers], dim=1
+                )
+                rows = confusions.new_zeros(count, *confusions.shape[1:]).index_add_(0, batch["image"], confusions)
+                rows = accelerator.gather_for_metrics(rows)
+                sums[name] = sums.get(name, 0) + rows.sum(dim=0).cpu()
+            images += len(rows)
+    finally:
+        for name, model in models.items():
+            model.train(was_training[name])
+    if not images or not all(total.sum() for total in sums.values()):
+        raise ValueError("There are no images to evaluate on, or none of their pixels has a class.")
+    results = {}
+    for name, total in sums.items():
+        stages = [segmentation_measures(confusion) for confusion in total]
+        results[name] = {measure: [stage[measure] for stage in stages] for measure in stages[0]} | {"images": images}
+    return results
 
 
 @dataclass(frozen=True)
