@@ -158,9 +158,7 @@ def measure_stages(
             measured = [{"score": step.score, **measure(step.answer, batch)} for step in run.steps]
             if compare is not None:
                 last = run.steps[-1].answer
-                measured = [
-                    {**entry, **compare(step.answer, last, batch)} for entry, step in zip(measured, run.steps)
-                ]
+                measured = [{**entry, **compare(step.answer, last, batch)} for entry, step in zip(measured, run.steps)]
             rows = {name: torch.stack([_plain(entry[name]) for entry in measured], dim=1) for name in measured[0]}
             if "image" in batch:
                 rows, image_of_row = _gather_images(rows, batch["image"], accelerator)

@@ -78,7 +78,7 @@ class SegmentationAugmentation:
             if self.class_share >= 1:
                 break
             labels = mask[0, top : top + height, left : left + width]
-            counts = labels[labels != self.ignore_index].unique(return_counts=True)[1]
-            if len(counts) > 1 and counts.max() < self.class_share * counts.sum():
+            counts = torch.bincount(labels[labels != self.ignore_index])  # many times faster than `unique`
+            if (counts > 0).sum() > 1 and counts.max() < self.class_share * counts.sum():
                 break
         return top, left, height, width
