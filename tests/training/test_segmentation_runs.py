@@ -183,9 +183,11 @@ def test_starts_from_a_classifier_and_from_itself(scenes, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(scenes, tmp_path, overrides, message):
-    line = [word for word in words(scenes, tmp_path / "run", **overrides)]
+    line = words(scenes, tmp_path / "run", **{name: value for name, value in overrides.items() if value})
+    config = parse_config(line)
+    config.label_names = overrides.get("label_names", config.label_names)
     with pytest.raises(ValueError, match=message):
-        TrainingRun(parse_config(line))
+        TrainingRun(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -16,8 +16,8 @@ from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.starting_point import build_model
-from tests.segmentation_data import CLASSES
 from tests.models.test_weights_from_swin import trained_swin
+from tests.segmentation_data import CLASSES
 from tests.training.test_config import CONFIGS
 from tests.training.tiny_runs import LABELS, flags
 

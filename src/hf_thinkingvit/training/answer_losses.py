@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import reduce
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
@@ -62,14 +63,22 @@ class LabelLoss:
 
 
 class MaskLoss:
-    """Cross-entropy of the logits, resized to pixels, with the labels of the pixels, smoothed by `label_smoothing`."""
+    """
+    Cross-entropy of the logits, resized to pixels, with the labels of the pixels, smoothed by `label_smoothing`: the
+    mean over the pixels that count in the micro-batches of all processes, so that it does not depend on how the images
+    are shared out. Micro-batches that are accumulated weigh the same, whatever counts in them.
+    """
 
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig):
         self.model_config, self.label_smoothing = model_config, config.label_smoothing
 
     def __call__(self, answers: Sequence[torch.Tensor], batch: TrainingBatch) -> list[torch.Tensor]:
+        counted = (batch.targets != self.model_config.semantic_loss_ignore_index).sum().float()
+        # DDP averages gradients over processes, each of which has the mean over its own pixels.
+        share = counted / reduce(counted, reduction="mean").clamp(min=1)
         return [
-            semantic_segmentation_loss(batch.targets, logits, self.model_config, label_smoothing=self.label_smoothing)
+            share
+            * semantic_segmentation_loss(batch.targets, logits, self.model_config, label_smoothing=self.label_smoothing)
             for logits in answers
         ]
 
