@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
     BitImageProcessorPil,
+    PreTrainedConfig,
 )
 
 # Imported from its module: some versions hide it at the top level without torchvision, although Pillow suffices.
@@ -25,6 +26,20 @@ TASKS = {
     IMAGE_CLASSIFICATION: (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
     IMAGE_SEGMENTATION: (AutoModelForSemanticSegmentation, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
 }
+
+
+def auto_class_of(config: PreTrainedConfig) -> type:
+    """
+    The Auto class for the task of a saved model, by the `architectures` of its configuration.
+
+    Raises:
+        ValueError: if they are of no model of this package with a head.
+    """
+    tasks = {head.__name__: task for family in FAMILIES.values() for task, head in family.heads.items()}
+    for name in config.architectures or ():
+        if name in tasks:
+            return TASKS[tasks[name]][0]
+    raise ValueError(f"Expected a saved model of one of the classes {', '.join(tasks)}, got {config.architectures}.")
 
 
 def register_models() -> None:

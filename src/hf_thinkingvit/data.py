@@ -23,6 +23,30 @@ SAMPLE_SEED = 0  # fixed, so that measurements of several models are of the same
 Rows = datasets.Dataset | datasets.IterableDataset
 
 
+class ClassLabels:
+    """Labels that are one class for each image: a class index, a name, or several of them."""
+
+    def decode(self, label: Any, image: Image.Image, where: str) -> Any:
+        """The label of an image, from its entry in the column of labels; `where` is what messages call the image."""
+        return label
+
+    def are_known(self, rows: Rows, column: str) -> bool:
+        """Whether images have labels; published test splits often have -1. Of a stream, only the first is read."""
+        if isinstance(rows, datasets.IterableDataset):
+            labels = [row[column] for row in rows.take(1)]
+        else:
+            labels = rows.unique(column)
+        return bool(labels) and all(label is not None and label != -1 for label in labels)
+
+    def strata(self, rows: Rows, column: str) -> np.ndarray:
+        """A group for each image, of which held-out images are to be a fair sample: the label."""
+        return np.asarray(rows.select_columns(column).with_format("numpy")[:][column])
+
+    def transformed(self, transform: Any, image: Image.Image, label: Any) -> tuple[torch.Tensor, Any]:
+        """The augmented image, and its label, which augmentation leaves as it is."""
+        return transform(image), label
+
+
 @dataclass(frozen=True)
 class ImageSplit:
     """
@@ -33,6 +57,7 @@ class ImageSplit:
         image_column, label_column: names of the columns.
         label_names: name of each label; `None` if the labels are not indices with names.
         name: name of the data in messages and model cards.
+        labels: what the labels are: `ClassLabels`, or [`~hf_thinkingvit.masks.MaskLabels`] where they are masks.
     """
 
     rows: Rows
@@ -40,6 +65,7 @@ class ImageSplit:
     label_column: str
     label_names: list[str] | None
     name: str
+    labels: Any = ClassLabels()
 
     def take(self, count: int | None) -> "ImageSplit":
         """The first `count` images, all for `None`."""
@@ -115,7 +141,7 @@ def as_image_split(
     features = rows.features
     labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [column for column in ("label", "labels", "fine_label") if column in features]
-    label_column = _column("label_column", label_column, labels, features, name)
+    label_column = column_of("label_column", label_column, labels, features, name)
     kind = features[label_column]
     names = kind.names if isinstance(kind, datasets.ClassLabel) else None
     return ImageSplit(rows.select_columns([image_column, label_column]), image_column, label_column, names, name)
@@ -127,11 +153,11 @@ def as_images(rows: Rows, name: str, image_column: str | None = None) -> tuple[R
     if features is None:
         raise ValueError(f"`{name}` does not state its columns, which streaming needs: download it instead.")
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    image_column = _column("image_column", image_column, images, features, name)
+    image_column = column_of("image_column", image_column, images, features, name)
     return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
 
 
-def _column(argument: str, given: str | None, candidates: list[str], features: datasets.Features, name: str) -> str:
+def column_of(argument: str, given: str | None, candidates: list[str], features: datasets.Features, name: str) -> str:
     if given is None and len(candidates) != 1:
         what = "several columns" if candidates else "no column"
         raise ValueError(f"`{name}` has {what} for `{argument}` among {list(features)}: name it.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..public_names import public_name
+from .segmentation import StageConfusions
 from .splits import ALL, UNKNOWN
 from .sweep import StageAnswers
 
@@ -50,9 +51,9 @@ def plot_accuracy_against_macs(
         A matplotlib `Figure`.
     """
     figure, axes = _figure()
-    rows = sorted(rows, key=lambda row: (row["gmacs"], row["top1"]))
-    scale, unit = _unit(answers)
-    costs, accuracies = [row["gmacs"] * scale for row in rows], [row["top1"] for row in rows]
+    (scale, unit), (measure, words, percent) = _unit(answers), _measure(answers)
+    rows = sorted(rows, key=lambda row: (row["gmacs"], row[measure]))
+    costs, accuracies = [row["gmacs"] * scale for row in rows], [percent * row[measure] for row in rows]
     axes.plot(costs, accuracies, color=BLUE, linewidth=2, label="τ varies")
     low, high = (costs[0], costs[-1]) if rows else (0.0, 1.0)
     if not marked:
@@ -62,16 +63,16 @@ def plot_accuracy_against_macs(
         )
     for row in rows:
         if row["threshold"] in marked:
-            point = row["gmacs"] * scale, row["top1"]
+            point = row["gmacs"] * scale, percent * row[measure]
             axes.plot(*point, "o", color=BLUE, markersize=6)
             axes.annotate(f"τ = {row['threshold']:.2g}", point, xytext=(6, -13), textcoords="offset points", fontsize=9)
     for stage, row in enumerate(answers.stage_rows()):
         color, _, marker = STYLES[(stage + 1) % len(STYLES)]
-        point = row["gmacs"] * scale, row["top1"]
+        point = row["gmacs"] * scale, percent * row[measure]
         label = f"stage {stage} for every image"
         axes.plot(*point, marker, color=color, markersize=9, markeredgecolor=BLACK, linestyle="none", label=label)
     axes.set_xlabel(f"mean {unit} per image")
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylabel(f"{words} (%)")
     axes.set_title(_title(answers), fontsize=10)
     axes.margins(x=0.1, y=0.12)
     axes.legend(loc="lower right", frameon=False)
@@ -111,7 +112,7 @@ def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> A
         options = {"marker": marker, "markevery": max(1, len(rows) // 10), "linewidth": 2, "color": color}
         axes.plot([row["threshold"] for row in rows], shares, line, label=f"leave after stage {stage}", **options)
     axes.set_xlabel("τ")
-    axes.set_ylabel("share of images (%)")
+    axes.set_ylabel(f"share of {'windows' if isinstance(answers, StageConfusions) else 'images'} (%)")
     axes.set_ylim(-2, 102)
     axes.set_title(_title(answers), fontsize=10)
     axes.legend(frameon=False)
@@ -121,6 +122,11 @@ def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> A
 def _title(answers: StageAnswers) -> str:
     split = "" if answers.split in (ALL, UNKNOWN) else f", split {answers.split}"
     return f"{public_name(answers.dataset)}{split}, {len(answers)} images"
+
+
+def _measure(answers: StageAnswers | StageConfusions) -> tuple[str, str, float]:
+    """Name of what is plotted, in words, and what it is multiplied by for percentages."""
+    return ("mean_iou", "mean IoU", 100.0) if isinstance(answers, StageConfusions) else ("top1", "top-1 accuracy", 1.0)
 
 
 def _unit(answers: StageAnswers) -> tuple[float, str]:

@@ -40,6 +40,8 @@ class StageAnswers(StageScores):
         seen (`str`, *optional*): why the images are not new to the model, in words, if its configuration records it.
     """
 
+    risks = ("accuracy_drop", "error")
+
     scores: torch.Tensor
     top1: torch.Tensor
     top5: torch.Tensor
@@ -56,6 +58,14 @@ class StageAnswers(StageScores):
     def select(self, rows: torch.Tensor) -> "StageAnswers":
         """The answers to the images `rows` (indices or a mask)."""
         return replace(self, scores=self.scores[rows], top1=self.top1[rows], top5=self.top5[rows])
+
+    def losses(self, risk: str) -> torch.Tensor:
+        """Whether each image fails if it exits at each stage, bool `(images, stages)`; see `calibrate_risk`."""
+        return {"accuracy_drop": ~self.top1 & self.top1[:, -1:], "error": ~self.top1}[risk]
+
+    def qualities(self, thresholds: Sequence[Threshold]) -> list[float]:
+        """The accuracy (%) under each τ."""
+        return (100 * self.means(thresholds, self.top1)).tolist()
 
     def row(self, threshold: Threshold) -> dict[str, Any]:
         """Accuracy (%), cost and exits under τ; `exit_top1` is `None` for exits that no image takes."""

@@ -18,7 +18,9 @@ import yaml
 from PIL import Image
 from transformers import HfArgumentParser
 
+from ..auto import TASKS
 from ..families import FAMILIES
+from ..families.record import IMAGE_CLASSIFICATION
 from .labels import LABEL_MAPS
 from .stage_samplers import STAGE_SAMPLERS
 
@@ -43,6 +45,7 @@ class TrainingConfig:
     dataset: str = _help("Hub id, folder (images or Parquet), Parquet file, or sklearn-digits", "ILSVRC/imagenet-1k")
     output_dir: str = _help("checkpoints, logs, and the best and last model", "outputs/train")
 
+    task: str = _help("what to train for", IMAGE_CLASSIFICATION, choices=sorted(TASKS))
     model_type: str = _help("architecture to train", "thinkingvit", choices=sorted(FAMILIES))
     model: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
     from_pretrained: str | None = _help("start from a model of this package: folder or Hub id; `model` overrides it")
@@ -67,11 +70,26 @@ class TrainingConfig:
     test_split: str | None = _help("split to measure once, at the end; where not given 'test', if it has labels")
     image_column: str | None = _help("column of images; found by its type where not given")
     label_column: str | None = _help("column of labels; found by its type where not given")
+    label_names: list[str] = _help(
+        "classes of masks, in order; or one file: a name a line, or JSON from indices to names", []
+    )
+    mask_values: list[str] = _help(
+        "value in the masks of each class, in order, such as 1-150; where not given 0, 1, 2, ...", []
+    )
+    ignored_mask_values: list[str] = _help("values of pixels that do not count; all others must be classes", ["255"])
+    image_files: str | None = _help(
+        "of a folder with trees of images and masks: pattern of the images, such as 'images/{split}/*.jpg'"
+    )
+    mask_files: str | None = _help(
+        "the same of the masks: where {split} and * stand for the same, they belong together"
+    )
     streaming: bool = _help("read the data as a stream instead of downloading it first", False)
     shuffle_buffer: int = _help("images that a stream is shuffled within; 1 keeps the order", 10_000)
     shuffle: bool = _help("reshuffle the training images every epoch", True)
     max_train_samples: int | None = _help("train on the first so many images only")
-    images_per_epoch: int | None = _help("length of an epoch, where a stream does not say how long it is")
+    images_per_epoch: int | None = _help(
+        "length of an epoch in images, for streams that do not say it and to evaluate less often than every pass"
+    )
     max_eval_samples: int | None = _help(
         "evaluate on so many images only: the first of a split, some of each label of held-out images"
     )
@@ -86,16 +104,20 @@ class TrainingConfig:
     learning_rate: float = _help("at a batch of learning_rate_batch images; scaled by the batch size", 5e-4)
     learning_rate_batch: int = _help("see learning_rate", 512)
     warmup_learning_rate: float = _help("where the warm-up starts; not scaled", 1e-6)
-    min_learning_rate: float = _help("where the cosine ends; not scaled", 1e-5)
+    min_learning_rate: float = _help("where the schedule ends; not scaled", 1e-5)
+    schedule: str = _help("of the learning rate after warm-up", "cosine", choices=["cosine", "polynomial"])
+    schedule_power: float = _help("exponent of the polynomial", 0.9)
+    optimizer: str = _help("by timm's name: adamw, sgd (with Nesterov's momentum), lamb, ...", "adamw")
     backbone_learning_rate: float = _help(
         "factor of the learning rate of all but the score predictors, of a model that prunes tokens", 1.0
     )
     frozen_backbone_epochs: float = _help(
         "first epochs in which the score predictors alone learn, of a model that prunes tokens", 0.0
     )
-    weight_decay: float = _help("of AdamW; none on norms, biases, class token and position embeddings or biases", 0.05)
-    adam_beta1: float = _help("of AdamW", 0.9)
-    adam_beta2: float = _help("of AdamW", 0.999)
+    weight_decay: float = _help("none on norms, biases, class token and position embeddings or biases", 0.05)
+    momentum: float = _help("of optimizers that have one, such as sgd", 0.9)
+    adam_beta1: float = _help("of optimizers of Adam's kind", 0.9)
+    adam_beta2: float = _help("of optimizers of Adam's kind", 0.999)
     clip_grad: float | None = _help("greatest norm of the gradients")
     ema_decay: float = _help("of the moving average of the weights; 0 for none", 0.99996)
 
@@ -111,6 +133,11 @@ class TrainingConfig:
     mixup: float = _help("alpha of mixup; 0 for none", 0.8)
     cutmix: float = _help("alpha of cutmix; 0 for none", 1.0)
     mixup_switch_prob: float = _help("probability of cutmix where both are on", 0.5)
+    short_side: int | None = _help("of segmentation: shorter side of the images at scale 1; none for their own size")
+    long_side: int | None = _help("the longer side is then at most so long")
+    scale_jitter: list[float] = _help("of segmentation: smallest and greatest scale", [0.5, 2.0])
+    crop_class_share: float = _help("of segmentation: greatest share of one class in a crop (ten tries)", 0.75)
+    photometric_distortion: float = _help("of segmentation: probability of each change of colours", 0.5)
     crop_pct: float | None = _help(
         "share of the shorter side that evaluation crops; as the model started from does, else 0.9"
     )
@@ -171,10 +198,19 @@ class TrainingConfig:
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)!r}.")
         shares = ("label_smoothing", "inplace_distillation", "distillation_weight", "horizontal_flip", "random_erasing")
+        shares += ("crop_class_share", "photometric_distortion", "momentum")
         for name in (*shares, "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)!r}.")
-        for name in ("max_steps", "max_train_samples", "max_eval_samples", "images_per_epoch", "clip_grad"):
+        for name in (
+            "max_steps",
+            "max_train_samples",
+            "max_eval_samples",
+            "images_per_epoch",
+            "clip_grad",
+            "short_side",
+            "long_side",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         for name in ("ema_decay", "validation_fraction"):
@@ -187,12 +223,18 @@ class TrainingConfig:
             raise ValueError(f"`interpolation` must be one of {known}, got {self.interpolation!r}.")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"`warmup_epochs` ({self.warmup_epochs}) must be fewer than `epochs` ({self.epochs}).")
-        for name in ("crop_scale", "crop_ratio"):
+        for name in ("crop_scale", "crop_ratio", "scale_jitter"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"`{name}` must be two numbers, got {getattr(self, name)!r}.")
         if self.from_pretrained and self.from_vit:
             raise ValueError("`from_pretrained` and `from_vit` are two ways to start: give one of them.")
         family = FAMILIES[self.model_type]
+        if self.task not in family.heads:
+            raise ValueError(f"{family.name} has models for {sorted(family.heads)}, but `task` is {self.task!r}.")
+        if self.task != IMAGE_CLASSIFICATION and (self.uses_mixup or self.teacher):
+            raise ValueError(f"mixup, cutmix and `teacher` are of {IMAGE_CLASSIFICATION}: set them to 0, 0 and none.")
+        if (self.image_files is None) != (self.mask_files is None):
+            raise ValueError("`image_files` and `mask_files` belong together: give both.")
         if family.without_mixup and self.uses_mixup:
             raise ValueError(f"{family.without_mixup}: set `mixup` and `cutmix` to 0.")
         known = [entry.name for entry in dataclasses.fields(family.config_class)]
