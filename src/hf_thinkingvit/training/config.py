@@ -70,6 +70,11 @@ class TrainingConfig:
     streaming: bool = _help("read the data as a stream instead of downloading it first", False)
     shuffle_buffer: int = _help("images that a stream is shuffled within; 1 keeps the order", 10_000)
     shuffle: bool = _help("reshuffle the training images every epoch", True)
+    in_memory: bool = _help(
+        "decode the training images once, keep them in memory, and augment whole batches on the device that trains: "
+        "for images of one size, without auto_augment and color_jitter",
+        False,
+    )
     max_train_samples: int | None = _help("train on the first so many images only")
     images_per_epoch: int | None = _help("length of an epoch, where a stream does not say how long it is")
     max_eval_samples: int | None = _help(

@@ -7,12 +7,14 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
 
 from ..data import evaluation_batches
+from .batch_augmentation import BatchAugmentation
 from .checkpoints import list_checkpoints, recover_checkpoints, recover_folder
 from .config import TrainingConfig
 from .continuation import as_begun
 from .data import load_data, num_train_images
 from .distillation import load_teacher
 from .losses import TrainingLoss
+from .memory_images import load_in_memory
 from .preprocessing import run_image_processor
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
 from .splits import held_out_from
@@ -117,7 +119,13 @@ class TrainingSetup:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)
-        self.transform = train_transform(config, model.config.image_size)
+        self.memory_images = None
+        if config.in_memory:
+            self.transform = BatchAugmentation(config, model.config.image_size)
+            with self.accelerator.local_main_process_first():
+                self.memory_images = load_in_memory(self.data.train)
+        else:
+            self.transform = train_transform(config, model.config.image_size)
         evaluation = evaluation_batches(
             self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers
         )
