@@ -13,8 +13,11 @@ one resumes from its last checkpoint. The last epoch is reported, and nothing is
 """
 
 import argparse
+import dataclasses
+import math
 import multiprocessing
 import sys
+import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -40,15 +43,19 @@ def base_config(config: Path, flags: list[str]) -> TrainingConfig:
     if base.eval_split is None:
         base.eval_split = next(name for name in ("validation", "val", "test") if name in splits)
     if base.in_memory:
-        load_in_memory(load_data(base).train)  # once, into the cache that all runs read
+        data = load_data(dataclasses.replace(base, max_eval_samples=None))
+        load_in_memory(data.train)  # once, into the cache that all runs read
+        load_in_memory(data.evaluation.sample(base.max_eval_samples))
     return base
 
 
-def train_all(jobs: list[Job], at_once: int) -> list[Job]:
+def train_all(jobs: list[Job], at_once: int, seconds: float | None = None) -> list[Job]:
     """
-    Perform the jobs, each in a process of its own as soon as the job that it starts from is done. Returns those that
-    failed, and those that had to start from them.
+    Perform the jobs, each in a process of its own as soon as the job that it starts from is done. After `seconds` no
+    further one is begun, and those that run are stopped, which saves a checkpoint. Returns the jobs that failed, and
+    those that had to start from them.
     """
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.compare_runs"])  # imports take seconds: once for all processes
     waiting, running = [job for job in jobs if not job.result.exists()], {}
@@ -64,11 +71,17 @@ def train_all(jobs: list[Job], at_once: int) -> list[Job]:
                     process = context.Process(target=perform, args=(job,))
                     process.start()
                     running[process.sentinel] = process, job
-            for sentinel in wait(list(running)) if running else ():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                failed += waiting
+                waiting.clear()
+                for process, _ in running.values():
+                    process.terminate()
+            for sentinel in wait(list(running), left if 0 < left < math.inf else None) if running else ():
                 process, job = running.pop(sentinel)
                 process.join()
                 done = process.exitcode == 0
-                print(f"{job.name}: {'done' if done else f'failed, see {job.folder}/log.txt'}", flush=True)
+                print(f"{job.name}: {'done' if done else f'not done, see {job.folder}/log.txt'}", flush=True)
                 if not done:
                     failed.append(job)
     except KeyboardInterrupt:  # which the processes get as well, and save a checkpoint
@@ -93,6 +106,7 @@ def main() -> None:
     parser.add_argument("--fine-tuning-epochs", type=int, help="half of the epochs by default")
     parser.add_argument("--trained", nargs="*", default=[], metavar="METHOD=FOLDER", help="models to evaluate as given")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, on the same device")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of training; report what is done by then")
     parser.add_argument("--threads", type=int, help="of the CPU for each run; shared evenly by default")
     parser.add_argument("--speed-images", type=int, default=1024, help="whose classification is timed; 0 for none")
     parser.add_argument("--speed-batch-size", type=int, default=256)
@@ -105,7 +119,6 @@ def main() -> None:
     threads = arguments.threads or max(1, torch.get_num_threads() // arguments.jobs)
     names = with_starts(arguments.methods)
     starts = [METHODS[name].start for name in names]
-    names.sort(key=lambda name: name not in starts)  # first those that others wait for
     jobs = [
         Job(
             name,
@@ -119,7 +132,9 @@ def main() -> None:
         for name in names
         for seed in arguments.seeds
     ]
-    failed = train_all(jobs, arguments.jobs)
+    # First those that others wait for, and then one seed after the other.
+    jobs.sort(key=lambda job: (job.method not in starts, job.seed))
+    failed = train_all(jobs, arguments.jobs, arguments.time_limit)
     done = [job for job in jobs if job.result.exists()]
     speeds = {}
     if arguments.speed_images:

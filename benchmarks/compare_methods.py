@@ -49,8 +49,11 @@ def preset(make: Callable[..., PreTrainedConfig], sizes: Sizes, **arguments: Any
     """The fields that a published method's class method sets, and those of the size."""
     made, default = make(**sizes.full, **arguments), make.__self__(**sizes.full)
     names = [entry.name for entry in dataclasses.fields(make.__self__)]
-    changed = {name: getattr(made, name, None) for name in names}
-    return {**sizes.full, **{name: value for name, value in changed.items() if value != getattr(default, name, None)}}
+    values = {name: getattr(made, name, None) for name in names}
+    changed = {name: value for name, value in values.items() if value != getattr(default, name, None)}
+    if "exit_criterion" in changed:  # every criterion has a scale of its own
+        changed["threshold"] = made.threshold
+    return {**sizes.full, **changed}
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def shown_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def setting(point: dict[str, Any]) -> str:
     if "threshold" in point:
-        return f"τ = {point['threshold']:.3g}"
+        return f"τ = {point['threshold']:.4g}"
     return ", ".join(f"{name} = {value:g}" for name, value in point["fields"].items()) or "-"
 
 
@@ -164,8 +164,8 @@ def _markdown(results: dict[str, dict], device: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for result in results.values():
-        before = f"{result['pretraining_images']} | {result['pretraining_tmacs']:.1f}"
-        own = f"{len(result['seeds'])} | {result['images']} | {result['training_tmacs']:.1f}"
+        before = f"{result['pretraining_images']} | {result['pretraining_tmacs']:.3g}"
+        own = f"{len(result['seeds'])} | {result['images']} | {result['training_tmacs']:.3g}"
         lines.append(f"| {result['title']} | {own} | {before} |")
     lines += ["", "| method | setting | mean MMACs | top-1 (%) | images/s |", "|---|---|---|---|---|"]
     for result in results.values():

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from benchmarks.compare_methods import METHODS, Sizes
 from hf_thinkingvit import ElasticViTForImageClassification
 from hf_thinkingvit.auto import AutoImageProcessor
-from hf_thinkingvit.data import as_image_split, evaluation_batches, load_splits
+from hf_thinkingvit.data import ImageSplit, as_image_split, evaluation_batches, load_splits
 from hf_thinkingvit.evaluation import (
+    LabelMap,
     StageAnswers,
+    collect_stage_answers,
     evaluate_accuracy,
-    evaluate_thresholds,
     stage_macs,
     sub_network_macs,
 )
@@ -31,6 +33,7 @@ from hf_thinkingvit.evaluation.calibration import threshold_grid
 from hf_thinkingvit.models.configuration_staged import thinks_in_stages
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.loop import TrainingRun
+from hf_thinkingvit.training.memory_images import load_in_memory
 
 
 COUNTED_STEPS, COUNTED_IMAGES = 8, 4  # whose multiply-accumulates are counted
@@ -165,6 +168,24 @@ def load_model(folder: Path, fields: dict[str, Any], device: torch.device) -> Pr
     return AutoModelForImageClassification.from_pretrained(folder, **fields).to(device).eval()
 
 
+def read_images(
+    split: ImageSplit, processor: Any, base: TrainingConfig, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches for evaluation; with `in_memory`, of images that were decoded once for all runs."""
+    if not base.in_memory:
+        for batch in evaluation_batches(split, processor, base.eval_batch_size, base.num_workers):
+            yield {name: entry.to(device) for name, entry in batch.items()}
+        return
+    images = load_in_memory(split)
+    if images.skipped.any():
+        raise ValueError(
+            f"An evaluation image of `{split.name}` cannot be decoded, which would change what is measured."
+        )
+    for pixels, labels in zip(images.pixels.split(base.eval_batch_size), images.labels.split(base.eval_batch_size)):
+        pixels = processor(pixels.permute(0, 2, 1, 3), return_tensors="pt")["pixel_values"]
+        yield {"pixel_values": pixels.to(device), "labels": labels.to(device)}
+
+
 def evaluate_points(job: Job, device: torch.device) -> dict[str, Any]:
     """Accuracy (%) and mean GMACs of every operating point, from one pass over the images."""
     method, base = METHODS[job.method], job.base
@@ -173,19 +194,17 @@ def evaluate_points(job: Job, device: torch.device) -> dict[str, Any]:
     # The run's mixed precision is part of Accelerate's global state, and scores are measured in float32.
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    columns = {"image_column": base.image_column, "label_column": base.label_column}
-    if method.points is None:
-        options = {"split": base.eval_split, "max_samples": base.max_eval_samples, "batch_size": base.eval_batch_size}
-        answers, _ = evaluate_thresholds(
-            model, base.dataset, processor, accelerator=accelerator, progress=False, **options, **columns
-        )
-        return {"images": len(answers), "points": threshold_points(answers)}
-    split = as_image_split(load_splits(base.dataset)[base.eval_split], base.dataset, **columns)
+    split = as_image_split(
+        load_splits(base.dataset)[base.eval_split], base.dataset, base.image_column, base.label_column
+    )
     split = split.sample(base.max_eval_samples)
+    if method.points is None:
+        labels = LabelMap(model.config, split.label_names, name=base.dataset)
+        answers = collect_stage_answers(model, read_images(split, processor, base, device), labels, progress=False)
+        return {"images": len(answers), "points": threshold_points(answers)}
     overrides = method.points(model.config)
     models = {index: load_model(job.model, fields, device) for index, fields in enumerate(overrides)}
-    batches = accelerator.prepare(evaluation_batches(split, processor, base.eval_batch_size))
-    measured = evaluate_accuracy(accelerator, models, batches)
+    measured = evaluate_accuracy(accelerator, models, read_images(split, processor, base, device))
     points = [
         {
             "fields": fields,
@@ -236,7 +255,8 @@ def _perform(job: Job) -> None:
         facts["images_seen"] = run.progress.step * run.config.batch_size
     device = torch.device("cuda" if cuda else "cpu")
     facts["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-    facts |= evaluate_points(job, device)
+    if not METHODS[job.method].is_step:
+        facts |= evaluate_points(job, device)
     partial = job.result.with_suffix(".partial")
     partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     partial.replace(job.result)
