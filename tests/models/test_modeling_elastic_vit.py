@@ -145,6 +145,92 @@ class TestMixedWidths:
             model.extract_sub_network()
 
 
+class TestSeparateClassifiers:
+    @torch.no_grad()
+    def test_each_sub_network_has_its_own(self, tmp_path):
+        model, pixel_values = lively_elastic("hydravit", separate_classifiers=True), random_images()
+        assert [each.in_features for each in model.classifier] == [8, 16, 24, 32]
+        model.save_pretrained(tmp_path)
+        loaded = ElasticViTForImageClassification.from_pretrained(tmp_path, default_sub_network=1)
+        shared = lively_elastic("hydravit")
+        shared.elastic_vit.load_state_dict(model.elastic_vit.state_dict())
+        for number, classifier in enumerate(model.classifier):
+            shared.classifier.weight[:, : classifier.in_features] = classifier.weight
+            shared.classifier.bias.copy_(classifier.bias)
+            expected = reference(shared, pixel_values, model.config.networks[number])
+            logits = model(pixel_values, sub_network=[number]).sub_network_logits[0]
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(loaded(pixel_values, sub_network=number).logits, logits)
+            vit = model.extract_sub_network(number)
+            torch.testing.assert_close(vit(pixel_values).logits, logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values, sub_network=1).logits)
+        torch.testing.assert_close(loaded.extract_sub_network().classifier.weight, model.classifier[1].weight)
+
+    def test_only_those_that_ran_learn(self):
+        model = lively_elastic(separate_classifiers=True).train()
+        model(random_images(), torch.arange(6), sub_network=[0, 2]).loss.backward()
+        assert [each.weight.grad is not None for each in model.classifier] == [True, False, True, False]
+
+    @torch.no_grad()
+    def test_start_as_columns_of_the_source(self):
+        vit, pixel_values, labels = trained_vit().half().eval(), random_images(), torch.arange(3).repeat(2)
+        model = ElasticViTForImageClassification.from_vit(vit, "sortednet", separate_classifiers=True)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+        assert model.config.separate_classifiers and not any(module.training for module in model.modules())
+        vit, sizes = vit.float(), {"reorder": "importance", "pixel_values": pixel_values, "labels": labels}
+        shared = ElasticViTForImageClassification.from_vit(vit, "sortednet", **sizes)
+        model = ElasticViTForImageClassification.from_vit(vit, "sortednet", separate_classifiers=True, **sizes)
+        for number in range(len(model.config.networks)):
+            expected = shared(pixel_values, sub_network=number).logits
+            torch.testing.assert_close(model(pixel_values, sub_network=number).logits, expected)
+
+
+class TestWiderThanTheSource:
+    @torch.no_grad()
+    def test_the_leading_heads_are_the_source(self):
+        vit, pixel_values = trained_vit(num_attention_heads=2).eval(), random_images()
+        model = ElasticViTForImageClassification.from_vit(vit, "hydravit", num_attention_heads=6, heads=[2, 4, 6])
+        assert model.config.hidden_size == 3 * vit.config.hidden_size
+        assert model.config.intermediate_size == 3 * vit.config.intermediate_size
+        torch.testing.assert_close(model(pixel_values, sub_network=0).logits, vit(pixel_values).logits)
+        assert not torch.allclose(model(pixel_values).logits, vit(pixel_values).logits)
+
+    def test_what_cannot_start_so(self):
+        vit = trained_vit(num_attention_heads=2)
+        from_vit, images, labels = ElasticViTForImageClassification.from_vit, random_images(), torch.arange(6) % 3
+        with pytest.raises(ValueError, match="None of `sub_networks` is the network of the source's size"):
+            from_vit(vit, "matformer", num_attention_heads=4)
+        with pytest.raises(ValueError, match="`num_attention_heads` must be an integer of at least 2"):
+            from_vit(vit, "hydravit", num_attention_heads=1)
+        with pytest.raises(ValueError, match="not all trained"):
+            from_vit(vit, "hydravit", "importance", images, labels, num_attention_heads=4, heads=[2, 4])
+
+
+class TestLossWeights:
+    def test_of_those_that_run_keep_their_sum(self):
+        model = lively_elastic(sub_network_loss_weights=[1.0, 2.0, 0.0, 3.0])
+        images, labels = random_images(), torch.arange(6)
+        small, large = (F.cross_entropy(model(images, sub_network=number).logits, labels) for number in (1, 3))
+        torch.testing.assert_close(model(images, labels, sub_network=[1, 3]).loss, (small + large) / 2)
+        model.train()
+        torch.testing.assert_close(model(images, labels, sub_network=[1, 3]).loss, 6 * (2 * small + 3 * large) / 5)
+        torch.testing.assert_close(model(images, labels).loss, 6 * large)
+        with pytest.raises(ValueError, match=r"`sub_network_loss_weights` .* has weight 0 for all of \[2, 2\]"):
+            model(images, labels, sub_network=[2, 2])
+
+    def test_are_those_of_a_weighted_draw(self):
+        """HydraViT draws a sub-network for each step, uniformly or by weights."""
+        drawn = {}
+        for weights in (None, [0.0, 1.0, 0.0, 3.0]):
+            config = ElasticViTConfig.hydravit(**SIZES, sub_network_loss_weights=weights)
+            loss = TrainingLoss(TrainingConfig(stage_sampling="one"), config)
+            numbers = [loss.model_arguments(step, 0)["sub_network"] for step in range(400)]
+            drawn[weights is None] = torch.bincount(torch.tensor(numbers).flatten(), minlength=4) / 400
+        torch.testing.assert_close(drawn[True], torch.full((4,), 0.25), atol=0.07, rtol=0)
+        torch.testing.assert_close(drawn[False], torch.tensor([0, 0.25, 0, 0.75]), atol=0.07, rtol=0)
+        assert drawn[False][0] == drawn[False][2] == 0
+
+
 class TestConfiguration:
     def test_published_sub_networks(self):
         def sizes(method, **fields):
@@ -159,6 +245,10 @@ class TestConfiguration:
         layers = [network.layers for network in ElasticViTConfig.dynabert().networks]
         assert layers[0] == (0, 2, 4, 6, 8, 10) and layers[4] == (0, 1, 2, 4, 5, 6, 8, 9, 10)
         assert layers[8] == tuple(range(12))
+        widths = ElasticViTConfig.dynabert(depths=[1.0])
+        assert widths.networks == ElasticViTConfig.dynabert().networks[8:] and widths.whole_sub_network == 3
+        with pytest.raises(ValueError, match="`depths`"):
+            ElasticViTConfig.dynabert(depths=[0])
 
     @pytest.mark.parametrize(
         "fields, message",
@@ -169,6 +259,9 @@ class TestConfiguration:
                 r"\[0\]` uses 40",
             ),
             ({"default_sub_network": 1}, "`default_sub_network` must be from 0 to 0"),
+            ({"sub_network_loss_weights": [1.0, 1.0]}, "`sub_network_loss_weights` must be a list of 1 numbers"),
+            ({"sub_network_loss_weights": [0.0]}, "`sub_network_loss_weights` must be finite with a sum above 0"),
+            ({"separate_classifiers": 1}, "`separate_classifiers` must be true or false"),
         ],
     )
     def test_values_that_cannot_work(self, fields, message):

@@ -7,14 +7,17 @@ from . import costs_vit
 from .record import IMAGE_CLASSIFICATION, TRAINING_FIELDS, CardText, Costs, Family, Paper, PlainSource
 
 
+# A start may have more heads than the plain ViT, whose weights are the leading ones then.
+FIXED_BY_VIT = frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS}) - {"num_attention_heads"}
+
 FAMILY = Family(
     name="Elastic ViT",
     config_class=ElasticViTConfig,
     model_class=ElasticViTModel,
     heads={IMAGE_CLASSIFICATION: ElasticViTForImageClassification},
     costs=Costs(sub_networks=costs_vit.sub_network_macs),
-    plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
-    free_fields=TRAINING_FIELDS | {"default_sub_network"},
+    plain=PlainSource("from_vit", FIXED_BY_VIT),
+    free_fields=TRAINING_FIELDS | {"default_sub_network", "sub_network_loss_weights"},
     announced_fields=frozenset({"sub_networks"}),
     card=CardText(
         description="""\

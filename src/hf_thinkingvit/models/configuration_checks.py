@@ -58,6 +58,18 @@ def check_label_smoothing(config) -> None:
         )
 
 
+def check_loss_weights(name: str, weights, count: int, each: str = "one for each") -> None:
+    """Refuse weights that are not `None` or `count` finite numbers of at least 0 with a sum above 0."""
+    if weights is None:
+        return
+    if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != count:
+        raise ValueError(f"`{name}` must be a list of {count} numbers, {each}, got {weights!r}.")
+    for weight in weights:
+        check_number(name, weight)
+    if not 0 < sum(weights) < math.inf:
+        raise ValueError(f"`{name}` must be finite with a sum above 0, got {weights!r}.")
+
+
 def check_size(name: str, value) -> None:
     """An image or patch size: one positive integer, or (height, width)."""
     sides = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from .configuration_checks import check_integer, check_label_smoothing
+from .configuration_checks import (
+    check_boolean,
+    check_integer,
+    check_label_smoothing,
+    check_loss_weights,
+    check_number,
+)
 from .configuration_nested_vit import NestedViTConfig
 from .sub_networks import SubNetwork
 
@@ -20,6 +26,11 @@ class ElasticViTConfig(NestedViTConfig):
             number, or one for each layer), `head_dim` and `layers`. By default one, the whole model.
         default_sub_network (`int`, *optional*):
             The sub-network that `forward` runs where none is asked for; by default the last.
+        sub_network_loss_weights (`list[float]`, *optional*):
+            Weight of each sub-network's loss in training, and of each where a run draws one at random; by default
+            equal ones that sum to 1.
+        separate_classifiers (`bool`, *optional*, defaults to `False`):
+            Whether each sub-network has a classifier of its own, instead of the leading columns of one.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Share of each target that the training loss spreads evenly over all classes, at least 0 and below 1.
         kwargs:
@@ -41,6 +52,8 @@ class ElasticViTConfig(NestedViTConfig):
     num_attention_heads: int = 12
     sub_networks: list[dict] | tuple[dict, ...] | None = None
     default_sub_network: int | None = None
+    sub_network_loss_weights: list[float] | tuple[float, ...] | None = None
+    separate_classifiers: bool = False
     label_smoothing: float | int = 0.0
 
     def __post_init__(self, **kwargs):
@@ -61,6 +74,26 @@ class ElasticViTConfig(NestedViTConfig):
         """The sub-networks as objects."""
         return tuple(SubNetwork(**fields) for fields in self.sub_networks)
 
+    @property
+    def whole_sub_network(self) -> int:
+        """The number of the sub-network that runs all of the model. `ValueError` if there is none."""
+        whole = SubNetwork(self.num_attention_heads, self.hidden_size, self.intermediate_size)
+        return self.find_sub_network(whole, "whole model")
+
+    def find_sub_network(self, sizes: SubNetwork, name: str) -> int:
+        """
+        The number of the sub-network with these heads and channels in all layers, which the error calls `name`.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        layers = range(self.num_hidden_layers)
+        for number, network in enumerate(self.networks):
+            runs_all = tuple(network.layer_numbers(self.num_hidden_layers)) == tuple(layers)
+            if runs_all and all(network.at_layer(each).same_sizes(sizes.at_layer(each)) for each in layers):
+                return number
+        raise ValueError(f"None of `sub_networks` is the {name}, with all layers: add it.")
+
     def validate(self) -> None:
         super().validate()
         if not isinstance(self.sub_networks, Sequence) or not self.sub_networks:
@@ -72,6 +105,8 @@ class ElasticViTConfig(NestedViTConfig):
             raise ValueError(
                 f"`default_sub_network` must be from 0 to {len(self.sub_networks) - 1}, got {self.default_sub_network}."
             )
+        check_loss_weights("sub_network_loss_weights", self.sub_network_loss_weights, len(self.sub_networks))
+        check_boolean("separate_classifiers", self.separate_classifiers)
         check_label_smoothing(self)
 
     @classmethod
@@ -96,14 +131,18 @@ class ElasticViTConfig(NestedViTConfig):
         return cls(sub_networks=[{**sizes, "intermediate_size": width} for width in widths], **fields)
 
     @classmethod
-    def dynabert(cls, **fields: Any) -> "ElasticViTConfig":
+    def dynabert(cls, depths: Sequence[float] = (0.5, 0.75, 1.0), **fields: Any) -> "ElasticViTConfig":
         """
         DynaBERT (arXiv 2004.04037): full width; a quarter, half, three quarters and all of the heads and of the MLP,
-        each at a half, three quarters and all of the depth. Widths ascend within each depth.
+        each at the `depths`, by default a half, three quarters and all of the layers. Widths ascend within each depth.
+        Its first phase of training has the widths alone: `depths=[1.0]`.
         """
         full, networks = _full_size(fields), []
         depth = full["num_hidden_layers"]
-        for depth_share in (0.5, 0.75, 1.0):
+        for depth_share in depths:
+            check_number("depths", depth_share, maximum=1.0)
+            if not depth_share:
+                raise ValueError(f"`depths` must be above 0, got {list(depths)}.")
             kept = max(1, round(depth_share * depth))
             layers = sorted({min(int(index / depth_share), depth - 1) for index in range(kept)})
             for width_share in (0.25, 0.5, 0.75, 1.0):
@@ -149,7 +188,7 @@ def _as_dict(network: Any) -> dict[str, Any]:
 
 def _full_size(fields: dict[str, Any]) -> dict[str, int]:
     """The sizes of the whole model with these fields. `ValueError` if heads or MLP cannot be divided."""
-    chosen = ("sub_networks", "default_sub_network")
+    chosen = ("sub_networks", "default_sub_network", "sub_network_loss_weights")
     full = ElasticViTConfig(**{name: value for name, value in fields.items() if name not in chosen})
     heads = full.num_attention_heads
     if full.intermediate_size % heads:

@@ -5,14 +5,19 @@ Comparisons are strict unless the configuration says otherwise (`exit_at_thresho
 an image with a broken answer goes on to the last stage.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .configuration_checks import as_plain_numbers, check_integer, check_number, configured_problem_type
+from .configuration_checks import (
+    as_plain_numbers,
+    check_integer,
+    check_loss_weights,
+    check_number,
+    configured_problem_type,
+)
 from .exit_criteria import EXIT_CRITERIA, suits_problem_type
 from .exit_scores import mean_binary_entropy, topk_entropy
 from .staged_run import Answer, Memory
@@ -231,13 +236,4 @@ def check_exit_fields(config) -> None:
         )
     check_integer("entropy_top_k", config.entropy_top_k, minimum=2)  # the entropy of one class is always 0
     ExitRule.from_config(config)
-    weights = config.stage_loss_weights
-    if weights is not None:
-        if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != config.num_stages:
-            raise ValueError(
-                f"`stage_loss_weights` must be a list of {config.num_stages} numbers, one per stage, got {weights!r}."
-            )
-        for weight in weights:
-            check_number("stage_loss_weights", weight)
-        if not 0 < sum(weights) < math.inf:
-            raise ValueError(f"`stage_loss_weights` must be finite with a sum above 0, got {weights!r}.")
+    check_loss_weights("stage_loss_weights", config.stage_loss_weights, config.num_stages, "one per stage")

@@ -32,7 +32,7 @@ def sort_by_importance(model: PreTrainedModel, pixel_values: torch.Tensor, label
         for weight in outputs:
             weight.requires_grad_(True)
         with torch.enable_grad():
-            logits = model(pixel_values.to(model.device), **_whole(model)).logits
+            logits = model(pixel_values.to(model.device), sub_network=model.config.whole_sub_network).logits
             loss = F.cross_entropy(logits.float(), labels.to(logits.device))
             gradients = torch.autograd.grad(loss, outputs)
     finally:
@@ -48,17 +48,6 @@ def sort_by_importance(model: PreTrainedModel, pixel_values: torch.Tensor, label
             attention = layer.attention
             _reorder(attention.o_proj, channels.flatten(), attention.q_proj, attention.k_proj, attention.v_proj)
             _reorder(layer.mlp.fc2, of_mlp.abs().argsort(descending=True, stable=True), layer.mlp.fc1)
-
-
-def _whole(model: PreTrainedModel) -> dict:
-    """Arguments of `forward` for a sub-network that runs all of the model."""
-    config = model.config
-    for number, network in enumerate(config.networks):
-        sizes = network.num_attention_heads, network.hidden_size, network.attention_size, network.intermediate_size
-        full = config.num_attention_heads, config.hidden_size, config.hidden_size, config.intermediate_size
-        if sizes == full and len(network.layer_numbers(config.num_hidden_layers)) == config.num_hidden_layers:
-            return {"sub_network": number}
-    raise ValueError("None of `sub_networks` is the whole model, on which importance is measured: add it.")
 
 
 def _reorder(output: torch.nn.Linear, order: torch.Tensor, *inputs: torch.nn.Linear) -> None:

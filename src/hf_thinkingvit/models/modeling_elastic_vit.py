@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from .configuration_checks import check_integer
 from .configuration_elastic_vit import ElasticViTConfig
 from .importance import sort_by_importance
 from .module_arguments import check_arguments
@@ -25,7 +27,7 @@ from .nested_vit import (
 )
 from .sub_networks import SubNetwork
 from .task_classification import check_labels, classification_loss
-from .tasks import loss_arguments
+from .tasks import loss_arguments, weights_of_stages
 from .weights_from_vit import (
     PLAIN_VIT,
     SHARED_FIELDS,
@@ -42,14 +44,15 @@ class ElasticImageClassifierOutput(ModelOutput):
     """
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` are given):
-            The mean of the losses of the sub-networks that ran, in training mode with `label_smoothing`.
+            The mean of the losses of the sub-networks that ran; in training mode weighted by
+            `sub_network_loss_weights`, scaled to keep their sum, and with `label_smoothing`.
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
             Of the sub-network that ran, of several the last.
         sub_network_logits (`tuple[torch.Tensor]`, *optional*, returned where `sub_network` is a list):
             Logits of each, in the order of the list.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
-            The input of the first layer and the output of each layer, `(batch_size, tokens, width)`, of one sub-network
-            after the other.
+            The input of the first layer that runs, then the output of each layer, `(batch_size, tokens, width)`, of
+            one sub-network after the other.
         attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
             Attention probabilities `(batch_size, heads, tokens, tokens)` of each layer, likewise.
     """
@@ -148,7 +151,8 @@ class ElasticViTModel(ElasticViTPreTrainedModel):
 
 class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
     """
-    An elastic ViT with an image classification head on the class token, one head for all sub-networks.
+    An elastic ViT with an image classification head on the class token: one for all sub-networks, or with
+    `config.separate_classifiers` one for each.
 
     Example:
 
@@ -164,8 +168,16 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.elastic_vit = ElasticViTModel(config)
-        self.classifier = NestedLinear(config.hidden_size, config.num_labels)
+        if config.separate_classifiers:
+            widths = [network.hidden_size for network in config.networks]
+            self.classifier = nn.ModuleList([NestedLinear(width, config.num_labels) for width in widths])
+        else:
+            self.classifier = NestedLinear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    def classifier_of(self, sub_network: int) -> NestedLinear:
+        """The classifier that a sub-network uses."""
+        return self.classifier[sub_network] if self.config.separate_classifiers else self.classifier
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -200,23 +212,24 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
         check_arguments(self, kwargs)
         is_list = isinstance(sub_network, Sequence)
         numbers = list(sub_network) if is_list else [sub_network]
+        numbers = [self.config.default_sub_network if number is None else number for number in numbers]
         if not numbers:
             raise ValueError("`sub_network` must be a number or a non-empty list of numbers, got an empty list.")
         networks = [resolve_network(self.config, number, intermediate_size) for number in numbers]
         # Recorded outputs are of all tokens; else of the last layer only the class token is read.
         num_queries = None if wants_recordings(self.config, kwargs) else 1
-        logits = [
-            self.classifier(
-                self.elastic_vit.run(pixel_values, network, interpolate_pos_encoding, num_queries, **kwargs)[:, 0]
-            )
-            for network in networks
-        ]
+        logits = []
+        for number, network in zip(numbers, networks):
+            tokens = self.elastic_vit.run(pixel_values, network, interpolate_pos_encoding, num_queries, **kwargs)
+            logits.append(self.classifier_of(number)(tokens[:, 0]))
         loss = None
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config)
             arguments = loss_arguments(self, kwargs)
+            weights = self.config.sub_network_loss_weights if self.training else None
+            weights = weights_of_stages(weights, numbers, "sub_network_loss_weights")
             losses = [self.loss_function(labels, each, self.config, **arguments) for each in logits]
-            loss = sum(losses) / len(losses)
+            loss = sum(weight * each for weight, each in zip(weights, losses))
         return ElasticImageClassifierOutput(loss, logits[-1], tuple(logits) if is_list else None)
 
     @classmethod
@@ -230,7 +243,8 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
         **config_overrides,
     ) -> "ElasticViTForImageClassification":
         r"""
-        Start from a trained plain ViT of the full size, whose logits the whole model gives.
+        Start from a trained plain ViT. It is the whole model, or where `num_attention_heads` is greater than the
+        source's (HydraViT starts so), the leading heads and channels of it; a sub-network of its size gives its logits.
 
         Args:
             source (`str`, `os.PathLike` or `ViTForImageClassification`): a model, or the folder or Hub id of one.
@@ -240,11 +254,14 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
                 given images, so that sub-networks have the most important ones; the whole model stays the same.
             pixel_values (`torch.Tensor` of shape `(images, num_channels, height, width)`, *optional*): these images.
             labels (`torch.LongTensor` of shape `(images,)`, *optional*): their class indices.
-            config_overrides: further fields of [`ElasticViTConfig`].
+            config_overrides:
+                Further fields of [`ElasticViTConfig`]. With `separate_classifiers`, each sub-network's is the leading
+                columns of the source's.
 
         Raises:
             ValueError: if the source is no ViT classifier, there is no such method or order, `reorder` has no images
-                or no classifier to measure by, or an override changes what the source's weights fix.
+                or no classifier to measure by, or is of a model wider than the source, or an override changes what the
+                source's weights fix.
         """
         if method is not None and method not in ("hydravit", "matformer", "dynabert", "sortednet"):
             raise ValueError(f"`method` must be hydravit, matformer, dynabert or sortednet, got {method!r}.")
@@ -256,13 +273,19 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
             )
         vit = load_classifier(source, PLAIN_VIT, config_overrides)
         make_config = ElasticViTConfig if method is None else getattr(ElasticViTConfig, method)
-        model = cls(make_config(**override_fields(fields_from_vit(vit.config, config_overrides), config_overrides)))
+        separate = config_overrides.pop("separate_classifiers", False)
+        model = cls(make_config(**_fields_of_start(vit.config, config_overrides)))
+        sizes = SubNetwork(vit.config.num_attention_heads, vit.config.hidden_size, vit.config.intermediate_size)
+        if model.config.hidden_size != sizes.hidden_size:
+            model.config.find_sub_network(sizes, "network of the source's size")
         takes_classifier = import_vit(model, vit)
         if reorder is not None:
             if not takes_classifier:
                 raise ValueError("`reorder` measures importance by the source's classifier: keep its labels.")
+            if model.config.hidden_size != vit.config.hidden_size:
+                raise ValueError("`reorder` measures importance in the whole model, which here is not all trained.")
             sort_by_importance(model, pixel_values, labels)
-        return model
+        return _with_separate_classifiers(model) if separate else model
 
     @torch.no_grad()
     def extract_sub_network(self, sub_network: int | None = None) -> PreTrainedModel:
@@ -273,7 +296,8 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
             ValueError: if there is no such sub-network, or a plain ViT cannot be of its sizes: heads that do not fill
                 the width (DynaBERT), or another MLP width in each layer.
         """
-        network = resolve_network(self.config, sub_network)
+        number = self.config.default_sub_network if sub_network is None else sub_network
+        network = resolve_network(self.config, number)
         if network.attention_size != network.hidden_size or not isinstance(network.intermediate_size, int):
             raise ValueError(
                 f"A plain ViT has `hidden_size` channels in its heads, and one MLP width: it cannot be of {network}. "
@@ -283,9 +307,35 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
         fields = {name: getattr(self.config, name) for name in SHARED_FIELDS} | {"num_hidden_layers": len(layers)}
         sizes = {name: getattr(network, name) for name in ("num_attention_heads", "hidden_size", "intermediate_size")}
         vit = ViTForImageClassification(ViTConfig(**{**fields, **sizes})).to(device=self.device, dtype=self.dtype)
-        for nested, parameter in pairs_of_layers(self, vit, layers):
+        classifier = f"classifier.{number}." if self.config.separate_classifiers else "classifier."
+        for nested, parameter in pairs_of_layers(self, vit, layers, classifier):
             parameter.copy_(nested)
         return vit.train(self.training)
+
+
+def _fields_of_start(vit: ViTConfig, overrides: dict) -> dict:
+    """The fields of a model that starts from a plain ViT, with the same or more heads of the same size."""
+    overrides = dict(overrides)
+    heads = overrides.pop("num_attention_heads", vit.num_attention_heads)
+    check_integer("num_attention_heads", heads, minimum=vit.num_attention_heads)
+    fields = override_fields(fields_from_vit(vit, overrides), overrides)
+    for name in ("hidden_size", "intermediate_size"):
+        fields[name] = fields[name] * heads // vit.num_attention_heads
+    return {**fields, "num_attention_heads": heads}
+
+
+@torch.no_grad()
+def _with_separate_classifiers(model: ElasticViTForImageClassification) -> ElasticViTForImageClassification:
+    """The same model, in place, with a copy of its classifier's leading columns for each sub-network."""
+    shared, config = model.classifier, model.config
+    config.separate_classifiers = True
+    separate = [NestedLinear(network.hidden_size, config.num_labels) for network in config.networks]
+    model.classifier = nn.ModuleList(separate).to(shared.weight)
+    for classifier in separate:
+        classifier.weight.copy_(shared.weight[:, : classifier.in_features])
+        classifier.bias.copy_(shared.bias)
+    model.classifier.train(model.training)
+    return model
 
 
 __all__ = [

@@ -69,6 +69,10 @@ class SubNetwork:
             return self
         return replace(self, intermediate_size=self.intermediate_size[layer])
 
+    def same_sizes(self, other: "SubNetwork") -> bool:
+        """Whether both have the same heads and channels, whichever layers they run."""
+        return replace(self, layers=None) == replace(other, layers=None)
+
     def check_fits(self, config, name: str) -> None:
         """`ValueError`, which calls the sub-network `name`, unless a model of this `NestedViTConfig` contains it."""
         num_layers = config.num_hidden_layers

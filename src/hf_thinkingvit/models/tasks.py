@@ -16,10 +16,13 @@ from .exit_rules import ExitRule
 from .staged_run import Answer, StagedRun
 
 
-def weights_of_stages(weights: Sequence[float] | None, stages: range) -> list[float]:
+def weights_of_stages(
+    weights: Sequence[float] | None, stages: Sequence[int], name: str = "stage_loss_weights"
+) -> list[float]:
     """
-    The weights of the losses of the `stages` that run, with the same sum as those of all stages, so that the size of
-    the loss does not depend on how many stages run. Equal weights that sum to 1 where `weights` is `None`.
+    The weights, called `name`, of the losses of the `stages` (or sub-networks) that run, with the same sum as those of
+    all, so that the size of the loss does not depend on how many run. Equal weights that sum to 1 where `weights` is
+    `None`.
 
     Raises:
         ValueError: if several stages run and all of them have weight 0.
@@ -31,8 +34,8 @@ def weights_of_stages(weights: Sequence[float] | None, stages: range) -> list[fl
     used = [weights[stage] for stage in stages]
     if not sum(used) > 0:
         raise ValueError(
-            f"`stage_loss_weights` ({list(weights)}) has weight 0 for all of the {len(stages)} stages that "
-            "`max_stages` lets run: there is nothing to train. Raise `max_stages`, or set other weights."
+            f"`{name}` ({list(weights)}) has weight 0 for all of {list(stages)}, which are those that run: there is "
+            "nothing to train. Run others, or set other weights."
         )
     return [weight * sum(weights) / sum(used) for weight in used]
 

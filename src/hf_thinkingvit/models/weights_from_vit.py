@@ -201,15 +201,16 @@ def _leading(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def pairs_of_layers(
-    model: PreTrainedModel, vit: PreTrainedModel, layers: Sequence[int]
+    model: PreTrainedModel, vit: PreTrainedModel, layers: Sequence[int], classifier: str = "classifier."
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
     (leading corner of our model's parameter, the ViT's parameter), for every parameter of the ViT, whose layers are
-    those of our model with the numbers `layers`.
+    those of our model with the numbers `layers`, and whose classifier is ours with the prefix `classifier`.
     """
     nested = dict(model.named_parameters())
     ours = f"{model.base_model_prefix}.layers."
     taken = {f"{ours}{index}.": f"{ours}{number}." for index, number in enumerate(layers)}
+    taken["classifier."] = classifier
     for name, parameter in vit.named_parameters():
         name = _our_name(model, vit, name)
         prefix = next((prefix for prefix in taken if name.startswith(prefix)), None)

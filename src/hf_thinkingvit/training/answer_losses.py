@@ -126,6 +126,8 @@ class AnswerLosses:
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
         self.from_labels = training_task(config.task).label_loss(config, model_config)
         self.distillations: list = []
+        if config.distillation == "hidden_states":  # that is of the sub-networks' objective
+            raise ValueError('`distillation` "hidden_states" is of an elastic ViT: set "hard" or "soft".')
         if (
             teacher is not None
             and config.distillation == "tokens"

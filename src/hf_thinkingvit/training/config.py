@@ -86,6 +86,11 @@ class TrainingConfig:
     streaming: bool = _help("read the data as a stream instead of downloading it first", False)
     shuffle_buffer: int = _help("images that a stream is shuffled within; 1 keeps the order", 10_000)
     shuffle: bool = _help("reshuffle the training images every epoch", True)
+    in_memory: bool = _help(
+        "decode the training images once, keep them in memory, and augment whole batches on the device that trains: "
+        "for images of one size, without auto_augment and color_jitter",
+        False,
+    )
     max_train_samples: int | None = _help("train on the first so many images only")
     images_per_epoch: int | None = _help(
         "length of an epoch in images, for streams that do not say it and to evaluate less often than every pass"
@@ -154,12 +159,21 @@ class TrainingConfig:
     teacher: str | None = _help("image classifier to distil from: folder or Hub id")
     distillation: str = _help(
         "from the teacher's answer or its distribution; tokens: of a model that prunes, from the last stage of the "
-        "same model without pruning",
+        "same model without pruning; hidden_states: of an elastic model, from an elastic model's (DynaBERT)",
         "hard",
-        choices=["hard", "soft", "tokens"],
+        choices=["hard", "soft", "tokens", "hidden_states"],
     )
     distillation_weight: float = _help(
-        "share of the teacher in the loss; with tokens, the weight of each of its two terms", 0.5
+        "share of the teacher in the loss; with tokens, the weight of each of its two terms; with hidden_states, the "
+        "weight of the teacher's answer",
+        0.5,
+    )
+    hidden_states_weight: float = _help("of the summed squared differences, with distillation hidden_states", 0.1)
+    teacher_sub_network: str = _help(
+        "what a sub-network learns from, with distillation hidden_states: the whole teacher, or its sub-network of the "
+        "same width with all layers",
+        "whole",
+        choices=["whole", "same_width"],
     )
     distillation_temperature: float = _help("of soft and in-place distillation", 3.0)
 
@@ -193,7 +207,7 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         not_negative = ("cooldown_epochs", "warmup_epochs", "learning_rate", "warmup_learning_rate", "num_workers")
-        not_negative += ("backbone_learning_rate", "frozen_backbone_epochs")
+        not_negative += ("backbone_learning_rate", "frozen_backbone_epochs", "hidden_states_weight")
         for name in (*not_negative, "min_learning_rate", "weight_decay", "mixup", "cutmix", "color_jitter"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)!r}.")

@@ -1,6 +1,7 @@
 """Distillation from a teacher (DeiT, arXiv 2012.12877, section 4), and the preprocessing and labels of the teacher."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -145,6 +146,21 @@ class Teacher(nn.Module):
         tokens = self.model.base_model(self.preprocess(pixel_values)).last_hidden_state
         logits = self.model.classifier(tokens[:, 0])
         return logits if self.order is None else logits[:, self.order], tokens
+
+    @torch.no_grad()
+    def answer_and_hidden_states(
+        self, pixel_values: torch.Tensor, sub_networks: Sequence[int]
+    ) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+        """
+        Of an elastic ViT, for each of its `sub_networks`, which have the full width and run all layers: logits as of
+        `forward`, and the input of the first layer and the output of each, `(batch_size, tokens, width)`.
+        """
+        arguments = {"sub_network": list(sub_networks), "output_hidden_states": True}
+        outputs = self.model(self.preprocess(pixel_values), **arguments)
+        embeddings, *states = outputs.hidden_states
+        logits = [each if self.order is None else each[:, self.order] for each in outputs.sub_network_logits]
+        states, count = iter(states), self.model.config.num_hidden_layers
+        return [(each, (embeddings, *islice(states, count))) for each in logits]
 
     def preprocess(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalise and resize the student's pixels as the teacher expects them, and cast them to its dtype."""

@@ -105,6 +105,8 @@ class TrainingRun(TrainingSetup):
             start=self.progress.step_in_epoch * accumulation,
             stop=self.steps_per_epoch * accumulation,
         )
+        if self.memory_images is not None:
+            return self.memory_images.batches(self.transform, place, self.config.shuffle, self.accelerator.device)
         return train_batches(self.config, self.data.train, self.transform, place)
 
     def finish_step(self) -> None:

@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig
 from ..evaluation.labels import check_single_label
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_losses import exit_losses
+from ..models.tasks import weights_of_stages
 from .answer_losses import AnswerLosses, TrainingBatch
 from .distillation import DistillationLoss, Teacher, teacher_loss, token_distance
 from .stage_samplers import build_stage_sampler, stage_sampler_class
+from .sub_network_distillation import SubNetworkDistillation
 
 
 if TYPE_CHECKING:
@@ -80,8 +82,9 @@ class StagesObjective(Objective):
 
 class SubNetworksObjective(Objective):
     """
-    The weighted sum of the losses of those sub-networks of an elastic ViT that the sampler draws. Only these are
-    computed; their losses are logged.
+    The weighted sum of the losses of those sub-networks of an elastic ViT that the sampler draws: of their answers, or
+    with `distillation: hidden_states` those of `SubNetworkDistillation`. Only these are computed; their losses are
+    logged.
 
     Raises:
         ValueError: for in-place distillation, which needs the answers of the whole model.
@@ -90,9 +93,12 @@ class SubNetworksObjective(Objective):
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
         if config.inplace_distillation:
             raise ValueError("`inplace_distillation` is of models that think in stages: leave it out.")
-        count = len(model_config.sub_networks)
-        self.sampler = stage_sampler_class(config.stage_sampling)([1.0 / count] * count, config)
-        self.answer_losses = AnswerLosses(config, model_config, teacher)
+        weights = weights_of_stages(model_config.sub_network_loss_weights, range(len(model_config.sub_networks)))
+        self.sampler = stage_sampler_class(config.stage_sampling)(weights, config)
+        if config.distillation == "hidden_states":
+            self.distillation = SubNetworkDistillation(config, model_config, teacher)
+        else:
+            self.distillation, self.answer_losses = None, AnswerLosses(config, model_config, teacher)
 
     @classmethod
     def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
@@ -102,14 +108,18 @@ class SubNetworksObjective(Objective):
         return [index for index, weight in enumerate(self.sampler.weights(step, micro_batch)) if weight]
 
     def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
-        return {"sub_network": self._drawn(step, micro_batch)}
+        arguments = {"sub_network": self._drawn(step, micro_batch)}
+        return arguments if self.distillation is None else {**arguments, "output_hidden_states": True}
 
     def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        losses = self.answer_losses(batch.outputs.sub_network_logits, batch)
+        drawn = self._drawn(batch.step, batch.micro_batch)
+        if self.distillation is None:
+            losses = self.answer_losses(batch.outputs.sub_network_logits, batch)
+        else:
+            losses = self.distillation(drawn, batch)
         weights = self.sampler.weights(batch.step, batch.micro_batch)
-        drawn = dict(zip(self._drawn(batch.step, batch.micro_batch), losses, strict=True))
-        loss = sum(weights[index] * part for index, part in drawn.items())
-        return loss, {f"sub_network_{index}_loss": part.detach() for index, part in drawn.items()}
+        loss = sum(weights[index] * part for index, part in zip(drawn, losses, strict=True))
+        return loss, {f"sub_network_{index}_loss": part.detach() for index, part in zip(drawn, losses)}
 
 
 class ExitLossObjective(Objective):

@@ -14,6 +14,7 @@ from .continuation import as_begun
 from .data import load_data, num_train_images
 from .distillation import load_teacher
 from .losses import TrainingLoss
+from .memory_images import load_in_memory
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule
 from .splits import held_out_from
 from .starting_point import build_model
@@ -119,6 +120,10 @@ class TrainingSetup:
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)
         self.transform = self.task.augmentation(config, model.config)
+        self.memory_images = None
+        if config.in_memory:
+            with self.accelerator.local_main_process_first():
+                self.memory_images = load_in_memory(self.data.train)
         self.evaluation = self.batches_to_evaluate(self.data.evaluation)
 
     def batches_to_evaluate(self, split: ImageSplit) -> DataLoader:

@@ -60,7 +60,7 @@ class StageSampler:
         weights = self.stage_weights * trained
         if not weights.sum() > 0:
             raise ValueError(
-                f"`stage_loss_weights` ({self.stage_weights.tolist()}) is 0 for all of the stages {stages} that "
+                f"The weight of the losses ({self.stage_weights.tolist()}) is 0 for all of the stages {stages} that "
                 f"`stage_sampling` {self.config.stage_sampling} trains in step {step}: set a weight above 0."
             )
         return (weights * self.stage_weights.sum() / weights.sum()).tolist()

@@ -105,9 +105,11 @@ class ClassificationTask(TrainingTask):
         return run_image_processor(config, model_config, report)
 
     def augmentation(self, config, model_config):
+        from .batch_augmentation import BatchAugmentation
         from .recipe import train_transform
 
-        return train_transform(config, model_config.image_size)
+        augmentation = BatchAugmentation if config.in_memory else train_transform
+        return augmentation(config, model_config.image_size)
 
     def evaluation_batches(self, split, processor, config, model_config):
         return evaluation_batches(split, processor, config.eval_batch_size, config.num_workers)
@@ -161,6 +163,8 @@ class SegmentationTask(TrainingTask):
     def augmentation(self, config, model_config):
         from .augmentation import SegmentationAugmentation
 
+        if config.in_memory:
+            raise ValueError("`in_memory` augments batches of images without masks: leave it out.")
         ignore_index = config.model.get("semantic_loss_ignore_index", 255)
         if model_config.semantic_loss_ignore_index != ignore_index:
             raise ValueError(
