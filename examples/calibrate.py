@@ -7,6 +7,9 @@ Choose τ for a limit on the loss of accuracy, or for a budget of compute:
 A share of the images (`--check`) is held out from the calibration; accuracy and cost at τ are printed for both parts.
 `--output-dir` gets the model with the new τ, in the dtype in which it was measured, and `calibration.json`.
 
+A classifier loses an image that the last stage gets right and its exit wrong; a segmentation model loses shares of an
+image's pixels so.
+
 The limit on accuracy is statistical: it holds only with images that were used neither to train the model nor to select
 its best epoch.
 """
@@ -16,16 +19,24 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-from hf_thinkingvit.auto import AutoImageProcessor
+from hf_thinkingvit.auto import AutoImageProcessor, auto_class_of
 from hf_thinkingvit.evaluation import (
     calibrate_budget,
     calibrate_risk,
+    evaluate_segmentation_thresholds,
     evaluate_thresholds,
     label_map_argument,
     measure_stage_milliseconds,
 )
+from hf_thinkingvit.masks import read_mask_values
+from hf_thinkingvit.models.configuration_checks import as_pair
+
+
+def accuracy(row: dict) -> str:
+    """Top-1 of a classifier, mean IoU of a segmentation model."""
+    return f"top-1 {row['top1']:.2f} %" if "top1" in row else f"mean IoU {100 * row['mean_iou']:.2f} %"
 
 
 def main() -> None:
@@ -40,8 +51,12 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="to measure in")
     parser.add_argument("--allow-training-images", action="store_true", help="also on those that chose the epoch")
+    parser.add_argument("--mask-values", nargs="+", default=[], help="of segmentation, each class's, such as 1-150")
+    parser.add_argument("--ignored-mask-values", nargs="+", default=["255"], help="of pixels that do not count")
+    parser.add_argument("--short-side", type=int, help="of segmentation: pixels of the shorter side; else as they are")
+    parser.add_argument("--long-side", type=int, help="of segmentation: the most pixels of the longer side")
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--max-drop", type=float, help="greatest fall of accuracy below the last stage's, a fraction")
+    goal.add_argument("--max-drop", type=float, help="greatest share of answers that only the last stage gets right")
     goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
     goal.add_argument("--gmacs", type=float, help="mean multiply-accumulates per image, in 10^9")
     goal.add_argument("--milliseconds", type=float, help="mean time per image, on this device in this batch size")
@@ -57,15 +72,26 @@ def main() -> None:
     if not 0 <= arguments.check < 1:
         parser.error("--check must be at least 0 and below 1")
 
-    model = AutoModelForImageClassification.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    auto_class = auto_class_of(AutoConfig.from_pretrained(arguments.model))
+    model = auto_class.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    answers, _ = evaluate_thresholds(
+    if auto_class is AutoModelForSemanticSegmentation:
+        evaluate = evaluate_segmentation_thresholds
+        options = {
+            "mask_values": read_mask_values(arguments.mask_values),
+            "ignored_mask_values": read_mask_values(arguments.ignored_mask_values),
+            "short_side": arguments.short_side,
+            "long_side": arguments.long_side,
+        }
+    else:
+        evaluate, options = evaluate_thresholds, {"label_map": arguments.label_map}
+    answers, _ = evaluate(
         model.to(device),
         arguments.dataset,
         processor,
         split=arguments.split,
-        label_map=arguments.label_map,
+        **options,
         max_samples=arguments.max_samples,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
@@ -76,14 +102,13 @@ def main() -> None:
     if arguments.gmacs is not None:
         found = calibrate_budget(calibration, gmacs=arguments.gmacs, per_exit=arguments.per_exit)
     elif arguments.milliseconds is not None:
-        size = processor.crop_size
-        batch = torch.randn(arguments.batch_size, model.config.num_channels, size["height"], size["width"])
+        batch = torch.randn(arguments.batch_size, model.config.num_channels, *as_pair(model.config.image_size))
         times = measure_stage_milliseconds(model, batch.to(device, model.dtype))
         found = calibrate_budget(
             calibration, milliseconds=arguments.milliseconds, stage_milliseconds=times, per_exit=arguments.per_exit
         )
     else:
-        risk = "accuracy_drop" if arguments.max_error is None else "error"
+        risk = answers.risks[0 if arguments.max_error is None else 1]
         epsilon = arguments.max_drop if arguments.max_error is None else arguments.max_error
         found = calibrate_risk(
             calibration,
@@ -100,9 +125,10 @@ def main() -> None:
         if len(part):
             row = part.row(found.threshold)
             last = part.stage_rows()[-1]
-            facts[f"{name}_images"] = {"images": len(part), "last_stage_top1": last["top1"], **row}
+            measure = "top1" if "top1" in row else "mean_iou"
+            facts[f"{name}_images"] = {"images": len(part), f"last_stage_{measure}": last[measure], **row}
             print(
-                f"{name:>12}: {len(part)} images, top-1 {row['top1']:.2f} % (last stage {last['top1']:.2f} %), "
+                f"{name:>12}: {len(part)} images, {accuracy(row)} (last stage {accuracy(last)}), "
                 f"{row['gmacs']:.4g} GMACs (last stage {last['gmacs']:.4g})"
             )
     found.apply(model)

@@ -12,7 +12,7 @@ CLASSES = ["dark", "grey", "light"]
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 40)) -> tuple[np.ndarray, np.ndarray]:
-    """An image `(height, width, 3)` of rectangles, and the mask that says how light each pixel is; 255 at the border."""
+    """An image `(height, width, 3)` of rectangles, and the mask of how light each pixel is; 255 in the first row."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(size, dtype=np.uint8)
     for label in (1, 2):

@@ -5,6 +5,7 @@ windows overlap: in that in whose inner part it lies. So the windows' confusion 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -85,7 +86,7 @@ class WindowPlan:
         window = self.size[axis]
         stride = self.stride[axis] if self.stride else window - OVERLAP if window > 2 * OVERLAP else max(window // 2, 1)
         begins = window_anchors(length, window, stride)
-        borders = [0, *((one + window + other) // 2 for one, other in zip(begins, begins[1:])), length]
+        borders = [0, *((one + window + other) // 2 for one, other in pairwise(begins)), length]
         return list(zip(begins, borders, borders[1:]))
 
 

@@ -58,7 +58,7 @@ class TestOutcome:
         assert len(last["per_category_iou"][0]) == 3
 
     def test_the_best_epoch_is_that_of_the_greatest_mean_iou(self, run):
-        folder, results = run
+        _, results = run
         scores = {entry["step"]: entry["results"][entry["chosen"]]["mean_iou"][-1] for entry in results["history"]}
         assert results["test"]["best"]["step"] == max(scores, key=scores.get)
 
@@ -74,9 +74,7 @@ class TestOutcome:
         last = results["history"][-1]
         model = AutoModelForSemanticSegmentation.from_pretrained(folder / "last")
         again = TrainingRun(
-            parse_config(
-                [*words(scenes, folder, epochs=4, images_per_epoch=48, learning_rate=1e-2)] + ["--resume", "auto"]
-            )
+            parse_config(words(scenes, folder, epochs=4, images_per_epoch=48, learning_rate=1e-2, resume="auto"))
         )
         measured = training_task("image-segmentation").evaluate(
             Accelerator(cpu=True), {"model": model}, again.evaluation

@@ -1,12 +1,12 @@
 """
 Chooses τ for a budget, or for a promise about accuracy that holds for new images of the same distribution.
 
-The promise is by Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in "Fast yet Safe: Early-Exiting with
-Risk Control" (Jazbec et al., NeurIPS 2024): thresholds are tested in order, safest first, each by a test
-of "the risk is above ε" at level δ, until the first that does not pass: an exact binomial test where an image fails or
-does not, and Hoeffding and Bentkus's bound (arXiv 2110.01052, section 3.1) where its loss lies between 0 and 1. The order is fixed before the images are
-seen, so that δ bounds the whole sequence. For the same reason the model must be fixed before: images on which it was
-trained, or on which its best epoch was chosen, are not distributed like new ones.
+The promise is by Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in "Fast yet Safe: Early-Exiting with Risk
+Control" (Jazbec et al., NeurIPS 2024): thresholds are tested in order, safest first, each by a test of "the risk is
+above ε" at level δ, until the first that does not pass: an exact binomial test where an image fails or does not, and
+Hoeffding and Bentkus's bound (arXiv 2110.01052, section 3.1) where its loss lies between 0 and 1. The order is fixed
+before the images are seen, so that δ bounds the whole sequence. For the same reason the model must be fixed before:
+images on which it was trained, or on which its best epoch was chosen, are not distributed like new ones.
 """
 
 import itertools

@@ -110,9 +110,9 @@ def model_card(
     **card_data: Any,
 ) -> ModelCard:
     """
-    A card for a trained classifier or segmentation model. Every measured number comes from `results`; sections without numbers are left out.
-    A calibration, of `results` or of the configuration, is repeated only while it applies to the model as it is. Else
-    the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
+    A card for a trained classifier or segmentation model. Every measured number comes from `results`; sections without
+    numbers are left out. A calibration, of `results` or of the configuration, is repeated only while it applies to the
+    model as it is. Else the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
 
     Args:
         model (`PreTrainedModel`): the model that the card describes.

@@ -38,8 +38,8 @@ def push(
     **card_data: Any,
 ) -> CommitInfo | Path:
     """
-    Publish a model so that `pipeline("image-classification", model=repo_id)`, or `"image-segmentation"`, runs it; without
-    this package installed, with `trust_remote_code=True`.
+    Publish a model so that `pipeline("image-classification", model=repo_id)`, or `"image-segmentation"`, runs it;
+    without this package installed, with `trust_remote_code=True`.
 
     Everything is written to a temporary folder first and uploaded in one commit, so an interrupted push leaves the
     repository as it was (or empty, if it was just created). Files of the repository that the push does not write stay,

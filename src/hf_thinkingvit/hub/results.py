@@ -16,8 +16,8 @@ the best epoch of the training was chosen, and `dtype` the dtype of the computat
 model. Each of `stages` is for every image answered by that stage, with cumulative GMACs; `threshold` is one number or
 one per exit; `plot` is the path of a picture, relative to the file's folder. Top-1 and top-5 are percentages, exit
 shares fractions. A segmentation model has `mean_iou` and `overall_accuracy` instead, fractions as in `evaluate`, with
-GMACs per image (all of its windows) as `gmacs` and per window as `gmacs_per_window`. A model without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level
-instead of `stages` and `sweep`.
+GMACs per image (all of its windows) as `gmacs` and per window as `gmacs_per_window`. A model without stages has `top1`,
+`top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and `sweep`.
 """
 
 import json

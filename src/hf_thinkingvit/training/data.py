@@ -259,8 +259,8 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 def train_batches(config: TrainingConfig, data: ImageSplit, transform: Any, place: Place) -> Iterable[dict]:
     """
     The batches of one process from `place.start` to `place.stop`: `pixel_values` (float32 of shape `(batch_size,
-    channels, height, width)`), `labels` (int64 of shape `(batch_size,)`, of masks `(batch_size, height, width)`) and `skipped`, the number of images that could
-    not be decoded.
+    channels, height, width)`), `labels` (int64 of shape `(batch_size,)`, of masks `(batch_size, height, width)`) and
+    `skipped`, the number of images that could not be decoded.
     """
     options = {
         "num_workers": config.num_workers,

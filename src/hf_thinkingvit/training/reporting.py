@@ -208,8 +208,8 @@ def report_test(
         each (`Callable`): iterates over the batches it is given, and may raise to stop.
 
     Returns:
-        For each of the two that exists, what the task's `evaluate` returned and the model's `step`. `None` without a test
-        split.
+        For each of the two that exists, what the task's `evaluate` returned and the model's `step`. `None` without a
+        test split.
     """
     data, accelerator, folder = setup.data, setup.accelerator, setup.output_dir
     if data.test is None:
