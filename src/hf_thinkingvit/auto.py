@@ -1,6 +1,7 @@
 """Registration with Transformers' Auto classes, which also makes saved models carry their own code."""
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -56,6 +57,9 @@ def register_models() -> None:
         # From now on `save_pretrained` writes the code files and the `auto_map`.
         family.config_class.register_for_auto_class("AutoConfig")
         family.model_class.register_for_auto_class("AutoModel")
+        if family.backbone_class is not None:
+            AutoBackbone.register(family.config_class, family.backbone_class, exist_ok=True)
+            family.backbone_class.register_for_auto_class("AutoBackbone")
         for task, head in family.heads.items():
             auto_class, pipeline_names = TASKS[task]
             auto_class.register(family.config_class, head, exist_ok=True)
