@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image
 from transformers import AutoModelForImageClassification, pipeline
 
+from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.training.tiny_runs import LABELS, encoded_image, write_images
 from tests.utils import lively_model
@@ -99,6 +100,27 @@ def test_several_processes_sweep_what_one_does(folders, tmp_path):
     one, two = (json.loads((tmp_path / str(count) / "results.json").read_text()) for count in (1, 2))
     assert one["images"] == 117
     assert one == two
+
+
+def test_sweep_keep_rates(folders, tmp_path):
+    """Each rate is measured and counted at its own number of patches; the unpruned model stands beside."""
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
+    pruned = lively_model(thinking_stages=[1, 4], num_labels=3, pruning_layers=[1], pruning_keep_rate=0.5, **names)
+    pruned.save_pretrained(tmp_path / "pruned")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "pruned")
+    words = ["--unpruned", str(folders / "model"), "--model", str(tmp_path / "pruned"), "--keep-rates", "1", "0.5"]
+    words += ["--thresholds", "0", "100", "--max-samples", "20", "--output-dir", str(tmp_path)]
+    done = run("sweep_keep_rates.py", folders, *words)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "keep_rates.json").read_text())
+    assert [(row["keep_rate"], row["threshold"]) for row in rows[2:]] == [(1, 0), (1, 100), (0.5, 0), (0.5, 100)]
+    for row in rows[2:]:
+        macs = stage_macs(
+            pruned.config.__class__.from_dict(pruned.config.to_dict(), pruning_keep_rate=row["keep_rate"])
+        )
+        assert row["gmacs"] == pytest.approx(sum(macs[: 1 if row["threshold"] else 2]) / 1e9)
+    assert rows[2]["gmacs"] > rows[4]["gmacs"] and rows[3]["gmacs"] == rows[5]["gmacs"]
+    assert len((tmp_path / "keep_rates.csv").read_text().splitlines()) == 7
 
 
 def test_calibrate_by_budget(folders, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from hf_thinkingvit import AViTConfig, AViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 
-from .utils import tiny_config
+from .utils import lively_model, tiny_config
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "visualize_tokens.py"
@@ -121,7 +121,7 @@ def test_depths_and_scores(script, model_folder):
     model, processor = script.load_model(str(model_folder))
     images = [random_image(seed) for seed in range(5)]
     named = [(str(index), image) for index, image in enumerate(images)]
-    results, scores = script.analyse(model, processor, named, None, batch_size=2, pictures=2)
+    results, scores = script.analyse(model, processor, named, script.read_halting, batch_size=2, pictures=2)
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixel_values.to(model.device), output_token_depth=True)
@@ -152,10 +152,50 @@ def test_halting_epsilon(call, model_folder, image_folder):
         call(model_folder, image_folder, "--halting-epsilon", 1)
 
 
+@pytest.fixture(scope="module")
+def pruned_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    lively_model(pruning_layers=[1, 2], pruning_keep_rate=0.5, threshold=100.0).save_pretrained(folder)
+    evaluation_image_processor(32).save_pretrained(folder)
+    return folder
+
+
+def test_pictures_of_pruning(call, pruned_folder, image_folder):
+    """All images run the last stage, although τ would let all of them leave before it."""
+    pictures, stdout, _ = call(pruned_folder, image_folder, "--pictures", 1)
+    assert_pictures(pictures, {"tokens_000_first.png", "tokens.png", "mean_depth.png"})
+    # Of 16 patches 8 leave after 1 layer, 4 after 2, and 4 run all 3.
+    assert "patches: 1.75 of 3 layers" in stdout and "halting_scores" not in stdout
+    _, stdout, _ = call(pruned_folder, image_folder, "--pictures", 1, "--keep-rate", 1)
+    assert "patches: 3.00 of 3 layers" in stdout
+
+
+def test_depths_of_pruned_patches(script, pruned_folder):
+    model, processor = script.load_model(str(pruned_folder))
+    pixel_values = processor([random_image(seed) for seed in range(3)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        pixel_values = pixel_values.to(model.device)
+        _, depth, _ = script.read_pruning(model, pixel_values)
+        first, second = model(pixel_values, threshold=0.0, output_kept_tokens=True).kept_tokens
+    for row in range(3):
+        assert set((depth[row] > 1).nonzero().flatten().tolist()) == set(first[row].tolist())
+        assert set((depth[row] > 2).nonzero().flatten().tolist()) == set(second[row].tolist())
+    assert depth.max() == 3 and depth.min() == 1
+
+
+def test_arguments_of_the_other_kind_of_model(call, model_folder, pruned_folder, image_folder):
+    with pytest.raises(SystemExit, match="--keep-rate is of models that prune"):
+        call(model_folder, image_folder, "--keep-rate", 0.5)
+    with pytest.raises(SystemExit, match="--halting-epsilon is of an A-ViT"):
+        call(pruned_folder, image_folder, "--halting-epsilon", 0.5)
+    with pytest.raises(SystemExit, match="`keep_rate`"):
+        call(pruned_folder, image_folder, "--keep-rate", 1.5)
+
+
 def test_models_and_images_that_do_not_fit(call, model_folder, image_folder, tmp_path):
     other = tmp_path / "other"
     tiny_config().save_pretrained(other)
-    with pytest.raises(SystemExit, match=r"other is not an A-ViT, but of type 'thinkingvit'"):
+    with pytest.raises(SystemExit, match=r"other lets no patch leave: .* of type 'thinkingvit'"):
         call(other, image_folder)
     with pytest.raises(SystemExit, match="neither images nor Parquet files"):
         call(model_folder, other)
