@@ -90,6 +90,7 @@ class TrainingConfig:
     backbone_learning_rate: float = _help(
         "factor of the learning rate of all but the score predictors, of a model that prunes tokens", 1.0
     )
+    layer_decay: float = _help("factor of the learning rate from each layer to the one before it, to fine-tune", 1.0)
     frozen_backbone_epochs: float = _help(
         "first epochs in which the score predictors alone learn, of a model that prunes tokens", 0.0
     )
@@ -177,6 +178,10 @@ class TrainingConfig:
         for name in ("max_steps", "max_train_samples", "max_eval_samples", "images_per_epoch", "clip_grad"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {self.layer_decay!r}.")
+        if self.layer_decay != 1 and (self.backbone_learning_rate != 1 or self.frozen_backbone_epochs):
+            raise ValueError("`layer_decay` does not go with `backbone_learning_rate` and `frozen_backbone_epochs`.")
         for name in ("ema_decay", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")

@@ -8,7 +8,7 @@ uninterrupted one, and two processes together read the same images as one.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from ..data import ImageSplit, as_image_split, decode, find_split, load_splits
+from ..data import ImageSplit, Rows, as_image_split, decode, find_split, load_splits
 from .config import TrainingConfig
 from .seeding import seeded
 from .splits import TrainingData, held_out_from, hold_out, is_labelled, reported_split, selection_split
@@ -29,20 +29,26 @@ from .stop_signals import ignore_stop_signals
 logger = logging.getLogger(__name__)
 
 
-def load_data(config: TrainingConfig) -> TrainingData:
+def load_data(config: TrainingConfig, splits: Mapping[str, Rows] | None = None) -> TrainingData:
     """
     The splits that a run reads.
+
+    Args:
+        config (`TrainingConfig`): of the run.
+        splits (`dict`, *optional*): the data by split, instead of those that `config.dataset` names.
 
     Raises:
         ValueError: if the data, a split or a column cannot be found (the message lists those that exist, or says how to
             log in), or if the labels cannot be trained on.
     """
-    splits = load_splits(config.dataset, config.streaming)
+    splits = load_splits(config.dataset, config.streaming) if splits is None else splits
     find_split(splits, config.train_split, config.dataset)
     selected_on = selection_split(config, splits)
     reported = reported_split(config, splits, selected_on)
     read = {
-        role: as_image_split(splits[name], config.dataset, config.image_column, config.label_column)
+        role: as_image_split(
+            find_split(splits, name, config.dataset), config.dataset, config.image_column, config.label_column
+        )
         for role, name in (("train", config.train_split), ("evaluation", selected_on), ("test", reported))
         if name is not None
     }
