@@ -21,7 +21,7 @@ __all__ = [
 
 _LAZY = {
     "TrainingConfig": "config",
-    "parse_config": "config",
+    "parse_config": "config_parsing",
     "FineTuned": "finetuning",
     "finetune": "finetuning",
     "TrainingRun": "loop",

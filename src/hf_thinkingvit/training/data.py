@@ -19,7 +19,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from ..data import ImageSplit, Rows, as_image_split, decode, find_split, load_splits
+from ..data import ImageSplit, Rows, as_image_split, decode, find_split, load_splits, num_shared_rows
 from .config import TrainingConfig
 from .seeding import seeded
 from .splits import TrainingData, held_out_from, hold_out, is_labelled, reported_split, selection_split
@@ -52,6 +52,15 @@ def load_data(config: TrainingConfig, splits: Mapping[str, Rows] | None = None) 
         for role, name in (("train", config.train_split), ("evaluation", selected_on), ("test", reported))
         if name is not None
     }
+    for name in (selected_on, reported):
+        if name is not None and (shared := num_shared_rows(splits, config.train_split, name)):
+            logger.warning(
+                "%d images are both in %r, which is trained on, and in %r, which is evaluated: accuracy on them tells "
+                "nothing of other images",
+                shared,
+                config.train_split,
+                name,
+            )
     if "test" in read and not is_labelled(read["test"]):
         if config.test_split is not None:
             raise ValueError(f"The images of split {reported!r} of `{config.dataset}` have no labels to measure with.")

@@ -43,7 +43,7 @@ from .summary import finetuning_summary, start_summary
 RUN = "training"  # the folder of the training run within the output folder
 SPLITS = "splits.json"
 ONE_HALF = "one half"
-_RESERVED = ("dataset", "output_dir", "from_pretrained", "from_vit", "streaming")
+RESERVED = ("dataset", "output_dir", "from_pretrained", "from_vit", "streaming", "validation_fraction")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def finetune(
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
-    known = {entry.name for entry in fields(TrainingConfig)} - set(_RESERVED)
+    known = {entry.name for entry in fields(TrainingConfig)} - set(RESERVED)
     for name in overrides:
         if name not in known:
             raise ValueError(f"`finetune` has no argument `{name}`, and it is no field of a training run to override.")

@@ -19,6 +19,7 @@ from .setup import TrainingSetup
 from .splits import TrainingData
 from .step import train_micro_batch, update_schedule_and_average
 from .stop_signals import StopSignals
+from .summary import end_summary, start_summary
 from .training_log import TrainingLog
 
 
@@ -162,5 +163,9 @@ class TrainingRun(TrainingSetup):
 
 
 def train(config: TrainingConfig) -> dict:
-    """Train as configured; what was measured, as in `results.json`."""
-    return TrainingRun(config).run()
+    """Train as configured, with summaries for the console; what was measured, as in `results.json`."""
+    run = TrainingRun(config)
+    run.accelerator.print(start_summary(run))
+    results = run.run()
+    run.accelerator.print(end_summary(run, results))
+    return results

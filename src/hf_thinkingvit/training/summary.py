@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.calibration import Calibration
-from ..evaluation.splits import is_training_split
 from .setup import TrainingSetup
 
 
@@ -37,9 +36,6 @@ def start_summary(setup: TrainingSetup) -> str:
         ("learning rate", f"{config.scaled_learning_rate:g}" + _decay(config.layer_decay)),
         ("saved to", str(setup.output_dir)),
     ]
-    if is_training_split(config.eval_split or ""):
-        warning = f"split {config.eval_split!r} is one of training images: accuracy on them tells nothing of others"
-        lines.append(("warning", warning))
     return as_table(lines)
 
 
