@@ -61,11 +61,15 @@ def run(arguments: argparse.Namespace) -> None:
     save(answers, rows, arguments.output_dir)
     best = max(rows, key=lambda row: (row["top1"], -row["gmacs"]))
     command.say(
-        best=f"τ = {best['threshold']:.4g}: top-1 {best['top1']:.2f} % at {best['gmacs']:.4g} GMACs",
+        best=f"τ = {one_threshold(best['threshold'])}: {best['top1']:.2f} % right at {best['gmacs']:.4g} GMACs",
         files=f"results.json and plots in {arguments.output_dir}",
         next=f"hf-thinkingvit calibrate --model {shlex.quote(arguments.model)} "
         f"--dataset {shlex.quote(arguments.dataset)} --max-drop 0.01",
     )
+
+
+def one_threshold(threshold: float | list[float]) -> str:
+    return f"{threshold:.4g}" if not isinstance(threshold, list) else ", ".join(f"{each:.4g}" for each in threshold)
 
 
 def table(rows: list[dict]) -> str:
@@ -74,7 +78,9 @@ def table(rows: list[dict]) -> str:
     lines = [f"{'τ':>8}{'top-1 %':>10}{'top-5 %':>10}{'GMACs':>12}{shares}"]
     for row in rows:
         shares = "".join(f"{share:>10.1%}" for share in row["exit_shares"])
-        lines.append(f"{row['threshold']:>8.4g}{row['top1']:>10.2f}{row['top5']:>10.2f}{row['gmacs']:>12.5g}{shares}")
+        lines.append(
+            f"{one_threshold(row['threshold']):>8}{row['top1']:>10.2f}{row['top5']:>10.2f}{row['gmacs']:>12.5g}{shares}"
+        )
     return "\n".join(lines)
 
 

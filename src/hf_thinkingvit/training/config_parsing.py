@@ -142,9 +142,11 @@ def _read(word: str) -> Any:
 
 
 def _as_number(value: Any) -> Any:
-    """YAML reads 5e-4 as text."""
+    """YAML reads 5e-4 and none as text."""
     if isinstance(value, list):
         return [_as_number(entry) for entry in value]
+    if isinstance(value, str) and value.lower() in NOTHING:
+        return None
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
