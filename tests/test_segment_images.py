@@ -58,4 +58,4 @@ def test_settings_that_cannot_work_are_one_line(folders):
     assert completed.returncode == 2 and "must be a multiple of the patch size" in completed.stderr
     (folders / "empty").mkdir()
     completed = run("--model", folders / "model", "--images", folders / "empty")
-    assert completed.returncode == 1 and "no images in" in completed.stderr
+    assert completed.returncode == 2 and "no images in" in completed.stderr

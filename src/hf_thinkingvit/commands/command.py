@@ -154,7 +154,7 @@ def load_model(
 
 def find_image_files(folder: Path) -> list[Path]:
     """The images in a folder and below, by their suffixes, without hidden files and folders."""
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     return sorted(
         path
         for path in folder.rglob("*")

@@ -26,14 +26,16 @@ def distinct_thresholds(answers: StageAnswers, count: int = POINTS) -> list[floa
     grid = threshold_grid(answers)
     strict, loose = float(np.float32(grid[0])), float(np.float32(grid[-1]))  # no image exits early, all do
     scores = answers.scores[:, :-1].flatten()
-    scores = scores[scores.isfinite()].sort(descending=strict > loose).values
-    places = torch.linspace(0, len(scores), count).round().long().tolist()
-    candidates = []
-    for place in places:  # τ between the scores before and from this place on
-        before = strict if place == 0 else scores[place - 1].item()
-        behind = loose if place == len(scores) else scores[place].item()
-        candidates.append(strict if place == 0 else _shortest_between(before, behind))
-    candidates = [threshold for threshold in candidates if threshold is not None]
+    values, counts = scores[scores.isfinite()].unique(return_counts=True)
+    if strict > loose:
+        values, counts = values.flip(0), counts.flip(0)
+    # τ can lie between two different scores; the cumulative counts say which share of all scores is on its one side.
+    below = counts.cumsum(0)
+    goals = torch.linspace(0, 1, count)[1:] * int(counts.sum())
+    steps = (below[:, None] - goals).abs().argmin(dim=0).unique().tolist() if len(below) else []
+    values = [*values.tolist(), loose]
+    between = [_shortest_between(values[step], values[step + 1]) for step in steps]
+    candidates = [strict, *(threshold for threshold in between if threshold is not None)]
     exits = answers.exit_stages_of_each(candidates)
     chosen: list[int] = []
     for index in range(len(candidates)):
