@@ -160,7 +160,7 @@ def test_halting_epsilon(call, refused, model_folder, image_folder):
         _, stdout, _ = call(model_folder, image_folder, "--pictures", 1, "--halting-epsilon", epsilon)
         means.append(float(re.search(r"patches: ([\d.]+) of 3 layers", stdout)[1]))
     assert means[0] > means[1] >= 1
-    refused("halting_epsilon", model_folder, image_folder, "--halting-epsilon", 1)
+    refused("--halting-epsilon", model_folder, image_folder, "--halting-epsilon", 1)
 
 
 def test_models_and_images_that_do_not_fit(refused, model_folder, image_folder, tmp_path):

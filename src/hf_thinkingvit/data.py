@@ -159,6 +159,8 @@ def as_image_split(
     features = rows.features
     labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [column for column in ("label", "labels", "fine_label") if column in features]
+    if not labels and label_column is None and Path(name).is_dir():
+        raise ValueError(f"The images of `{name}` have no labels: put them into folders, one a label.")
     label_column = _column("label_column", label_column, labels, features, name)
     kind = features[label_column]
     names = kind.names if isinstance(kind, datasets.ClassLabel) else None
