@@ -36,6 +36,7 @@ from .config import TrainingConfig
 from .data import load_data
 from .finetuning_plan import find_source, settings_for
 from .loop import TrainingRun
+from .photographs import with_smaller_photographs
 from .splits import HOLD_OUT_SEED, TrainingData, hold_out
 from .summary import finetuning_summary, start_summary
 
@@ -124,6 +125,7 @@ def finetune(
     config = replace(config, **settings)
     run = TrainingRun(config, data)
     run.accelerator.print(start_summary(run))
+    run.data = replace(run.data, train=with_smaller_photographs(run.data.train, run.model_config.image_size))
     run.run()
     return _finish(run, calibration_images, output_dir, max_drop, delta)
 
