@@ -11,6 +11,7 @@ It is a training run as of `train`, with settings that follow from the number of
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -53,7 +54,8 @@ class FineTuned:
     What a fine-tuning run has made; everything is in `folder` as well.
 
     Attributes:
-        model (`PreTrainedModel`): the best of the run, with the calibrated τ, in evaluation mode.
+        model (`PreTrainedModel`): the last of the run, or an earlier one that is clearly better, with the calibrated τ,
+            in evaluation mode.
         processor (`BaseImageProcessor`): its image processor.
         folder (`Path`): the folder that `from_pretrained` and `pipeline` load.
         results (`dict`): what was measured, as in `results.json`.
@@ -83,7 +85,8 @@ def finetune(
     Fine-tune a model for the labels of a few dozen to some ten thousand images, and calibrate its τ.
 
     Images are held out of the training images (or taken of the validation split, if there is one), the same share of
-    each label and the same ones in every run. One half of them chooses the best epoch. The other half, which has no
+    each label and the same ones in every run. One half of them chooses the epoch: the last, unless an earlier one is
+    better by more than the standard error. The other half, which has no
     part in making the model, measures its stages and calibrates τ: with a promise (see
     [`~hf_thinkingvit.evaluation.calibrate_risk`]) if there are enough of them, else as the cheapest τ that loses no
     accuracy on all held-out images, without a promise.
@@ -171,7 +174,8 @@ def _finish(
 ) -> FineTuned:
     """Measure and calibrate the best model of a finished run, and save it with all reports."""
     accelerator, data = run.accelerator, run.data
-    model = AutoModelForImageClassification.from_pretrained(run.output_dir / "best", dtype=torch.float32).eval()
+    chosen = _choose(run)
+    model = AutoModelForImageClassification.from_pretrained(run.output_dir / chosen, dtype=torch.float32).eval()
     model.to(accelerator.device)
     name, calibrated_on = public_name(run.config.dataset), _other_half(data.selected_on)
     split, images = (calibrated_on, calibration_images) if data.test is None else (data.split, data.test)
@@ -201,8 +205,22 @@ def _finish(
         if calibration is not None:
             replace_file(output_dir / "calibration.json", json.dumps(calibration.to_dict(), indent=1))
     accelerator.wait_for_everyone()
-    summary = finetuning_summary(run, results, calibration, remark, output_dir)
+    summary = finetuning_summary(run, chosen, results, calibration, remark, output_dir)
     return FineTuned(model, run.processor, output_dir, results, calibration, summary)
+
+
+def _choose(run: TrainingRun) -> str:
+    """
+    `"last"` or `"best"`: the folder of the model to take. The learning rate has come to its end in the last one, so an
+    earlier one must be better by more than the standard error of its accuracy, which is large on few images.
+    """
+    entries = {entry["step"]: entry["results"][entry["chosen"]] for entry in run.history}
+    last, best = entries[run.history[-1]["step"]], entries.get(run.progress.best_step)
+    if best is None or not (run.output_dir / "best").is_dir():
+        return "last"
+    share = best["top1"][-1] / 100
+    error = 100 * math.sqrt(share * (1 - share) / best["images"])
+    return "best" if best["top1"][-1] > last["top1"][-1] + error else "last"
 
 
 def _batches(run: TrainingRun, images: ImageSplit) -> Any:

@@ -48,11 +48,17 @@ def end_summary(run: "TrainingRun", results: dict[str, Any]) -> str:
 
 
 def finetuning_summary(
-    run: "TrainingRun", results: dict[str, Any], calibration: Calibration | None, remark: str | None, folder: Path
+    run: "TrainingRun",
+    chosen: str,
+    results: dict[str, Any],
+    calibration: Calibration | None,
+    remark: str | None,
+    folder: Path,
 ) -> str:
-    """What a fine-tuning run has measured, its τ, its files and the next command."""
+    """What a fine-tuning run has measured, its τ, its files and the next command; the model is that of `chosen`."""
     measured = f"{results.get('split')} ({results.get('images')} images)"
     lines = [*_accuracies(run, {"history": run.history})]
+    lines.append(("taken", f"the {chosen} one" + (" (the best is not clearly better)" if chosen == "last" else "")))
     for stage, row in enumerate(results.get("stages") or []):
         lines.append((f"stage {stage}", f"top-1 {row['top1']:.2f} % at {row['gmacs']:.4g} GMACs, on {measured}"))
     if "top1" in results:
