@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from hf_thinkingvit.evaluation import calibration_status
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingConfig, finetune
+from hf_thinkingvit.training.finetuning import choose_model
 from hf_thinkingvit.training.finetuning_plan import find_source, settings_for
 from tests.utils import lively_model
 
@@ -121,6 +123,21 @@ def test_what_cannot_be_used_is_said_before_anything_is_trained(photos, source, 
     with pytest.raises(ValueError, match="have no labels: put them into folders, one a label"):
         finetune(photos / "red", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "best, last, images, chosen",
+    [(90, 85, 20, "last"), (90, 85, 2000, "best"), (90, 90, 2000, "last"), (100, 99, 20, "best")],
+)
+def test_an_earlier_epoch_must_be_clearly_better(best, last, images, chosen, tmp_path):
+    (tmp_path / "best").mkdir()
+    entries = ((1, best), (2, last))
+    history = [
+        {"step": step, "chosen": "ema", "results": {"ema": {"top1": [0.0, top1], "images": images}}}
+        for step, top1 in entries
+    ]
+    run = SimpleNamespace(history=history, progress=SimpleNamespace(best_step=1), output_dir=tmp_path)
+    assert choose_model(run) == chosen
 
 
 def test_official_checkpoints_are_converted(tmp_path):

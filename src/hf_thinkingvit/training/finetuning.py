@@ -174,7 +174,7 @@ def _finish(
 ) -> FineTuned:
     """Measure and calibrate the best model of a finished run, and save it with all reports."""
     accelerator, data = run.accelerator, run.data
-    chosen = _choose(run)
+    chosen = choose_model(run)
     model = AutoModelForImageClassification.from_pretrained(run.output_dir / chosen, dtype=torch.float32).eval()
     model.to(accelerator.device)
     name, calibrated_on = public_name(run.config.dataset), _other_half(data.selected_on)
@@ -209,7 +209,7 @@ def _finish(
     return FineTuned(model, run.processor, output_dir, results, calibration, summary)
 
 
-def _choose(run: TrainingRun) -> str:
+def choose_model(run: TrainingRun) -> str:
     """
     `"last"` or `"best"`: the folder of the model to take. The learning rate has come to its end in the last one, so an
     earlier one must be better by more than the standard error of its accuracy, which is large on few images.
