@@ -86,10 +86,9 @@ def finetune(
 
     Images are held out of the training images (or taken of the validation split, if there is one), the same share of
     each label and the same ones in every run. One half of them chooses the epoch: the last, unless an earlier one is
-    better by more than the standard error. The other half, which has no
-    part in making the model, measures its stages and calibrates τ: with a promise (see
-    [`~hf_thinkingvit.evaluation.calibrate_risk`]) if there are enough of them, else as the cheapest τ that loses no
-    accuracy on all held-out images, without a promise.
+    better by more than the standard error. The other half, which has no part in making the model, measures its stages
+    and calibrates τ: with a promise (see [`~hf_thinkingvit.evaluation.calibrate_risk`]) if there are enough of them,
+    else as the cheapest τ that loses no accuracy on all held-out images, without a promise.
 
     Args:
         dataset (`str`, `os.PathLike`, `datasets.Dataset` or a mapping of splits): folder of images (one folder a
@@ -172,7 +171,7 @@ def _images(selected_on: str) -> str:
 def _finish(
     run: TrainingRun, calibration_images: ImageSplit, output_dir: Path, max_drop: float, delta: float
 ) -> FineTuned:
-    """Measure and calibrate the best model of a finished run, and save it with all reports."""
+    """Measure and calibrate the model of a finished run, and save it with all reports."""
     accelerator, data = run.accelerator, run.data
     chosen = choose_model(run)
     model = AutoModelForImageClassification.from_pretrained(run.output_dir / chosen, dtype=torch.float32).eval()
