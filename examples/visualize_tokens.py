@@ -2,7 +2,7 @@
 Draw at what layer each patch of an image leaves the computation: where an A-ViT halts it, or token pruning removes it
 (a ThinkingViT or DynamicViT with `pruning_layers`):
 
-    python examples/visualize_tokens.py MODEL IMAGES --output-dir outputs/tokens
+    python examples/visualize_tokens.py --model MODEL --dataset IMAGES --output-dir outputs/tokens
 
 MODEL is a folder or Hub id. IMAGES is a folder of image files, a Parquet file or a folder of them, or a data set on the
 Hub, of which only the rows in use are fetched. Writes one picture per image, and:
@@ -44,7 +44,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from hf_thinkingvit import AViTConfig
+from hf_thinkingvit.commands.command import DEBUG_HELP, find_image_files, positive, user_errors
 from hf_thinkingvit.data import decode
+from hf_thinkingvit.flags import HelpFormatter, LineParser
 from hf_thinkingvit.models.configuration_avit import check_halting_epsilon
 from hf_thinkingvit.models.configuration_checks import as_pair
 from hf_thinkingvit.models.configuration_pruning import resolve_keep_rates
@@ -73,7 +75,7 @@ class ImageSource:
     def __init__(self, source: str, split: str | None = None):
         path = Path(source)
         self.skipped = 0
-        if path.is_dir() and (files := image_files(path)):
+        if path.is_dir() and (files := find_image_files(path)):
             self.rows = ((str(file.relative_to(path)), {"path": str(file), "bytes": None}) for file in files)
         elif path.is_dir() and not any(path.rglob("*.parquet")):
             raise ValueError(f"found neither images nor Parquet files in {source}")
@@ -95,12 +97,6 @@ class ImageSource:
             self.skipped += 1
             tqdm.write(f"warning: skipped {name}, which is unreadable: {error}", file=sys.stderr)
             return None
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Files in `folder` and below that Pillow can read, by their extension."""
-    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in readable)
 
 
 def dataset_rows(source: str, split: str | None) -> Iterator[tuple[str, dict | None]]:
@@ -345,33 +341,30 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def positive(text: str) -> int:
-    """A command line argument that is an integer of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of an A-ViT, or of a model that prunes tokens")
-    parser.add_argument("images", help="folder of images, Parquet file or folder of them, or Hub id of a data set")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/tokens"))
-    parser.add_argument("--limit", type=positive, default=16, help="images to look at (default: %(default)s)")
-    parser.add_argument("--pictures", type=positive, default=16, help="of which get a picture (default: %(default)s)")
+    parser = LineParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of an A-ViT, or of a model that prunes tokens")
+    parser.add_argument(
+        "--dataset", required=True, help="folder of images, Parquet file or folder of them, or Hub id of a data set"
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/tokens"), help="the pictures")
+    parser.add_argument("--limit", type=positive, default=16, help="images to look at")
+    parser.add_argument("--pictures", type=positive, default=16, help="of which get a picture")
     parser.add_argument("--split", help="of a data set (default: test or validation if there is one, else the first)")
     parser.add_argument("--halting-epsilon", type=float, help="instead of the A-ViT's; a greater one halts earlier")
     parser.add_argument("--keep-rate", type=float, help="instead of the model's `pruning_keep_rate`")
-    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--batch-size", type=positive, default=32, help="images in a forward pass")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    with user_errors(parser, arguments.debug):
+        run(arguments)
 
-    try:
-        model, processor = load_model(arguments.model)
-        read = reader_for(model.config, arguments.halting_epsilon, arguments.keep_rate)
-        source = ImageSource(arguments.images, arguments.split)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+
+def run(arguments: argparse.Namespace) -> None:
+    model, processor = load_model(arguments.model)
+    read = reader_for(model.config, arguments.halting_epsilon, arguments.keep_rate)
+    source = ImageSource(arguments.dataset, arguments.split)
     results, scores = analyse(
         model,
         processor,
@@ -381,7 +374,7 @@ def main() -> None:
         arguments.pictures,
     )
     if not results:
-        sys.exit(f"error: no readable images in {arguments.images} ({source.skipped} unreadable)")
+        raise ValueError(f"There are no readable images in {arguments.dataset} ({source.skipped} unreadable).")
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     shown = results[: arguments.pictures]

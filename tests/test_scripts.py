@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image
 from transformers import AutoModelForImageClassification, pipeline
 
+from hf_thinkingvit.commands.classify import find_images
 from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.training.tiny_runs import LABELS, encoded_image, write_images
@@ -164,6 +165,9 @@ def test_classify_folder(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "7broken.png" in done.stderr and r"\xff.png" in done.stderr
     lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["name"] for line in lines if "error" in line] == ["7broken.png", r"\xff.png"]
+    assert "2 could not be read" in done.stdout
+    lines = [line for line in lines if "error" not in line]
     assert [line["name"] for line in lines] == ["0.png", "2.png", "4.png", "6.png", "8.png"] + [
         f"deeper/{index}.png" for index in (1, 3, 5, 7)
     ]
@@ -181,7 +185,7 @@ def test_classify_folder(folders, tmp_path):
     (output.parent / ".found.jsonl.0.part").write_text(json.dumps(earlier) + '\n{"place": 2, "na')
     done = run("classify_folder.py", folders, *words, processes=2)
     assert done.returncode == 0, done.stderr
-    again = [json.loads(line) for line in output.read_text().splitlines()]
+    again = [line for line in map(json.loads, output.read_text().splitlines()) if "error" not in line]
     assert again[0] == {**lines[0], "label": "of the earlier run"}  # not computed again
     for line, other in zip(lines[1:], again[1:], strict=True):
         assert all(line[name] == other[name] for name in ("name", "label", "exit_stage"))
@@ -203,14 +207,12 @@ def test_classify_folder(folders, tmp_path):
 
 def test_a_dataset_of_other_images_is_told_from_the_earlier_one(tmp_path):
     """Whichever row differs."""
-    find_images = runpy.run_path(str(EXAMPLES / "classify_folder.py"))["find_images"]
     contents = []
     for seed in (100, 200):
         images = [{"bytes": encoded_image(index if index != 37 else seed), "path": None} for index in range(40)]
         features = Features({"image": Image()})
         Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "rows.parquet")
-        contents.append(find_images(str(tmp_path / "rows.parquet"), "train", None)[1])
-        contents.append(find_images(str(tmp_path / "rows.parquet"), "train", None)[1])
+        contents += [find_images(str(tmp_path / "rows.parquet"), "train", None).identities for _ in range(2)]
     assert contents[0] == contents[1] != contents[2] == contents[3]
 
 

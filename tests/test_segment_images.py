@@ -55,7 +55,7 @@ def test_label_maps_overlays_and_windows(folders):
 
 def test_settings_that_cannot_work_are_one_line(folders):
     completed = run("--model", folders / "model", "--images", folders / "images", "--window", 30)
-    assert completed.returncode == 1 and "must be a multiple of the patch size" in completed.stderr
+    assert completed.returncode == 2 and "must be a multiple of the patch size" in completed.stderr
     (folders / "empty").mkdir()
     completed = run("--model", folders / "model", "--images", folders / "empty")
-    assert completed.returncode == 1 and "no images in" in completed.stderr
+    assert completed.returncode == 2 and "no images in" in completed.stderr

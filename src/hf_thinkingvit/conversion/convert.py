@@ -21,6 +21,7 @@ from ..families.official import Checkpoint, OfficialFormat
 from ..image_processing import evaluation_image_processor, segmentation_image_processor
 from .checkpoint import read_checkpoint
 from .labels import label_fields
+from .recognition import describe_unofficial
 
 
 # What upstream Segmenter's `variant.yml` calls its normalisations; the official ThinkingViT code has one of its own.
@@ -125,6 +126,8 @@ def _detect(checkpoint: Checkpoint, overrides: dict) -> tuple[Family, OfficialFo
                 return family, form
             form_name = name if form is family.official else f"{name} {form.task}"
             missing[form_name] = [key for key in form.required if key not in checkpoint.state_dict]
+    if (found := describe_unofficial(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint.path} is no official checkpoint. {found}")
     raise ValueError(
         f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(missing)}). Missing keys: "
         + "; ".join(f"for {name}, {_shorten(keys)}" for name, keys in missing.items())

@@ -40,12 +40,12 @@ def plot_accuracy_against_macs(
     answers: StageAnswers, rows: Sequence[dict[str, Any]], marked: Sequence[float] = ()
 ) -> Any:
     """
-    Plot accuracy over mean cost as τ varies, and each stage alone for comparison.
+    Plot accuracy over mean cost as τ varies, with a mark for each row, and each stage alone for comparison.
 
     Args:
         answers (`StageAnswers`): of the sweep.
         rows (`list[dict]`): of the sweep, each with one τ; in any order.
-        marked (`list[float]`): values of τ to annotate; by default about six, evenly spread in cost.
+        marked (`list[float]`): values of τ to label; by default at most six, evenly spread in cost.
 
     Returns:
         A matplotlib `Figure`.
@@ -54,18 +54,12 @@ def plot_accuracy_against_macs(
     (scale, unit), (measure, words, percent) = _unit(answers), _measure(answers)
     rows = sorted(rows, key=lambda row: (row["gmacs"], row[measure]))
     costs, accuracies = [row["gmacs"] * scale for row in rows], [percent * row[measure] for row in rows]
-    axes.plot(costs, accuracies, color=BLUE, linewidth=2, label="τ varies")
-    low, high = (costs[0], costs[-1]) if rows else (0.0, 1.0)
-    if not marked:
-        goals = [low + (high - low) * part / 5 for part in range(6)]
-        marked = (
-            [min(rows, key=lambda row: abs(row["gmacs"] * scale - goal))["threshold"] for goal in goals] if rows else []
-        )
-    for row in rows:
-        if row["threshold"] in marked:
-            point = row["gmacs"] * scale, percent * row[measure]
-            axes.plot(*point, "o", color=BLUE, markersize=6)
-            axes.annotate(f"τ = {row['threshold']:.2g}", point, xytext=(6, -13), textcoords="offset points", fontsize=9)
+    axes.plot(costs, accuracies, "-o", color=BLUE, linewidth=2, markersize=4, label="τ varies")
+    labelled = [row for row in rows if row["threshold"] in marked] if marked else _spread_in_cost(rows, 6)
+    for row, label in zip(labelled, distinct_labels([row["threshold"] for row in labelled])):
+        point = row["gmacs"] * scale, percent * row[measure]
+        axes.plot(*point, "o", color=BLUE, markersize=7)
+        axes.annotate(f"τ = {label}", point, xytext=(6, -13), textcoords="offset points", fontsize=9)
     for stage, row in enumerate(answers.stage_rows()):
         color, _, marker = STYLES[(stage + 1) % len(STYLES)]
         point = row["gmacs"] * scale, percent * row[measure]
@@ -77,6 +71,30 @@ def plot_accuracy_against_macs(
     axes.margins(x=0.1, y=0.12)
     axes.legend(loc="lower right", frameon=False)
     return figure
+
+
+def _spread_in_cost(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most `count` of rows in order of cost, the nearest to evenly spread costs, none of them twice."""
+    if not rows:
+        return []
+    low, high = rows[0]["gmacs"], rows[-1]["gmacs"]
+    goals = [low + (high - low) * part / (count - 1) for part in range(count)]
+    nearest = [min(range(len(rows)), key=lambda index: abs(rows[index]["gmacs"] - goal)) for goal in goals]
+    chosen: list[int] = []
+    for index in sorted(set(nearest)):
+        # Labels of points that lie closer than half of the even distance would cover each other.
+        if not chosen or rows[index]["gmacs"] - rows[chosen[-1]]["gmacs"] > (high - low) / (2 * (count - 1)):
+            chosen.append(index)
+    return [rows[index] for index in chosen]
+
+
+def distinct_labels(thresholds: Sequence[float]) -> list[str]:
+    """The values of τ with as few digits, two at the least, as tell different values apart."""
+    for digits in range(2, 17):
+        labels = [f"{threshold:.{digits}g}" for threshold in thresholds]
+        if len(set(labels)) == len(set(thresholds)):
+            break
+    return labels if thresholds else []
 
 
 def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) -> Any:

@@ -3,7 +3,8 @@ One training run as data: read from a YAML file, every field also a command-line
 
     python examples/train.py --config examples/configs/thinkingvit_cifar10.yaml --epochs 5 --model.patch_size 2
 
-Fields of the model's own configuration stand under `model` in the file, and are flags with `model.` in front.
+`config_parsing.py` reads it. Fields of the model's own configuration stand under `model` in the file, and are flags
+with `model.` in front.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from typing import Any
 
 import yaml
 from PIL import Image
-from transformers import HfArgumentParser
 
 from ..auto import TASKS
 from ..families import FAMILIES
@@ -116,6 +116,7 @@ class TrainingConfig:
     backbone_learning_rate: float = _help(
         "factor of the learning rate of all but the score predictors, of a model that prunes tokens", 1.0
     )
+    layer_decay: float = _help("factor of the learning rate from each layer to the one before it, to fine-tune", 1.0)
     frozen_backbone_epochs: float = _help(
         "first epochs in which the score predictors alone learn, of a model that prunes tokens", 0.0
     )
@@ -227,6 +228,10 @@ class TrainingConfig:
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {self.layer_decay!r}.")
+        if self.layer_decay != 1 and (self.backbone_learning_rate != 1 or self.frozen_backbone_epochs):
+            raise ValueError("`layer_decay` does not go with `backbone_learning_rate` and `frozen_backbone_epochs`.")
         for name in ("ema_decay", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")
@@ -254,7 +259,7 @@ class TrainingConfig:
         known = [entry.name for entry in dataclasses.fields(family.config_class)]
         for name in self.model:
             if name not in known and name not in family.config_class.attribute_map:  # names of earlier versions
-                raise ValueError(_unknown(f"model.{name}", [f"model.{entry}" for entry in known]))
+                raise ValueError(unknown_field(f"model.{name}", [f"model.{entry}" for entry in known]))
         if "label_smoothing" in self.model:
             raise ValueError("`model.label_smoothing` is of the model's own loss: set `label_smoothing` of the run.")
 
@@ -266,103 +271,8 @@ class TrainingConfig:
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def unknown_field(name: str, known: list[str], what: str = "field", prefix: str = "") -> str:
+    """That there is no such field or flag, with the nearest of the `known` ones."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    suggestion = f" Did you mean `{nearest[0]}`?" if nearest else ""
-    return f"There is no field `{name}`.{suggestion} `--help` lists all fields."
-
-
-def _flags(name: str, value: Any) -> list[str]:
-    """A field of the file as command-line words, so that both go through one parser and one check of types."""
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)] if value else []
-    default = TrainingConfig.__dataclass_fields__[name].default
-    if value is None and default is None:
-        return []
-    if value is False and isinstance(default, str):  # YAML reads an unquoted `no` as False
-        return [f"--{name}", "no"]
-    return [f"--{name}", "none" if value is None else str(value)]
-
-
-def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """
-    The configuration of a command line: the file named by `--config`, and flags that override it.
-
-    Raises:
-        SystemExit: for flags and fields that do not exist, with the nearest that does, and for values of a wrong type.
-        ValueError: for values that cannot work together.
-    """
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", type=Path)
-    chosen, words = files.parse_known_args(arguments)
-    parser = HfArgumentParser(
-        TrainingConfig,
-        usage="%(prog)s [--config FILE] [--FIELD VALUE ...] [--model.FIELD VALUE ...]",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the fields below; flags override it")
-    names = [entry.name for entry in dataclasses.fields(TrainingConfig)]
-    model: dict[str, Any] = {}
-    if chosen.config is not None:
-        if not chosen.config.is_file():
-            parser.error(f"there is no configuration file {chosen.config}")
-        fields = yaml.safe_load(chosen.config.read_text(encoding="utf-8")) or {}
-        if not isinstance(fields, dict):
-            parser.error(f"{chosen.config} must hold `field: value` lines")
-        for name in fields:
-            if name not in names:
-                parser.error(f"{chosen.config}: {_unknown(name, names)}")
-        model = fields.pop("model", None) or {}
-        if not isinstance(model, dict):
-            parser.error(f"{chosen.config}: `model` must hold `field: value` lines of the model's configuration")
-        words = [word for name, value in fields.items() for word in _flags(name, value)] + words
-    config, _, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
-    for name in names:
-        if getattr(config, name) == "none":
-            setattr(config, name, None)
-    try:
-        config.model = {name: _as_number(value) for name, value in {**model, **_model_flags(rest, names)}.items()}
-        config.check()
-    except ValueError as error:
-        parser.error(str(error))
-    return config
-
-
-def _read(word: str) -> Any:
-    try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError:
-        raise ValueError(f"`{word}` is no value: quote lists ('[3, 6]'), or leave out the brackets (3 6).") from None
-
-
-def _as_number(value: Any) -> Any:
-    """YAML reads 5e-4 as text."""
-    if isinstance(value, list):
-        return [_as_number(entry) for entry in value]
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _model_flags(words: list[str], names: list[str]) -> dict[str, Any]:
-    """`--model.name value ...`, the values read as YAML."""
-    fields: dict[str, list] = {}
-    values: list = []
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            if not name.startswith("model."):
-                raise ValueError(_unknown(name, names))
-            # As everywhere on a command line, a flag given twice means the second.
-            values = fields[name.removeprefix("model.")] = [_read(value)] if value else []
-        elif not fields:
-            raise ValueError(f"`{word}` belongs to no flag.")
-        else:
-            values.append(_read(word))
-    for name, given in fields.items():
-        if not given:
-            raise ValueError(f"`--model.{name}` needs a value.")
-    return {name: given[0] if len(given) == 1 else given for name, given in fields.items()}
+    suggestion = f" Did you mean `{prefix}{nearest[0]}`?" if nearest else ""
+    return f"There is no {what} `{prefix}{name}`.{suggestion}"

@@ -8,7 +8,7 @@ uninterrupted one, and two processes together read the same images as one.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler, default_collate, get_worker_info
 
-from ..data import ImageSplit, decode, find_split
+from ..data import ImageSplit, Rows, decode, find_split, num_shared_rows
 from .config import TrainingConfig
 from .seeding import seeded
 from .splits import TrainingData, held_out_from, hold_out, reported_split, selection_split
@@ -30,24 +30,37 @@ from .tasks import training_task
 logger = logging.getLogger(__name__)
 
 
-def load_data(config: TrainingConfig) -> TrainingData:
+def load_data(config: TrainingConfig, splits: Mapping[str, Rows] | None = None) -> TrainingData:
     """
     The splits that a run reads.
+
+    Args:
+        config (`TrainingConfig`): of the run.
+        splits (`dict`, *optional*): the data by split, instead of those that `config.dataset` names.
 
     Raises:
         ValueError: if the data, a split or a column cannot be found (the message lists those that exist, or says how to
             log in), or if the labels cannot be trained on.
     """
     task = training_task(config.task)
-    splits = task.load_splits(config)
+    splits = task.load_splits(config) if splits is None else splits
     find_split(splits, config.train_split, config.dataset)
     selected_on = selection_split(config, splits)
     reported = reported_split(config, splits, selected_on)
     read = {
-        role: task.as_split(splits[name], config)
+        role: task.as_split(find_split(splits, name, config.dataset), config)
         for role, name in (("train", config.train_split), ("evaluation", selected_on), ("test", reported))
         if name is not None
     }
+    for name in (selected_on, reported):
+        if name is not None and (shared := num_shared_rows(splits, config.train_split, name)):
+            logger.warning(
+                "%d images are both in %r, which is trained on, and in %r, which is evaluated: accuracy on them tells "
+                "nothing of other images",
+                shared,
+                config.train_split,
+                name,
+            )
     if "test" in read and not read["test"].labels.are_known(read["test"].rows, read["test"].label_column):
         if config.test_split is not None:
             raise ValueError(f"The images of split {reported!r} of `{config.dataset}` have no labels to measure with.")

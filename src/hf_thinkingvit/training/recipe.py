@@ -21,6 +21,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..families import FAMILIES
 from ..models.configuration_checks import as_pair
 from .config import TrainingConfig
+from .layer_decay import with_layer_decay
 
 
 # Tokens, and what is added to tokens or attention scores, are no weights of a product: weight decay leaves them out.
@@ -95,6 +96,8 @@ def build_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Opt
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=NO_WEIGHT_DECAY)
     if config.backbone_learning_rate != 1 or config.frozen_backbone_epochs:
         groups = list(_split_by_backbone(groups, config, model))
+    if config.layer_decay != 1:
+        groups = list(with_layer_decay(groups, model, config.layer_decay))
     try:
         get_optimizer_info(config.optimizer)
     except ValueError as error:

@@ -16,7 +16,7 @@ from .distillation import load_teacher
 from .losses import TrainingLoss
 from .memory_images import load_in_memory
 from .recipe import build_ema, build_mixup, build_optimizer, build_schedule
-from .splits import held_out_from
+from .splits import TrainingData, held_out_from
 from .starting_point import build_model
 from .stop_signals import ignore_stop_signals
 from .tasks import training_task
@@ -67,12 +67,13 @@ class TrainingSetup:
 
     Args:
         config (`TrainingConfig`): checked.
+        data (`TrainingData`, *optional*): the images; by default those that the configuration names.
 
     Raises:
         ValueError: where the configuration, the data and the machine do not fit together; before anything is written.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, data: TrainingData | None = None):
         config.check()
         self.config, self.task = config, training_task(config.task)
         self.output_dir = Path(config.output_dir)
@@ -92,7 +93,7 @@ class TrainingSetup:
                 f"mixup and cutmix pair images: {self.batch_of_process} images a process cannot be paired."
             )
         with self.accelerator.local_main_process_first():  # one process downloads, the others read its cache
-            self.data = load_data(config)
+            self.data = load_data(config) if data is None else data
         self.num_images = num_train_images(config, self.data.train)
         self.steps_per_epoch = self.num_images // config.batch_size
         if not self.steps_per_epoch:
