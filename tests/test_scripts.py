@@ -97,7 +97,7 @@ def test_several_processes_sweep_what_one_does(folders, tmp_path):
             "sweep_thresholds.py", folders, "--output-dir", str(tmp_path / str(processes)), *words, processes=processes
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("top-1") == 1  # only one process prints
+        assert done.stdout.count("top-1 %") == 1  # only one process prints
     one, two = (json.loads((tmp_path / str(count) / "results.json").read_text()) for count in (1, 2))
     assert one["images"] == 117
     assert one == two
