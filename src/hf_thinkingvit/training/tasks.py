@@ -131,7 +131,7 @@ class SegmentationTask(TrainingTask):
     model_gets_labels = False
     heads = ("decoder",)
     reorders_heads = False
-    resizes = frozenset({"image_size"})
+    resizes = frozenset({"image_size", "layer_norm_eps"})  # the published models have another epsilon than their start
     keeps_source_labels = False
 
     def constructor_from(self, config):
