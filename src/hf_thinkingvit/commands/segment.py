@@ -68,11 +68,12 @@ def window_picture(image: Image.Image, result: SlidingResult, window_size: int) 
     picture = image.convert("RGB")
     draw = ImageDraw.Draw(picture, "RGBA")
     colours = palette()
-    for window in windows:
+    corners = [(window.left * scale_x, window.top * scale_y) for window in windows]
+    for window, (left, top) in zip(windows, corners):
         colour = tuple(colours[3 * window.exit_stage : 3 * window.exit_stage + 3])
-        left, top = window.left * scale_x, window.top * scale_y
         right, bottom = left + window_size * scale_x - 1, top + window_size * scale_y - 1
         draw.rectangle((left, top, right, bottom), fill=(*colour, 60), outline=(*colour, 255), width=2)
+    for window, (left, top) in zip(windows, corners):  # last, since windows overlap
         draw.text((left + 4, top + 4), f"{window.exit_stage + 1}: {window.entropy:.2f}", fill=(255, 255, 255, 255))
     return picture
 
