@@ -72,7 +72,7 @@ def test_the_p_value_of_bounded_losses():
     for failures, images, epsilon in ((0, 40, 0.1), (3, 100, 0.1), (10, 400, 0.05)):
         p_value = hoeffding_bentkus_p_value(failures / images, images, epsilon)
         exact = binomial_p_value(failures, images, epsilon)
-        assert exact - 1e-12 <= p_value <= math.e * exact + 1e-12
+        assert exact - 1e-11 <= p_value <= math.e * exact + 1e-11  # both are rounded to the safe side
     assert hoeffding_bentkus_p_value(0.0, 40, 0.1) == pytest.approx(0.9**40)
     assert hoeffding_bentkus_p_value(0.1, 40, 0.1) == 1.0
     assert hoeffding_bentkus_p_value(0.021, 100, 0.1) > hoeffding_bentkus_p_value(0.02, 100, 0.1)

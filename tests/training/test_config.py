@@ -6,7 +6,7 @@ import yaml
 from hf_thinkingvit.training import TrainingConfig, parse_config
 
 
-CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").rglob("*.yaml"))
 
 
 def write(path: Path, text: str) -> list[str]:

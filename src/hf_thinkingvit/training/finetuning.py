@@ -45,7 +45,7 @@ from .summary import finetuning_summary, start_summary
 RUN = "training"  # the folder of the training run within the output folder
 SPLITS = "splits.json"
 ONE_HALF = "one half"
-RESERVED = ("dataset", "output_dir", "from_pretrained", "from_vit", "streaming", "validation_fraction")
+RESERVED = ("task", "dataset", "output_dir", "from_pretrained", "from_vit", "streaming", "validation_fraction")
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,12 @@ def _accuracies(run: "TrainingRun", results: dict[str, Any]) -> list[tuple[str, 
     if not history:
         return []
     best = next((entry for entry in history if entry["step"] == run.progress.best_step), history[-1])
-    lines = []
+    lines, measure = [], run.task.decisive
     for name, entry in (("best", best), ("last", history[-1])):
-        stages = ", ".join(f"{value:.2f}" for value in entry["results"][entry["chosen"]]["top1"])
-        lines.append((name, f"epoch {entry['epoch']}: top-1 of each stage {stages} %, on {run.data.selected_on}"))
+        values = entry["results"][entry["chosen"]][measure]
+        stages = ", ".join(f"{run.task.percent * value:.2f}" for value in values)
+        words = f"{run.task.measures[measure]} of each stage {stages} %"
+        lines.append((name, f"epoch {entry['epoch']}: {words}, on {run.data.selected_on}"))
     return lines
 
 
