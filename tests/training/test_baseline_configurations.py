@@ -31,9 +31,7 @@ def preset(stem: str):
     if method == "vit":
         return ElasticViTConfig(**sizes)
     if method.startswith("dynabert"):
-        config = ElasticViTConfig.dynabert(**sizes)
-        whole = [each for each in config.sub_networks if len(each["layers"]) == config.num_hidden_layers]
-        return ElasticViTConfig(**sizes, sub_networks=whole) if method == "dynabert_widths" else config
+        return ElasticViTConfig.dynabert(**sizes, **({"depths": [1.0]} if method == "dynabert_widths" else {}))
     if hasattr(ElasticViTConfig, method):
         return getattr(ElasticViTConfig, method)(**sizes)
     return getattr(EarlyExitViTConfig, method)(**sizes)

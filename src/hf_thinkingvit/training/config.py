@@ -251,7 +251,9 @@ class TrainingConfig:
         if self.task not in family.heads:
             raise ValueError(f"{family.name} has models for {sorted(family.heads)}, but `task` is {self.task!r}.")
         if self.task != IMAGE_CLASSIFICATION and (self.uses_mixup or self.teacher):
-            raise ValueError(f"mixup, cutmix and `teacher` are of {IMAGE_CLASSIFICATION}: set them to 0, 0 and none.")
+            raise ValueError(
+                f"`mixup`, `cutmix` and `teacher` are of {IMAGE_CLASSIFICATION}: set them to 0, 0 and none."
+            )
         if (self.image_files is None) != (self.mask_files is None):
             raise ValueError("`image_files` and `mask_files` belong together: give both.")
         if family.without_mixup and self.uses_mixup:
