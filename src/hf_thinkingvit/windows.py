@@ -47,6 +47,18 @@ class WindowPlan:
     long_side: int | None = None
     stride: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        height, width = self.size
+        size = (
+            "images as they are"
+            if self.short_side is None
+            else f"images whose shorter side has {self.short_side} pixels"
+        )
+        most = f", the longer at most {self.long_side}" if self.short_side and self.long_side else ""
+        return (
+            f"in windows of {height} × {width} pixels, each by itself, of {size}{most}; each pixel counts in one window"
+        )
+
     def cut(
         self, pixel_values: torch.Tensor, mask: torch.Tensor, ignore_index: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Messages and exit codes of the commands, called in this process."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.utils import lively_model
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TRAINS = pytest.mark.skipif(find_spec("timm") is None, reason="needs the extra `train`")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,8 @@ def test_every_command_has_help(capsys):
     usage = capsys.readouterr().out
     for name, text in commands.COMMANDS.items():
         assert text in usage
+        if name in ("finetune", "train") and find_spec("timm") is None:
+            continue
         with pytest.raises(SystemExit, match="^0$"):
             main([name, "--help"])
         help_text = capsys.readouterr().out
@@ -55,10 +59,20 @@ def test_unknown_commands_and_flags(capsys):
     assert "unrecognized arguments: --thresold" in refused(
         capsys, "sweep", "--model", "m", "--dataset", "d", "--thresold", "1"
     )
+    assert "must be at least 1" in refused(capsys, "classify", "--model", "m", "--dataset", "d", "--batch-size", "0")
+
+
+@TRAINS
+def test_unknown_fields_of_a_run(capsys):
     assert "no flag `--epoch`. Did you mean `--epochs`?" in refused(
         capsys, "finetune", "photos", "--source", "m", "--epoch", "1"
     )
-    assert "must be at least 1" in refused(capsys, "classify", "--model", "m", "--dataset", "d", "--batch-size", "0")
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="the extra `train` is installed")
+@pytest.mark.parametrize("name", ["finetune", "train"])
+def test_what_an_extra_lacks_is_said(capsys, name):
+    assert 'Training needs timm: pip install "hf-thinkingvit[train]"' in refused(capsys, name, "--help")
 
 
 @pytest.mark.parametrize("name", ["sweep", "calibrate", "classify", "export", "segment", "push"])
@@ -73,7 +87,9 @@ def test_a_missing_model_is_said_to_be_missing(name, folder, capsys):
     assert "is a file" in message
 
 
-@pytest.mark.parametrize("name", ["sweep", "calibrate", "classify", "export", "segment", "finetune"])
+@pytest.mark.parametrize(
+    "name", ["sweep", "calibrate", "classify", "export", "segment", pytest.param("finetune", marks=TRAINS)]
+)
 def test_missing_and_empty_images_are_said_to_be_so(name, folder, capsys):
     words = ["--max-drop", "0.1"] if name == "calibrate" else []
     words += ["--source" if name == "finetune" else "--model", folder / "model"]
@@ -88,11 +104,13 @@ def test_debug_shows_where(folder):
         main(["sweep", "--model", str(folder / "absent"), "--dataset", "x", "--debug"])
 
 
+@TRAINS
 def test_finetune_asks_for_what_is_missing(capsys, folder):
     assert "Name the images" in refused(capsys, "finetune", "--source", folder / "model")
     assert "--source" in refused(capsys, "finetune", folder / "pictures")
 
 
+@TRAINS
 def test_train_names_the_file(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("epochs: 0\n")
     assert f"{tmp_path / 'run.yaml'}: `epochs` must be above 0" in refused(

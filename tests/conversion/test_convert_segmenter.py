@@ -114,6 +114,31 @@ def test_zero_alphas_are_loaded_as_they_are_and_reported(tmp_path, caplog):
     assert "every α of token recycling is 0" in caplog.text
 
 
+def test_a_stated_threshold_is_taken(tmp_path):
+    for text, expected in (("[0.3]", [0.3]), ("'0.3'", 0.3), ("0.3", 0.3)):
+        model = load_official(read_checkpoint(write_official("seg_linear", tmp_path, threshold=text)))
+        assert model.config.threshold == expected
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("loss_weights: null", "loss_weights: [a, b]", "`loss_weights` of .* must be numbers"),
+        ("loss_weights: null", "loss_weights: [1, 1, 1]", "one weight of at least 0 for each of 2 stages"),
+        ("threshold: 0.5", "threshold: high", "`threshold` of .* must be numbers"),
+        ("n_heads: 4", "n_heads: -3", "a positive multiple of the number of heads"),
+        ("n_heads: 4", "n_heads: [4]", "`n_heads` of .* must be numbers"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_error(tmp_path, old, new, message):
+    folder = write_official("seg_linear", tmp_path)
+    text = (folder / "variant.yml").read_text()
+    assert f"\n  {old}\n" in text
+    (folder / "variant.yml").write_text(text.replace(f"\n  {old}\n", f"\n  {new}\n"))
+    with pytest.raises(ValueError, match=message):
+        load_official(read_checkpoint(folder))
+
+
 @torch.no_grad()
 def test_upstream_segmenter_is_one_stage_of_full_width(golden, tmp_path):
     """Without token recycling: its answer is that of the last stage alone, at full width."""

@@ -58,6 +58,7 @@ def test_selected_images_keep_all_of_their_windows(answers):
 def test_calibration_bounds_the_pixels_that_are_lost(answers):
     risks = answers.means([10.0], answers.losses("pixels_lost"))
     found = calibrate_risk(answers, epsilon=0.6, delta=0.1)
+    assert found.prepared == answers.prepared and "windows of 16 × 16 pixels" in found.prepared
     assert found.target == "pixels_lost" and found.achieved < 0.6 and found.top1 is None and found.mean_iou >= 0
     assert "60% of an image's pixels are right at the last stage and wrong where" in found.statement
     assert risks.item() >= 0

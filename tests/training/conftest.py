@@ -11,7 +11,14 @@ from tests.training.tiny_runs import write_images
 NEEDS_TIMM = ("config", "data", "divergence", "loop", "losses", "objectives", "preprocessing", "recipe", "reporting")
 NEEDS_TIMM += ("resuming", "setup", "splits", "stage_samplers", "training_log")
 NEEDS_TIMM += ("early_exit_runs", "elastic_runs", "memory_images", "pruning_runs", "sub_network_distillation")
-NEEDS_TIMM += ("augmentation", "baseline_configurations", "finetuning", "layer_decay", "photographs", "segmentation_runs")
+NEEDS_TIMM += (
+    "augmentation",
+    "baseline_configurations",
+    "finetuning",
+    "layer_decay",
+    "photographs",
+    "segmentation_runs",
+)
 collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEEDS_TIMM]
 
 

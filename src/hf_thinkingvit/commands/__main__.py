@@ -16,7 +16,13 @@ def main(words: list[str] | None = None) -> None:
     elif words[0] == "--version":
         print(__version__)
     elif words[0] in COMMANDS:
-        import_module(f".{words[0]}", __package__).main(words[1:], prog=f"hf-thinkingvit {words[0]}")
+        prog = f"hf-thinkingvit {words[0]}"
+        try:
+            module = import_module(f".{words[0]}", __package__)
+        except ImportError as error:  # of an extra that is not installed; the message says which
+            print(f"{prog}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        module.main(words[1:], prog=prog)
     else:
         nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
         suggestion = f" Did you mean `{nearest[0]}`?" if nearest else ""

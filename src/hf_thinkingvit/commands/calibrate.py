@@ -76,9 +76,12 @@ def run(arguments: argparse.Namespace) -> None:
     processor.save_pretrained(arguments.output_dir)
     (arguments.output_dir / "calibration.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     folder = shlex.quote(str(arguments.output_dir))
+    size = ""
+    if isinstance(answers, StageConfusions):
+        size = f" --short-side {arguments.short_side or 'PIXELS (of the images that were measured)'}"
     command.say(
         files=f"model and calibration.json in {arguments.output_dir}",
-        next=f"hf-thinkingvit classify --model {folder} --dataset FOLDER",
+        next=f"hf-thinkingvit {'segment' if size else 'classify'} --model {folder} --dataset FOLDER{size}",
     )
 
 
@@ -89,7 +92,7 @@ def calibrate(
     if arguments.gmacs is not None:
         return calibrate_budget(calibration, gmacs=arguments.gmacs, per_exit=arguments.per_exit)
     if arguments.milliseconds is not None:
-        batch = torch.randn(arguments.batch_size, model.config.num_channels, *as_pair(model.config.image_size))
+        batch = torch.randn(arguments.batch_size or 64, model.config.num_channels, *as_pair(model.config.image_size))
         times = measure_stage_milliseconds(model, batch.to(model.device, model.dtype))
         return calibrate_budget(
             calibration, milliseconds=arguments.milliseconds, stage_milliseconds=times, per_exit=arguments.per_exit

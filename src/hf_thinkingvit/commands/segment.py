@@ -79,7 +79,11 @@ def window_picture(image: Image.Image, result: SlidingResult, window_size: int) 
 
 
 def run(arguments: argparse.Namespace) -> None:
+    output_dir = arguments.output_dir.resolve()
     files = command.find_images_or_fail(arguments.dataset)
+    files = [path for path in files if output_dir not in path.resolve().parents]  # not what an earlier run has drawn
+    if not files:
+        raise FileNotFoundError(f"All images in `{arguments.dataset}` (--dataset) are in the output folder.")
     model, processor = command.load_model(arguments.model, AutoModelForSemanticSegmentation)
     model.to(command.best_device())
     if model.config.num_labels > 256:

@@ -51,6 +51,7 @@ class Calibration:
         conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
         exits_early: whether any image leaves before the last stage at this τ.
         seen: why the images were not new to the model, in words, if that is known.
+        prepared: how images were resized and cut, in words, where the image processor does not say it.
     """
 
     threshold: float | list[float]
@@ -68,6 +69,7 @@ class Calibration:
     exits_early: bool = True
     seen: str | None = None
     mean_iou: float | None = None
+    prepared: str | None = None
 
     @property
     def statement(self) -> str:
@@ -224,6 +226,7 @@ def calibrate_risk(
         conditions=answers.conditions,
         exits_early=early,
         seen=answers.seen,
+        prepared=answers.prepared,
     )
 
 
@@ -279,9 +282,7 @@ def calibrate_budget(
         if within and (best is None or (accuracy, -cost) > (best[0], -best[1])):
             best = accuracy, cost, threshold
     if best is None:
-        raise ValueError(
-            f"No τ costs at most {budget} {unit} per image: the first stage alone takes {costs[0].item():.4g} {unit}."
-        )
+        raise ValueError(f"No τ costs at most {budget} {unit} per image: the cheapest takes {min(spent):.4g} {unit}.")
     _, cost, threshold = best
     row = answers.row(threshold)
     return Calibration(
@@ -297,6 +298,7 @@ def calibrate_budget(
         split=answers.split,
         conditions=answers.conditions,
         seen=answers.seen,
+        prepared=answers.prepared,
     )
 
 

@@ -143,6 +143,7 @@ class StageConfusions(StageScores):
         criterion (`str`), entropy_top_k, num_labels (`int`), exit_at_threshold (`bool`): as in the model's
             configuration.
         dataset, split, conditions, seen: as in [`StageAnswers`].
+        prepared (`str`, *optional*): how the images were resized and cut, in words.
     """
 
     risks = ("pixels_lost", "pixel_error")
@@ -160,6 +161,7 @@ class StageConfusions(StageScores):
     split: str = UNKNOWN
     conditions: Mapping[str, Any] | None = None
     seen: str | None = None
+    prepared: str | None = None
 
     def __len__(self) -> int:
         """The number of images."""
@@ -212,6 +214,7 @@ class StageConfusions(StageScores):
             "images": len(self),
             "windows": len(self.scores),
             **({"dtype": self.conditions["dtype"]} if self.conditions else {}),
+            **({"prepared": self.prepared} if self.prepared else {}),
             "criterion": self.criterion,
             "stages": self.stage_rows(),
             "sweep": [self.row(threshold) for threshold in thresholds],
@@ -259,7 +262,7 @@ def collect_stage_confusions(
             `accelerator` where there is one; of windows, with `image`.
         accelerator (`Accelerator`, *optional*): gathers what several processes compute.
         progress (`bool`): show a progress bar, on the main process.
-        facts: `dataset`, `split` and `seen` of [`StageConfusions`].
+        facts: `dataset`, `split`, `seen` and `prepared` of [`StageConfusions`].
 
     Raises:
         ValueError: for masks that do not fit the images or the classes; if there are no images.

@@ -30,12 +30,15 @@ class StageScores:
     Attributes:
         scores (`torch.FloatTensor` of shape `(images, stages)`): float32.
         criterion (`str`), entropy_top_k (`int`), exit_at_threshold (`bool`): as in the model's configuration.
+        prepared (`str`, *optional*): how images were resized and cut, in words, where the image processor does not say
+            it.
     """
 
     scores: torch.Tensor
     criterion: str
     entropy_top_k: int
     exit_at_threshold: bool
+    prepared = None
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -86,7 +86,13 @@ def _head_dim(checkpoint: Checkpoint) -> int:
     """Channels of a head: those of the files if they state the container's width and heads, else DeiT's."""
     net = checkpoint.variant.get("net_kwargs") or {}
     if net.get("d_model") and net.get("n_heads"):
-        return net["d_model"] // net["n_heads"]
+        width, heads = (_numbers(checkpoint, name, [net[name]])[0] for name in ("d_model", "n_heads"))
+        if heads < 1 or width < 1 or width % heads:
+            raise ValueError(
+                f"{checkpoint.path} states `d_model` = {net['d_model']!r} and `n_heads` = {net['n_heads']!r}: the "
+                "width must be a positive multiple of the number of heads."
+            )
+        return int(width // heads)
     return DEIT_HEAD_DIM
 
 
@@ -210,12 +216,29 @@ def _size(size: int | list[int] | None) -> int | list[int] | None:
 def _exit_fields(checkpoint: Checkpoint, num_stages: int) -> dict:
     """τ and the weights of the losses, where the files state them."""
     thinking, fields = checkpoint.variant.get("thinking_kwargs") or {}, {}
-    if isinstance(thinking.get("threshold"), (int, float)):
-        fields["threshold"] = thinking["threshold"]
-    weights = thinking.get("loss_weights")
-    if isinstance(weights, list) and len(weights) == num_stages and sum(weights) > 0:
+    if thinking.get("threshold") is not None:
+        threshold = thinking["threshold"]
+        values = _numbers(checkpoint, "threshold", threshold if isinstance(threshold, (list, tuple)) else [threshold])
+        fields["threshold"] = values if isinstance(threshold, (list, tuple)) else values[0]
+    if thinking.get("loss_weights") is not None:
+        weights = _numbers(checkpoint, "loss_weights", thinking["loss_weights"])
+        if len(weights) != num_stages or min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(
+                f"The `loss_weights` of {checkpoint.path} must be one weight of at least 0 for each of {num_stages} "
+                f"stages, not all 0, got {weights}."
+            )
         fields["stage_loss_weights"] = [weight / sum(weights) for weight in weights]  # as the script normalises them
     return fields
+
+
+def _numbers(checkpoint: Checkpoint, name: str, values: object) -> list[float]:
+    """A list of numbers that the files state; `ValueError` if it is none."""
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` of {checkpoint.path} must be numbers, got {values!r}.") from None
 
 
 SEGMENTER = OfficialFormat(

@@ -53,6 +53,7 @@ CALIBRATION_FACTS = {
     "dataset": "calibrated on",
     "split": "split",
     "images": "images",
+    "prepared": "read",
     "dtype": "measured in",
     "achieved": "achieved on them",
 }
@@ -70,6 +71,8 @@ class TaskText:
         verb (`str`): what the model does, up to the number of classes.
         adaptive_pipeline (`str`, *optional*): this package's own pipeline.
         measure (`str`): by which the best epoch is chosen.
+        unit (`str`): what runs through the stages.
+        note (`str`, *optional*): on the pipeline.
     """
 
     name: str
@@ -78,6 +81,8 @@ class TaskText:
     verb: str
     measure: str
     adaptive_pipeline: str | None = None
+    unit: str = "an image"
+    note: str | None = None
 
 
 TASK_TEXTS = {
@@ -95,6 +100,11 @@ TASK_TEXTS = {
         call="segmenter",
         verb="segments images, in windows of {size} pixels, into",
         measure="mean IoU",
+        unit="a window",
+        note=(
+            "The pipeline squeezes each image into one window. Whole images are segmented in windows, which leave at "
+            "their own stages, by `hf-thinkingvit segment` and `hf_thinkingvit.inference.SlidingWindowSegmenter`."
+        ),
     ),
 }
 

@@ -138,7 +138,7 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """Raise `ValueError` for invalid results, and for those of another model than `config` describes."""
     if not isinstance(results.get("dataset"), str) or not results["dataset"]:
         raise ValueError(f"`dataset` must name what the results were measured on, got {results.get('dataset')!r}.")
-    for name in ("split", "selected_on", "dtype"):
+    for name in ("split", "selected_on", "dtype", "prepared"):
         if results.get(name) is not None and not isinstance(results[name], str):
             raise ValueError(f"`{name}` of the results must be a text, got {results[name]!r}.")
     if results.get("images") is not None:

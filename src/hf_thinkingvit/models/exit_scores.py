@@ -8,6 +8,8 @@ import torch
 
 
 CACHED_NUMBERS = 2**17  # of an image, that a pass of `mean_pixel_entropy` works on
+# A logit that stands for -inf, of a class that is ruled out: its probability is 0, but 0 times it is not NaN.
+IMPOSSIBLE = -1e30
 
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -102,7 +104,7 @@ def mean_grid_entropy(logits: torch.Tensor) -> torch.Tensor:
             "`mean_grid_entropy` judges logits of the shape (images, num_classes, rows, columns), one answer for each "
             f"patch, got {tuple(logits.shape)}: choose another `exit_criterion`, with its `threshold`."
         )
-    return _softmax_entropy(logits.float()).mean(dim=(1, 2))
+    return _softmax_entropy(logits.float().clamp(min=IMPOSSIBLE)).mean(dim=(1, 2))
 
 
 def mean_pixel_entropy(logits: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -122,7 +124,7 @@ def mean_pixel_entropy(logits: torch.Tensor, patch_size: tuple[int, int]) -> tor
         `torch.Tensor` of shape `(images,)`, float32, between 0 and ln(num_classes).
     """
     (height, width), (rows, columns) = patch_size, logits.shape[2:]
-    logits = logits.detach().float()
+    logits = logits.detach().float().clamp(min=IMPOSSIBLE)
     logits = torch.cat([logits[:, :, :1], logits, logits[:, :, -1:]], dim=2)  # beyond the border, the row at the border
     block = rows
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # programs would repeat every pass
