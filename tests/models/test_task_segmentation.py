@@ -49,6 +49,23 @@ def test_the_scale_of_the_entropies(name):
     assert measure(LOGITS.half()).dtype == torch.float32
 
 
+def test_a_class_that_is_ruled_out_counts_as_if_it_were_not_there():
+    ruled_out = LOGITS.clone()
+    ruled_out[:, 2] = -torch.inf
+    without = torch.cat([LOGITS[:, :2], LOGITS[:, 3:]], dim=1)
+    torch.testing.assert_close(mean_grid_entropy(ruled_out), mean_grid_entropy(without))
+    torch.testing.assert_close(mean_pixel_entropy(ruled_out, (4, 4)), mean_pixel_entropy(without, (4, 4)))
+    ruled_out[1, :, 0, 0] = -torch.inf  # no class is left, as for `entropy`
+    assert mean_grid_entropy(ruled_out).isnan().tolist() == [False, True, False]
+    assert mean_pixel_entropy(ruled_out, (4, 4)).isnan().tolist() == [False, True, False]
+
+
+def test_an_ignore_index_that_is_a_class_is_refused():
+    with pytest.raises(ValueError, match="semantic_loss_ignore_index.*300 classes.*-100"):
+        lively_segmenter(num_labels=300)
+    assert lively_segmenter(num_labels=300, semantic_loss_ignore_index=-100).config.num_labels == 300
+
+
 class LargestTensor(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation returns."""
 

@@ -122,6 +122,9 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
                 Images of any size. Zeros are added right and below, up to whole patches.
             labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
                 A class index for each pixel of the images; `config.semantic_loss_ignore_index` does not count.
+                `Trainer` counts every pixel but those of -100. With another index and accumulated gradients or several
+                processes, each part of a batch therefore weighs as its pixels, ignored ones too. For the mean over the
+                pixels that count, write -100 into the masks and set the index to -100.
             threshold (`float` or `list[float]`, *optional*):
                 τ for this call, instead of `config.threshold`: Python's or NumPy's numbers, an array or a tensor.
             max_stages (`int`, *optional*):
@@ -174,7 +177,9 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
                 Further fields of [`ThinkingViTConfig`]. One of `num_labels`, `id2label` and `label2id` must be given.
                 `image_size` may be another than the source's: the position embeddings are resized. By default
                 `position_interpolation` is `"bilinear"`, as in the official code, and the exit criterion that of
-                segmentation.
+                segmentation. `layer_norm_eps` stays the source's (1e-6 for converted classifiers), for which its
+                weights were trained. The official segmentation code uses 1e-5 also where it starts from such a
+                classifier: pass `layer_norm_eps=1e-5` to train as it does.
 
         Raises:
             ValueError: if the source is no ThinkingViT, the labels are not given, or an override changes what the
