@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_thinkingvit import EXIT_CRITERIA
-from hf_thinkingvit.models import exit_scores
+from hf_thinkingvit.models import exit_scores, modeling_thinkingvit_segmentation
 from hf_thinkingvit.models.exit_scores import entropy, mean_grid_entropy, mean_pixel_entropy
 from tests.models.segmentation_models import lively_segmenter, random_masks
 from tests.utils import random_images
@@ -64,6 +64,18 @@ def test_an_ignore_index_that_is_a_class_is_refused():
     with pytest.raises(ValueError, match="semantic_loss_ignore_index.*300 classes.*-100"):
         lively_segmenter(num_labels=300)
     assert lively_segmenter(num_labels=300, semantic_loss_ignore_index=-100).config.num_labels == 300
+
+
+def test_logits_that_cover_padding_are_reported(monkeypatch):
+    reports = []
+    monkeypatch.setattr(modeling_thinkingvit_segmentation.logger, "warning_once", reports.append)
+    model = lively_segmenter().eval()
+    patch_size = model.config.patch_size
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 2 * patch_size, 3 * patch_size))
+        assert not reports
+        model(torch.zeros(1, 3, 2 * patch_size - 1, 3 * patch_size))
+    assert len(reports) == 1 and "cover the padding" in reports[0] and "resize_logits" in reports[0]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_checks import as_pair
@@ -30,6 +30,9 @@ from .task_segmentation import (
     pad_to_patches,
 )
 from .weights_from_thinkingvit import import_backbone, segmentation_config
+
+
+logger = logging.get_logger(__name__)
 
 
 class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMixin, ThinkingViTPreTrainedModel):
@@ -119,7 +122,9 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-                Images of any size. Zeros are added right and below, up to whole patches.
+                Images of any size. Zeros are added right and below, up to whole patches, and the logits cover them:
+                resize these to the padded size and cut them to the image (`resize_logits`). An image processor's
+                `post_process_semantic_segmentation` does not cut; give it images of whole patches only.
             labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
                 A class index for each pixel of the images; `config.semantic_loss_ignore_index` does not count.
                 `Trainer` counts every pixel but those of -100. With another index and accumulated gradients or several
@@ -147,6 +152,7 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
         """
         check_arguments(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
+        self._report_padding(pixel_values, labels)
         if labels is not None:
             check_mask_size(labels, pixel_values)
             self.check_labels(labels, len(pixel_values))
@@ -160,6 +166,20 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
             **kwargs,
         )
         return self.build_output(run, labels, output_stage_logits, **kwargs)
+
+    def _report_padding(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """Warn once of logits that cover more than the images. With labels, the loss cuts them itself."""
+        if labels is not None or torch.compiler.is_compiling():
+            return
+        height, width = pixel_values.shape[2:]
+        rows, columns = as_pair(self.config.patch_size)
+        if height % rows or width % columns:
+            logger.warning_once(
+                f"Images of {height}×{width} pixels are padded right and below to whole patches of {rows}×{columns}, "
+                "and the logits cover the padding. `post_process_semantic_segmentation` would stretch them over the "
+                "image and shift the map: set the processor's `size` to multiples of the patch, or use "
+                "`resize_logits`, which cuts the padding off."
+            )
 
     @classmethod
     def from_thinkingvit(
