@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_thinkingvit import EXIT_CRITERIA
-from hf_thinkingvit.models import exit_scores
+from hf_thinkingvit.models import exit_scores, modeling_thinkingvit_segmentation
 from hf_thinkingvit.models.exit_scores import entropy, mean_grid_entropy, mean_pixel_entropy
 from tests.models.segmentation_models import lively_segmenter, random_masks
 from tests.utils import random_images
@@ -56,6 +56,35 @@ def test_the_scale_of_the_entropies(name):
     broken[1, 2, 0, 0] = torch.nan
     assert measure(broken).isnan().tolist() == [False, True, False]
     assert measure(LOGITS.half()).dtype == torch.float32
+
+
+def test_a_class_that_is_ruled_out_counts_as_if_it_were_not_there():
+    ruled_out = LOGITS.clone()
+    ruled_out[:, 2] = -torch.inf
+    without = torch.cat([LOGITS[:, :2], LOGITS[:, 3:]], dim=1)
+    torch.testing.assert_close(mean_grid_entropy(ruled_out), mean_grid_entropy(without))
+    torch.testing.assert_close(mean_pixel_entropy(ruled_out, (4, 4)), mean_pixel_entropy(without, (4, 4)))
+    ruled_out[1, :, 0, 0] = -torch.inf  # no class is left, as for `entropy`
+    assert mean_grid_entropy(ruled_out).isnan().tolist() == [False, True, False]
+    assert mean_pixel_entropy(ruled_out, (4, 4)).isnan().tolist() == [False, True, False]
+
+
+def test_an_ignore_index_that_is_a_class_is_refused():
+    with pytest.raises(ValueError, match="semantic_loss_ignore_index.*300 classes.*-100"):
+        lively_segmenter(num_labels=300)
+    assert lively_segmenter(num_labels=300, semantic_loss_ignore_index=-100).config.num_labels == 300
+
+
+def test_logits_that_cover_padding_are_reported(monkeypatch):
+    reports = []
+    monkeypatch.setattr(modeling_thinkingvit_segmentation.logger, "warning_once", reports.append)
+    model = lively_segmenter().eval()
+    patch_size = model.config.patch_size
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 2 * patch_size, 3 * patch_size))
+        assert not reports
+        model(torch.zeros(1, 3, 2 * patch_size - 1, 3 * patch_size))
+    assert len(reports) == 1 and "cover the padding" in reports[0] and "resize_logits" in reports[0]
 
 
 class LargestTensor(TorchDispatchMode):

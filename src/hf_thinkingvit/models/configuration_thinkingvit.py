@@ -177,8 +177,9 @@ class ThinkingViTConfig(StagedBackboneConfig, NestedViTConfig):
             )
         if 0 <= self.semantic_loss_ignore_index < self.num_labels:
             raise ValueError(
-                f"`semantic_loss_ignore_index` = {self.semantic_loss_ignore_index} is one of the {self.num_labels} "
-                "classes, whose pixels would never count: set it to another value, such as -100."
+                f"`semantic_loss_ignore_index` ({self.semantic_loss_ignore_index}) is one of the {self.num_labels} "
+                "classes (`num_labels`), whose pixels would never count: set it to a number that is no class, such as "
+                "-100, and write that number into the masks where pixels do not count."
             )
         check_integer("decoder_num_hidden_layers", self.decoder_num_hidden_layers, minimum=1)
         for name in ("decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size"):

@@ -8,8 +8,7 @@ import torch
 
 
 CACHED_NUMBERS = 2**17  # of an image, that a pass of `mean_pixel_entropy` works on
-# A logit that stands for -inf, of a class that is ruled out: its probability is 0, but 0 times it is not NaN.
-IMPOSSIBLE = -1e30
+LOWEST_LOGIT = -1e30  # in place of -inf: its exponential is 0 as well, and 0 times it is not NaN
 
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -80,7 +79,7 @@ def mean_binary_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def _softmax_entropy(logits: torch.Tensor) -> torch.Tensor:
     """As `entropy`, over dimension 1, without a logarithm for each class: of maps with many places and classes."""
-    logits = logits - logits.amax(dim=1, keepdim=True)
+    logits = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=LOWEST_LOGIT)
     exponentials = logits.exp()
     total = exponentials.sum(dim=1)
     return (total.log() - (exponentials * logits).sum(dim=1) / total).clamp(min=0.0)
@@ -104,7 +103,7 @@ def mean_grid_entropy(logits: torch.Tensor) -> torch.Tensor:
             "`mean_grid_entropy` judges logits of the shape (images, num_classes, rows, columns), one answer for each "
             f"patch, got {tuple(logits.shape)}: choose another `exit_criterion`, with its `threshold`."
         )
-    return _softmax_entropy(logits.float().clamp(min=IMPOSSIBLE)).mean(dim=(1, 2))
+    return _softmax_entropy(logits.float()).mean(dim=(1, 2))
 
 
 def mean_pixel_entropy(logits: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -124,7 +123,10 @@ def mean_pixel_entropy(logits: torch.Tensor, patch_size: tuple[int, int]) -> tor
         `torch.Tensor` of shape `(images,)`, float32, between 0 and ln(num_classes).
     """
     (height, width), (rows, columns) = patch_size, logits.shape[2:]
-    logits = logits.detach().float().clamp(min=IMPOSSIBLE)
+    logits = logits.detach().float()
+    # Here and not for each pixel: weights of 0 in the resize would make NaN of -inf, and there are few patches.
+    no_class = logits.amax(dim=1, keepdim=True) == -torch.inf
+    logits = logits.clamp(min=LOWEST_LOGIT).masked_fill(no_class, torch.nan)
     logits = torch.cat([logits[:, :, :1], logits, logits[:, :, -1:]], dim=2)  # beyond the border, the row at the border
     block = rows
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # programs would repeat every pass

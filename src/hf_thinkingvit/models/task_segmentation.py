@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .configuration_checks import as_pair
 from .exit_scores import mean_pixel_entropy
 from .staged_run import Answer
 from .task_classification import share_of_batch
 from .tasks import Task
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -60,12 +57,6 @@ def pad_to_patches(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> t
     if height == 0 or width == 0:
         raise ValueError(f"`pixel_values` must have at least one pixel, got {height}×{width}.")
     below, right = -height % patch_size[0], -width % patch_size[1]
-    if (below or right) and not torch.compiler.is_compiling():
-        logger.warning_once(
-            "Images are padded right and below to whole patches, and logits are of the padded images: resize them to "
-            "its size and cut them (`resize_logits`). `post_process_semantic_segmentation` of an image processor would "
-            "stretch them instead. This message is shown once."
-        )
     return F.pad(pixel_values, (0, right, 0, below)) if below or right else pixel_values
 
 
