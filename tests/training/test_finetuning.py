@@ -1,6 +1,7 @@
 """Fine-tuning in one call, on a tiny model and random images."""
 
 import json
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -90,6 +91,31 @@ def test_a_promise_where_there_are_enough_images(photos, source, tmp_path):
     assert json.loads((tmp_path / "splits.json").read_text())["selects"][0].startswith("sha256:")
 
 
+def test_images_that_the_source_was_trained_on_promise_nothing(photos, source, tmp_path):
+    finetune(photos, source, tmp_path / "once", **{**SHORT, "epochs": 1})
+    options = {**SHORT, "epochs": 1, "held_out": 0.4, "max_drop": 0.5, "delta": 0.1}
+    done = finetune(photos, tmp_path / "once", tmp_path / "again", **options)
+    assert "With probability" not in done.summary and "of the source, the model was trained on" in done.summary
+
+
+def test_splits_that_share_images_are_refused(photos, source, tmp_path):
+    with pytest.raises(ValueError, match="images are both in 'train' and in 'train', which is trained on"):
+        finetune(photos, source, tmp_path / "out", eval_split="train")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_goes_on_must_hold_out_the_same_images(photos, source, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    finetune(folder, source, tmp_path / "out", **{**SHORT, "epochs": 1})
+    record = (tmp_path / "out" / "splits.json").read_text()
+    for name in json.loads(record)["selects"]:
+        (folder / name).rename((folder / name).with_suffix(".PNG.png"))
+    with pytest.raises(ValueError, match="The images have changed since this run began"):
+        finetune(folder, source, tmp_path / "out", **{**SHORT, "epochs": 1, "resume": "auto"})
+    assert (tmp_path / "out" / "splits.json").read_text() == record
+
+
 def test_a_plain_vit_becomes_the_last_stage(photos, tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
@@ -127,7 +153,14 @@ def test_what_cannot_be_used_is_said_before_anything_is_trained(photos, source, 
 
 @pytest.mark.parametrize(
     "best, last, images, chosen",
-    [(90, 85, 20, "last"), (90, 85, 2000, "best"), (90, 90, 2000, "last"), (100, 99, 20, "best")],
+    [
+        (90, 85, 20, "last"),
+        (90, 85, 2000, "best"),
+        (90, 90, 2000, "last"),
+        (100, 75, 4, "last"),
+        (100, 95, 20, "last"),
+        (100, 75, 20, "best"),
+    ],
 )
 def test_an_earlier_epoch_must_be_clearly_better(best, last, images, chosen, tmp_path):
     (tmp_path / "best").mkdir()

@@ -20,13 +20,14 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data import ImageSplit, Rows, evaluation_batches, load_splits
+from ..data import ImageSplit, Rows, evaluation_batches, load_splits, num_shared_rows
 from ..evaluation.accuracy import evaluate_accuracy
 from ..evaluation.calibration import Calibration, calibrate_budget, calibrate_risk, least_images
 from ..evaluation.labels import LabelMap
+from ..evaluation.splits import ALL, why_not_new
 from ..evaluation.sweep import StageAnswers, collect_stage_answers
 from ..evaluation.threshold_points import distinct_thresholds
 from ..hub import accuracy_results, model_card
@@ -121,12 +122,22 @@ def finetune(
     config = TrainingConfig(
         **{**start, "dataset": name, "output_dir": str(output_dir / RUN), "validation_fraction": held_out, **overrides}
     )
+    for split in filter(None, (config.eval_split, config.test_split)):
+        if shared := num_shared_rows(splits, config.train_split, split):
+            raise ValueError(
+                f"{shared} images are both in {split!r} and in {config.train_split!r}, which is trained on: choose "
+                "other splits, or leave `eval_split` out, and images are held out."
+            )
     data, calibration_images = _divide(load_data(config, splits))
+    check_record(config, data, calibration_images, output_dir)
     num_images = len(data.train.rows)
     settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides)
     config = replace(config, **settings)
     run = TrainingRun(config, data)
     run.accelerator.print(start_summary(run))
+    if run.accelerator.is_main_process:  # before anything is trained, for a run that goes on to compare
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_record(run.config, run.data, calibration_images, output_dir)
     run.data = replace(run.data, train=with_smaller_photographs(run.data.train, run.model_config.image_size))
     run.run()
     return _finish(run, calibration_images, output_dir, max_drop, delta)
@@ -182,6 +193,7 @@ def _finish(
     if thinks_in_stages(model):
         measured = _answers(run, model, images, split)
         calibrating = measured if data.test is None else _answers(run, model, calibration_images, calibrated_on)
+        calibrating = replace(calibrating, seen=_seen_by_source(run.config))
         choosing = _answers(run, model, data.evaluation, data.selected_on)
         calibration, remark = _calibrate(calibrating, choosing, max_drop, delta)
         calibration.apply(model)
@@ -199,8 +211,6 @@ def _finish(
         title = f"{run.config.model_type}-{name.rpartition('/')[2]}"
         model_card(model, results, name=title, license=license, datasets=name).save(output_dir / "README.md")
         replace_file(output_dir / "results.json", json.dumps(results, indent=1))
-        parts = {"selects": data.evaluation, "calibrates": calibration_images}
-        replace_file(output_dir / SPLITS, json.dumps(_record(run.config, data.selected_on, parts), indent=1))
         if calibration is not None:
             replace_file(output_dir / "calibration.json", json.dumps(calibration.to_dict(), indent=1))
     accelerator.wait_for_everyone()
@@ -211,14 +221,16 @@ def _finish(
 def choose_model(run: TrainingRun) -> str:
     """
     `"last"` or `"best"`: the folder of the model to take. The learning rate has come to its end in the last one, so an
-    earlier one must be better by more than the standard error of its accuracy, which is large on few images.
+    earlier one must be better by more than the standard error of a difference of accuracies, which is large on few
+    images.
     """
     entries = {entry["step"]: entry["results"][entry["chosen"]] for entry in run.history}
     last, best = entries[run.history[-1]["step"]], entries.get(run.progress.best_step)
     if best is None or not (run.output_dir / "best").is_dir():
         return "last"
-    share = best["top1"][-1] / 100
-    error = 100 * math.sqrt(share * (1 - share) / best["images"])
+    images = best["images"]
+    share = (best["top1"][-1] / 100 * images + 1) / (images + 2)  # Laplace's, or the error would be 0 at 100 %
+    error = 100 * math.sqrt(2 * share * (1 - share) / images)
     return "best" if best["top1"][-1] > last["top1"][-1] + error else "last"
 
 
@@ -237,7 +249,7 @@ def _calibrate(
 ) -> tuple[Calibration, str | None]:
     """τ with a promise; or, if there are too few images for one, without, and a remark that says so."""
     least = least_images(max_drop, delta)
-    if len(calibrating) >= least:
+    if len(calibrating) >= least and calibrating.seen is None:
         return calibrate_risk(calibrating, max_drop, delta), None
     both = replace(
         calibrating,
@@ -246,14 +258,27 @@ def _calibrate(
             for name in ("scores", "top1", "top5")
         },
         split="held-out images",
-        seen="half of them chose its best epoch",
+        seen=calibrating.seen or "half of them chose its best epoch",
     )
     # A budget of the whole model excludes no τ, and the cheapest of the most accurate ones is chosen.
     found = calibrate_budget(both, gmacs=both.macs[-1] / 1e9)
-    return found, (
-        f"τ loses no accuracy on the {len(both)} held-out images, which promises nothing for others: a promise of a "
-        f"drop of at most {max_drop:.1%} takes {least} calibration images, and there are {len(calibrating)}"
+    why = (
+        f"a promise of a drop of at most {max_drop:.1%} takes {least} calibration images, and there are "
+        f"{len(calibrating)}"
     )
+    return found, (
+        f"τ loses no accuracy on the {len(both)} held-out images, which promises nothing for others: "
+        f"{calibrating.seen or why}"
+    )
+
+
+def _seen_by_source(config: TrainingConfig) -> str | None:
+    """Why images of the data are not new to a model that this one started from, in words; `None` if they are."""
+    if config.from_pretrained is None:
+        return None
+    trained_on = getattr(AutoConfig.from_pretrained(config.from_pretrained), "training_data", None)
+    seen = why_not_new(trained_on, config.dataset, ALL)
+    return None if seen is None else f"of the source, {seen}"
 
 
 def _other_half(selected_on: str) -> str:
@@ -271,6 +296,26 @@ def _training_facts(run: TrainingRun) -> dict[str, Any]:
         "learning rate": f"{config.scaled_learning_rate:g}, times {config.layer_decay:g} for each earlier layer",
         "seed": config.seed,
     }
+
+
+def write_record(config: TrainingConfig, data: TrainingData, calibration_images: ImageSplit, output_dir: Path) -> None:
+    """Write which images are held out, to `splits.json`."""
+    parts = {"selects": data.evaluation, "calibrates": calibration_images}
+    replace_file(output_dir / SPLITS, json.dumps(_record(config, data.selected_on, parts), indent=1))
+
+
+def check_record(config: TrainingConfig, data: TrainingData, calibration_images: ImageSplit, output_dir: Path) -> None:
+    """`ValueError` if a run that goes on would hold out other images than it did before: it was trained on them."""
+    file = output_dir / SPLITS
+    if config.resume is None or not file.is_file():
+        return
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    now = _record(config, data.selected_on, {"selects": data.evaluation, "calibrates": calibration_images})
+    if any(set(recorded.get(role, ())) != set(now[role]) for role in ("selects", "calibrates")):
+        raise ValueError(
+            f"The images have changed since this run began: others would be held out than {file} records, on some of "
+            "which the model was trained. Restore the images, or begin a new run in another folder."
+        )
 
 
 def _record(config: TrainingConfig, selected_on: str, parts: Mapping[str, ImageSplit]) -> dict[str, Any]:
