@@ -9,7 +9,7 @@ from tests.training.tiny_runs import write_images
 # Names of the tests that need the extra `train`.
 NEEDS_TIMM = ("config", "data", "divergence", "loop", "losses", "objectives", "preprocessing", "recipe", "reporting")
 NEEDS_TIMM += ("resuming", "setup", "splits", "stage_samplers", "training_log")
-NEEDS_TIMM += ("early_exit_runs", "elastic_runs", "pruning_runs", "sub_network_distillation")
+NEEDS_TIMM += ("early_exit_runs", "elastic_runs", "pruning_runs", "sub_network_distillation", "baseline_configs")
 collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEEDS_TIMM]
 
 
