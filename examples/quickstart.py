@@ -28,6 +28,7 @@ from transformers.utils import logging
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
 from hf_thinkingvit.data import load_digits
 from hf_thinkingvit.evaluation import stage_macs
+from hf_thinkingvit.flags import HelpFormatter
 from hf_thinkingvit.image_processing import evaluation_image_processor
 
 
@@ -113,10 +114,10 @@ def draw(images: list[Image.Image], labels: list[int], answers: list[dict], thre
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--epochs", type=int, default=45)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"), help="the model and a picture")
+    parser.add_argument("--epochs", type=int, default=45, help="passes over the digits")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the digits")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

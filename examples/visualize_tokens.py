@@ -1,23 +1,27 @@
 """
-Draw the depth at which an A-ViT halts each patch of an image:
+Draw at what layer each patch of an image leaves the computation: where an A-ViT halts it, or token pruning removes it
+(a ThinkingViT or DynamicViT with `pruning_layers`):
 
-    python examples/visualize_tokens.py MODEL IMAGES --output-dir outputs/tokens
+    python examples/visualize_tokens.py --model MODEL --dataset IMAGES --output-dir outputs/tokens
 
 MODEL is a folder or Hub id. IMAGES is a folder of image files, a Parquet file or a folder of them, or a data set on the
 Hub, of which only the rows in use are fetched. Writes one picture per image, and:
 
 - tokens.png: images beside their token depths, the first of them on one sheet,
-- mean_depth.png: the mean depth at each patch position (figure 3 of the paper, arXiv 2112.07658),
-- halting_scores.png: the halting scores of each layer (figure 4 of the paper).
+- mean_depth.png: the mean depth at each patch position (figure 3 of A-ViT's paper, arXiv 2112.07658),
+- halting_scores.png, of an A-ViT: the halting scores of each layer (figure 4 of the paper).
 
-A token's depth is the number of layers until it halts, even if the class token halts earlier.
+A patch's depth is the number of layers that it runs. In an A-ViT that is until it halts, even if the class token halts
+earlier. With token pruning it counts the layers of the last stage, which every image runs here (τ = 0) and whose answer
+is the prediction shown; earlier stages remove nothing.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -34,19 +38,23 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, Normalize
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
-from hf_thinkingvit import AViTConfig, AViTForImageClassification
+from hf_thinkingvit import AViTConfig
+from hf_thinkingvit.commands.command import DEBUG_HELP, find_image_files, positive, user_errors
 from hf_thinkingvit.data import decode
+from hf_thinkingvit.flags import HelpFormatter, LineParser
 from hf_thinkingvit.models.configuration_avit import check_halting_epsilon
 from hf_thinkingvit.models.configuration_checks import as_pair
+from hf_thinkingvit.models.configuration_pruning import resolve_keep_rates
 
 
 ENLARGED_SIZE = 600  # pixels: images are enlarged to at least this, so that the pixels' edges stay sharp
 SHEET_IMAGES, SHEET_COLUMNS = 24, 4
+LEGEND = "layers until the patch leaves"
 NUMBERED_GRID = 16  # patches a side, up to which the mean depths are written out
 DPI = 110
 
@@ -67,7 +75,7 @@ class ImageSource:
     def __init__(self, source: str, split: str | None = None):
         path = Path(source)
         self.skipped = 0
-        if path.is_dir() and (files := image_files(path)):
+        if path.is_dir() and (files := find_image_files(path)):
             self.rows = ((str(file.relative_to(path)), {"path": str(file), "bytes": None}) for file in files)
         elif path.is_dir() and not any(path.rglob("*.parquet")):
             raise ValueError(f"found neither images nor Parquet files in {source}")
@@ -91,12 +99,6 @@ class ImageSource:
             return None
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Files in `folder` and below that Pillow can read, by their extension."""
-    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in readable)
-
-
 def dataset_rows(source: str, split: str | None) -> Iterator[tuple[str, dict | None]]:
     """Names and encoded images of a split of a `datasets` source, by default of test or validation if there is one."""
     if source.endswith(".parquet"):
@@ -115,11 +117,14 @@ def dataset_rows(source: str, split: str | None) -> Iterator[tuple[str, dict | N
     return ((f"row {index}", row[column]) for index, row in enumerate(encoded))
 
 
-def load_model(name: str) -> tuple[AViTForImageClassification, BaseImageProcessor]:
-    """The A-ViT in evaluation mode, on the GPU if there is one, and its image processor."""
+def load_model(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model in evaluation mode, on the GPU if there is one, and its image processor."""
     config = AutoConfig.from_pretrained(name)
-    if not isinstance(config, AViTConfig):
-        raise ValueError(f"{name} is not an A-ViT, but of type {config.model_type!r}")
+    if not isinstance(config, AViTConfig) and not getattr(config, "pruning_layers", None):
+        raise ValueError(
+            f"{name} lets no patch leave: it is neither an A-ViT nor a model with `pruning_layers`, but of type "
+            f"{config.model_type!r}"
+        )
     model = AutoModelForImageClassification.from_pretrained(name, config=config).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoImageProcessor.from_pretrained(name)
 
@@ -132,28 +137,76 @@ def undo_normalisation(pixel_values: torch.Tensor, processor: BaseImageProcessor
     return (pixels * 255).round().clip(0, 255).astype(np.uint8)
 
 
+# (model, pixel values) → predicted classes (images,); the depth of every patch (images, patches); of an A-ViT for each
+# layer the halting scores of the tokens that were active in it.
+Reader = Callable[[PreTrainedModel, torch.Tensor], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]
+
+
+def read_halting(
+    model: PreTrainedModel, pixel_values: torch.Tensor, halting_epsilon: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """A [`Reader`] of an A-ViT."""
+    predicted = model(pixel_values, halting_epsilon=halting_epsilon).logits.argmax(dim=1)
+    tokens = model.avit(pixel_values, halting_epsilon=halting_epsilon)
+    scores = [each[tokens.token_depth > layer] for layer, each in enumerate(tokens.halting_scores)]
+    return predicted, tokens.token_depth[:, model.config.num_prefix_tokens :], scores
+
+
+def read_pruning(
+    model: PreTrainedModel, pixel_values: torch.Tensor, keep_rate: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """A [`Reader`] of a model that prunes tokens."""
+    config = model.config
+    outputs = model(pixel_values, threshold=0.0, keep_rate=keep_rate, output_kept_tokens=True)
+    rows, columns = config.patch_grid
+    leaves = [*config.pruning_layers, config.num_hidden_layers]  # layers that a patch has run when it leaves
+    depth = torch.full((len(pixel_values), rows * columns), leaves[0], device=pixel_values.device)
+    for kept, layers in zip(outputs.kept_tokens, leaves[1:], strict=True):
+        depth.scatter_(1, kept, layers)
+    return outputs.logits.argmax(dim=1), depth, []
+
+
+def reader_for(config: PreTrainedConfig, halting_epsilon: float | None, keep_rate: float | None) -> Reader:
+    """
+    The reader of a model, with what is asked of it.
+
+    Raises:
+        ValueError: for an argument that is invalid, or of the other kind of model.
+    """
+    if isinstance(config, AViTConfig):
+        if keep_rate is not None:
+            raise ValueError("--keep-rate is of models that prune tokens, and this is an A-ViT")
+        if halting_epsilon is not None:
+            check_halting_epsilon(halting_epsilon)
+        return partial(read_halting, halting_epsilon=halting_epsilon)
+    if halting_epsilon is not None:
+        raise ValueError("--halting-epsilon is of an A-ViT, and this model prunes tokens")
+    if keep_rate is not None:
+        resolve_keep_rates(keep_rate, len(config.pruning_layers))
+    return partial(read_pruning, keep_rate=keep_rate)
+
+
 @torch.no_grad()
 def analyse(
-    model: AViTForImageClassification,
+    model: PreTrainedModel,
     processor: BaseImageProcessor,
     images: Iterable[tuple[str, Image.Image]],
-    halting_epsilon: float | None,
+    read: Reader,
     batch_size: int,
     pictures: int,
 ) -> tuple[list[Tokens], list[np.ndarray]]:
-    """Every image's tokens, and of each layer the halting scores of all tokens that were active in it."""
+    """Every image's tokens, and of each layer of an A-ViT the halting scores of all tokens that were active in it."""
     config, images, results = model.config, iter(images), []
-    scores = [[] for _ in range(config.num_hidden_layers)]
+    scores: list[list[np.ndarray]] = [[] for _ in range(config.num_hidden_layers)]
     with tqdm(desc="images", unit="image") as progress:
         while batch := list(islice(images, batch_size)):
             pixel_values = processor([image for _, image in batch], return_tensors="pt")["pixel_values"]
             inputs = pixel_values.to(model.device, model.dtype)
-            labels = model(inputs, halting_epsilon=halting_epsilon).logits.argmax(dim=1).tolist()
-            tokens = model.avit(inputs, halting_epsilon=halting_epsilon)
-            for layer, layer_scores in enumerate(tokens.halting_scores):
-                scores[layer].append(layer_scores[tokens.token_depth > layer].cpu().numpy())
-            depths = tokens.token_depth[:, config.num_prefix_tokens :].unflatten(1, config.patch_grid).cpu().numpy()
-            for (name, _), label, depth, image_values in zip(batch, labels, depths, pixel_values):
+            labels, depths, found = read(model, inputs)
+            for layer, layer_scores in enumerate(found):
+                scores[layer].append(layer_scores.cpu().numpy())
+            depths = depths.unflatten(1, config.patch_grid).cpu().numpy()
+            for (name, _), label, depth, image_values in zip(batch, labels.tolist(), depths, pixel_values):
                 pixels = undo_normalisation(image_values, processor) if len(results) < pictures else None
                 results.append(Tokens(name, config.id2label[label], depth, pixels))
             progress.update(len(batch))
@@ -161,7 +214,10 @@ def analyse(
 
 
 def depth_scale(num_layers: int, discrete: bool) -> tuple[Colormap, Normalize]:
-    """Colormap and norm for depths from 1 to `num_layers`; discrete or not, an integer depth has the same colour."""
+    """
+    Colormap and norm for depths from 1 to `num_layers`; discrete or not, an integer depth has the same colour. A patch
+    that is removed before the first layer has the colour of 1.
+    """
     if discrete or num_layers == 1:
         return plt.get_cmap("viridis", num_layers), BoundaryNorm(np.arange(num_layers + 1) + 0.5, num_layers)
     return plt.get_cmap("viridis"), Normalize(1, num_layers)
@@ -180,7 +236,7 @@ def add_legend(figure: plt.Figure, axes: plt.Axes | np.ndarray, num_layers: int,
     bar.ax.minorticks_off()
 
 
-def side_by_side(tokens: Tokens, config: AViTConfig) -> np.ndarray:
+def side_by_side(tokens: Tokens, config: PreTrainedConfig) -> np.ndarray:
     """The image, and beside it the depths of its patches: 8-bit RGB, enlarged by an integer, without interpolation."""
     colors, norm = depth_scale(config.num_hidden_layers, discrete=True)
     height, width = tokens.pixels.shape[:2]
@@ -209,7 +265,7 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_image(tokens: Tokens, config: AViTConfig, path: Path) -> None:
+def draw_image(tokens: Tokens, config: PreTrainedConfig, path: Path) -> None:
     """One image beside its depths."""
     picture = side_by_side(tokens, config)
     height = 9.0 * picture.shape[0] / picture.shape[1]  # inches
@@ -217,11 +273,11 @@ def draw_image(tokens: Tokens, config: AViTConfig, path: Path) -> None:
     axis.imshow(picture)
     axis.set_title(describe(tokens, 90), fontsize=11, parse_math=False)
     axis.set_axis_off()
-    add_legend(figure, axis, config.num_hidden_layers, discrete=True, label="layers until the token halts")
+    add_legend(figure, axis, config.num_hidden_layers, discrete=True, label=LEGEND)
     save(figure, path)
 
 
-def draw_sheet(shown: list[Tokens], config: AViTConfig, path: Path) -> None:
+def draw_sheet(shown: list[Tokens], config: PreTrainedConfig, path: Path) -> None:
     """Many images beside their depths, under one legend."""
     pictures = [side_by_side(tokens, config) for tokens in shown]
     columns = min(len(shown), SHEET_COLUMNS)
@@ -235,11 +291,11 @@ def draw_sheet(shown: list[Tokens], config: AViTConfig, path: Path) -> None:
     for axis, tokens, picture in zip(axes.flat, shown, pictures):
         axis.imshow(picture)
         axis.set_title(describe(tokens, 44), fontsize=9, parse_math=False)
-    add_legend(figure, axes, config.num_hidden_layers, discrete=True, label="layers until the token halts")
+    add_legend(figure, axes, config.num_hidden_layers, discrete=True, label=LEGEND)
     save(figure, path)
 
 
-def draw_mean_depth(mean_depth: np.ndarray, num_images: int, config: AViTConfig, path: Path) -> None:
+def draw_mean_depth(mean_depth: np.ndarray, num_images: int, config: PreTrainedConfig, path: Path) -> None:
     """The mean depth of each patch position, with numbers where they have room."""
     rows, columns = mean_depth.shape
     patch_height, patch_width = as_pair(config.patch_size)
@@ -285,43 +341,40 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def positive(text: str) -> int:
-    """A command line argument that is an integer of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of an A-ViT")
-    parser.add_argument("images", help="folder of images, Parquet file or folder of them, or Hub id of a data set")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/tokens"))
-    parser.add_argument("--limit", type=positive, default=16, help="images to look at (default: %(default)s)")
-    parser.add_argument("--pictures", type=positive, default=16, help="of which get a picture (default: %(default)s)")
+    parser = LineParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of an A-ViT, or of a model that prunes tokens")
+    parser.add_argument(
+        "--dataset", required=True, help="folder of images, Parquet file or folder of them, or Hub id of a data set"
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/tokens"), help="the pictures")
+    parser.add_argument("--limit", type=positive, default=16, help="images to look at")
+    parser.add_argument("--pictures", type=positive, default=16, help="of which get a picture")
     parser.add_argument("--split", help="of a data set (default: test or validation if there is one, else the first)")
-    parser.add_argument("--halting-epsilon", type=float, help="instead of the model's; a greater one halts earlier")
-    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--halting-epsilon", type=float, help="instead of the A-ViT's; a greater one halts earlier")
+    parser.add_argument("--keep-rate", type=float, help="instead of the model's `pruning_keep_rate`")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images in a forward pass")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    with user_errors(parser, arguments.debug):
+        run(arguments)
 
-    try:
-        if arguments.halting_epsilon is not None:
-            check_halting_epsilon(arguments.halting_epsilon)
-        model, processor = load_model(arguments.model)
-        source = ImageSource(arguments.images, arguments.split)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+
+def run(arguments: argparse.Namespace) -> None:
+    model, processor = load_model(arguments.model)
+    read = reader_for(model.config, arguments.halting_epsilon, arguments.keep_rate)
+    source = ImageSource(arguments.dataset, arguments.split)
     results, scores = analyse(
         model,
         processor,
         islice(source, arguments.limit),
-        arguments.halting_epsilon,
+        read,
         arguments.batch_size,
         arguments.pictures,
     )
     if not results:
-        sys.exit(f"error: no readable images in {arguments.images} ({source.skipped} unreadable)")
+        raise ValueError(f"There are no readable images in {arguments.dataset} ({source.skipped} unreadable).")
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     shown = results[: arguments.pictures]
@@ -331,14 +384,17 @@ def main() -> None:
     draw_sheet(shown[:SHEET_IMAGES], model.config, arguments.output_dir / "tokens.png")
     depths = np.stack([tokens.depth for tokens in results])
     draw_mean_depth(depths.mean(axis=0), len(results), model.config, arguments.output_dir / "mean_depth.png")
-    draw_halting_scores(scores, arguments.output_dir / "halting_scores.png")
+    drawn = ["tokens.png", "mean_depth.png"]
+    if scores:
+        drawn.append("halting_scores.png")
+        draw_halting_scores(scores, arguments.output_dir / "halting_scores.png")
 
     by_image = depths.mean(axis=(1, 2))
     low, high = by_image.argmin(), by_image.argmax()
     print(f"{count(len(results), 'image')}, {source.skipped} unreadable and skipped")
     print(f"mean depth of the patches: {by_image.mean():.2f} of {model.config.num_hidden_layers} layers")
     print(f"from {by_image[low]:.2f} ({results[low].name}) to {by_image[high]:.2f} ({results[high].name})")
-    print(f"pictures: {arguments.output_dir} (start with tokens.png, mean_depth.png, halting_scores.png)")
+    print(f"pictures: {arguments.output_dir} (start with {', '.join(drawn)})")
 
 
 if __name__ == "__main__":

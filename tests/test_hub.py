@@ -37,7 +37,7 @@ class TestBadPush:
     def test_model_of_another_kind(self, tmp_path):
         for model in (staged().base_model, torch.nn.Linear(1, 1)):
             with pytest.raises(
-                ValueError, match="`model` must be one of ThinkingViTForImageClassification, ThinkingSwin"
+                ValueError, match="`model` must be one of ThinkingViTForImageClassification, .*ThinkingSwin"
             ):
                 push(model, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
         assert not (tmp_path / "push").exists()
@@ -88,7 +88,12 @@ def test_example_writes_everything_to_a_folder(saved, measured, tmp_path, monkey
     assert json.loads((tmp_path / "push" / "results.json").read_text()) == published
     # All the code that the configuration names, and all that this code imports.
     config = json.loads((tmp_path / "push" / "config.json").read_text())
-    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+    assert config["auto_map"].keys() == {
+        "AutoBackbone",
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageClassification",
+    }
     assert {f"{reference.split('.')[0]}.py" for reference in config["auto_map"].values()} <= names
     for path in (tmp_path / "push").glob("*.py"):
         assert {f"{module}.py" for module in re.findall(r"^from \.(\w+) import", path.read_text(), re.M)} <= names

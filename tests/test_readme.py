@@ -15,7 +15,11 @@ from tests.utils import lively_model
 
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("examples/checkpoints/*/README.md"))]
+DOCUMENTS = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "docs/inference.md",
+    *sorted(REPOSITORY.glob("examples/checkpoints/*/README.md")),
+]
 
 
 def snippets(document: Path) -> list[tuple[int, str]]:

@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image
 from transformers import AutoModelForImageClassification, pipeline
 
+from hf_thinkingvit.commands.classify import find_images
+from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.training.tiny_runs import LABELS, encoded_image, write_images
 from tests.utils import lively_model
@@ -95,10 +97,31 @@ def test_several_processes_sweep_what_one_does(folders, tmp_path):
             "sweep_thresholds.py", folders, "--output-dir", str(tmp_path / str(processes)), *words, processes=processes
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("top-1") == 1  # only one process prints
+        assert done.stdout.count("top-1 %") == 1  # only one process prints
     one, two = (json.loads((tmp_path / str(count) / "results.json").read_text()) for count in (1, 2))
     assert one["images"] == 117
     assert one == two
+
+
+def test_sweep_keep_rates(folders, tmp_path):
+    """Each rate is measured and counted at its own number of patches; the unpruned model stands beside."""
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
+    pruned = lively_model(thinking_stages=[1, 4], num_labels=3, pruning_layers=[1], pruning_keep_rate=0.5, **names)
+    pruned.save_pretrained(tmp_path / "pruned")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "pruned")
+    words = ["--unpruned", str(folders / "model"), "--model", str(tmp_path / "pruned"), "--keep-rates", "1", "0.5"]
+    words += ["--thresholds", "0", "100", "--max-samples", "20", "--output-dir", str(tmp_path)]
+    done = run("sweep_keep_rates.py", folders, *words)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "keep_rates.json").read_text())
+    assert [(row["keep_rate"], row["threshold"]) for row in rows[2:]] == [(1, 0), (1, 100), (0.5, 0), (0.5, 100)]
+    for row in rows[2:]:
+        macs = stage_macs(
+            pruned.config.__class__.from_dict(pruned.config.to_dict(), pruning_keep_rate=row["keep_rate"])
+        )
+        assert row["gmacs"] == pytest.approx(sum(macs[: 1 if row["threshold"] else 2]) / 1e9)
+    assert rows[2]["gmacs"] > rows[4]["gmacs"] and rows[3]["gmacs"] == rows[5]["gmacs"]
+    assert len((tmp_path / "keep_rates.csv").read_text().splitlines()) == 7
 
 
 def test_calibrate_by_budget(folders, tmp_path):
@@ -142,6 +165,9 @@ def test_classify_folder(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "7broken.png" in done.stderr and r"\xff.png" in done.stderr
     lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["name"] for line in lines if "error" in line] == ["7broken.png", r"\xff.png"]
+    assert "2 could not be read" in done.stdout
+    lines = [line for line in lines if "error" not in line]
     assert [line["name"] for line in lines] == ["0.png", "2.png", "4.png", "6.png", "8.png"] + [
         f"deeper/{index}.png" for index in (1, 3, 5, 7)
     ]
@@ -159,7 +185,7 @@ def test_classify_folder(folders, tmp_path):
     (output.parent / ".found.jsonl.0.part").write_text(json.dumps(earlier) + '\n{"place": 2, "na')
     done = run("classify_folder.py", folders, *words, processes=2)
     assert done.returncode == 0, done.stderr
-    again = [json.loads(line) for line in output.read_text().splitlines()]
+    again = [line for line in map(json.loads, output.read_text().splitlines()) if "error" not in line]
     assert again[0] == {**lines[0], "label": "of the earlier run"}  # not computed again
     for line, other in zip(lines[1:], again[1:], strict=True):
         assert all(line[name] == other[name] for name in ("name", "label", "exit_stage"))
@@ -181,14 +207,12 @@ def test_classify_folder(folders, tmp_path):
 
 def test_a_dataset_of_other_images_is_told_from_the_earlier_one(tmp_path):
     """Whichever row differs."""
-    find_images = runpy.run_path(str(EXAMPLES / "classify_folder.py"))["find_images"]
     contents = []
     for seed in (100, 200):
         images = [{"bytes": encoded_image(index if index != 37 else seed), "path": None} for index in range(40)]
         features = Features({"image": Image()})
         Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "rows.parquet")
-        contents.append(find_images(str(tmp_path / "rows.parquet"), "train", None)[1])
-        contents.append(find_images(str(tmp_path / "rows.parquet"), "train", None)[1])
+        contents += [find_images(str(tmp_path / "rows.parquet"), "train", None).identities for _ in range(2)]
     assert contents[0] == contents[1] != contents[2] == contents[3]
 
 

@@ -53,9 +53,16 @@ def test_label_maps_overlays_and_windows(folders):
             assert Image.open(folders / "out" / f"{name}.{kind}.png").size == size
 
 
+def test_pictures_of_an_earlier_run_are_no_input(folders):
+    words = ("--model", folders / "model", "--dataset", folders / "images", "--output-dir", folders / "images" / "out")
+    for _ in range(2):
+        completed = run(*words)
+        assert completed.returncode == 0 and "3 in " in completed.stdout, completed.stderr
+
+
 def test_settings_that_cannot_work_are_one_line(folders):
     completed = run("--model", folders / "model", "--images", folders / "images", "--window", 30)
-    assert completed.returncode == 1 and "must be a multiple of the patch size" in completed.stderr
+    assert completed.returncode == 2 and "must be a multiple of the patch size" in completed.stderr
     (folders / "empty").mkdir()
     completed = run("--model", folders / "model", "--images", folders / "empty")
-    assert completed.returncode == 1 and "no images in" in completed.stderr
+    assert completed.returncode == 2 and "no images in" in completed.stderr

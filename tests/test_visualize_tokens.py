@@ -14,7 +14,7 @@ from PIL import Image
 from hf_thinkingvit import AViTConfig, AViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 
-from .utils import tiny_config
+from .utils import lively_model, tiny_config
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "visualize_tokens.py"
@@ -53,12 +53,25 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def refused(call, capsys):
+    """A function that asserts that the script refuses its arguments, with a message of one line and exit code 2."""
+
+    def run(match, *arguments):
+        with pytest.raises(SystemExit, match="^2$"):
+            call(*arguments)
+        assert re.search(match, capsys.readouterr().err.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
 def call(script, monkeypatch, tmp_path, capsys):
     """A function that runs the script, and returns the names of its pictures, stdout and stderr."""
 
     def run(*arguments):
         output = tmp_path / "output"
-        command = [str(SCRIPT), *map(str, arguments), "--output-dir", str(output)]
+        model, dataset, *options = map(str, arguments)
+        command = [str(SCRIPT), "--model", model, "--dataset", dataset, *options, "--output-dir", str(output)]
         monkeypatch.setattr(sys, "argv", command)
         script.main()
         pictures = {}
@@ -102,7 +115,7 @@ def test_folder_of_images(call, model_folder, image_folder):
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
-def test_parquet(call, model_folder, tmp_path, whole_folder):
+def test_parquet(call, refused, model_folder, tmp_path, whole_folder):
     features = datasets.Features({"label": datasets.Value("int64"), "picture": datasets.Image()})
     rows = {"label": [0] * 5, "picture": [None, *(random_image(seed) for seed in range(4))]}
     file = tmp_path / "data" / "test-00000-of-00001.parquet"
@@ -112,8 +125,7 @@ def test_parquet(call, model_folder, tmp_path, whole_folder):
     pictures, stdout, stderr = call(model_folder, source, "--limit", 3, "--pictures", 1)
     assert_pictures(pictures, {"tokens_000_row-1.png"} | DATASET_PICTURES)
     assert "row 0" in stderr and "3 images, 1 unreadable" in stdout
-    with pytest.raises(SystemExit, match="no split 'validation', but"):
-        call(model_folder, source, "--split", "validation")
+    refused("no split 'validation', but", model_folder, source, "--split", "validation")
 
 
 def test_depths_and_scores(script, model_folder):
@@ -121,7 +133,7 @@ def test_depths_and_scores(script, model_folder):
     model, processor = script.load_model(str(model_folder))
     images = [random_image(seed) for seed in range(5)]
     named = [(str(index), image) for index, image in enumerate(images)]
-    results, scores = script.analyse(model, processor, named, None, batch_size=2, pictures=2)
+    results, scores = script.analyse(model, processor, named, script.read_halting, batch_size=2, pictures=2)
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixel_values.to(model.device), output_token_depth=True)
@@ -142,26 +154,58 @@ def test_depths_and_scores(script, model_folder):
     assert (right[76::152, -608 + 76 :: 152] == colors(norm(results[0].depth), bytes=True)[..., :3]).all()
 
 
-def test_halting_epsilon(call, model_folder, image_folder):
+def test_halting_epsilon(call, refused, model_folder, image_folder):
     means = []
     for epsilon in (0.0, 0.9):
         _, stdout, _ = call(model_folder, image_folder, "--pictures", 1, "--halting-epsilon", epsilon)
         means.append(float(re.search(r"patches: ([\d.]+) of 3 layers", stdout)[1]))
     assert means[0] > means[1] >= 1
-    with pytest.raises(SystemExit, match="halting_epsilon"):
-        call(model_folder, image_folder, "--halting-epsilon", 1)
+    refused("--halting-epsilon", model_folder, image_folder, "--halting-epsilon", 1)
 
 
-def test_models_and_images_that_do_not_fit(call, model_folder, image_folder, tmp_path):
+@pytest.fixture(scope="module")
+def pruned_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    lively_model(pruning_layers=[1, 2], pruning_keep_rate=0.5, threshold=100.0).save_pretrained(folder)
+    evaluation_image_processor(32).save_pretrained(folder)
+    return folder
+
+
+def test_pictures_of_pruning(call, pruned_folder, image_folder):
+    """All images run the last stage, although τ would let all of them leave before it."""
+    pictures, stdout, _ = call(pruned_folder, image_folder, "--pictures", 1)
+    assert_pictures(pictures, {"tokens_000_first.png", "tokens.png", "mean_depth.png"})
+    # Of 16 patches 8 leave after 1 layer, 4 after 2, and 4 run all 3.
+    assert "patches: 1.75 of 3 layers" in stdout and "halting_scores" not in stdout
+    _, stdout, _ = call(pruned_folder, image_folder, "--pictures", 1, "--keep-rate", 1)
+    assert "patches: 3.00 of 3 layers" in stdout
+
+
+def test_depths_of_pruned_patches(script, pruned_folder):
+    model, processor = script.load_model(str(pruned_folder))
+    pixel_values = processor([random_image(seed) for seed in range(3)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        pixel_values = pixel_values.to(model.device)
+        _, depth, _ = script.read_pruning(model, pixel_values)
+        first, second = model(pixel_values, threshold=0.0, output_kept_tokens=True).kept_tokens
+    for row in range(3):
+        assert set((depth[row] > 1).nonzero().flatten().tolist()) == set(first[row].tolist())
+        assert set((depth[row] > 2).nonzero().flatten().tolist()) == set(second[row].tolist())
+    assert depth.max() == 3 and depth.min() == 1
+
+
+def test_arguments_of_the_other_kind_of_model(refused, model_folder, pruned_folder, image_folder):
+    refused("--keep-rate is of models that prune", model_folder, image_folder, "--keep-rate", 0.5)
+    refused("--halting-epsilon is of an A-ViT", pruned_folder, image_folder, "--halting-epsilon", 0.5)
+    refused("--keep-rate", pruned_folder, image_folder, "--keep-rate", 1.5)
+
+
+def test_models_and_images_that_do_not_fit(refused, model_folder, image_folder, tmp_path):
     other = tmp_path / "other"
     tiny_config().save_pretrained(other)
-    with pytest.raises(SystemExit, match=r"other is not an A-ViT, but of type 'thinkingvit'"):
-        call(other, image_folder)
-    with pytest.raises(SystemExit, match="neither images nor Parquet files"):
-        call(model_folder, other)
-    with pytest.raises(SystemExit, match=r"no readable images in .*broken.png \(1 unreadable\)"):
-        call(model_folder, image_folder / "broken.png")
+    refused(r"other lets no patch leave: .* of type 'thinkingvit'", other, image_folder)
+    refused("neither images nor Parquet files", model_folder, other)
+    refused(r"no readable images in .*broken.png \(1 unreadable\)", model_folder, image_folder / "broken.png")
     table = tmp_path / "table.parquet"
     datasets.Dataset.from_dict({"number": [1]}).to_parquet(table)
-    with pytest.raises(SystemExit, match="no column of images, but number"):
-        call(model_folder, table)
+    refused("no column of images, but number", model_folder, table)

@@ -40,11 +40,13 @@ from .models.modeling_thinking_swin import (
     ThinkingSwinModel,
     ThinkingSwinPreTrainedModel,
 )
+from .models.modeling_thinking_swin_backbone import ThinkingSwinBackbone
 from .models.modeling_thinkingvit import (
     ThinkingViTForImageClassification,
     ThinkingViTModel,
     ThinkingViTPreTrainedModel,
 )
+from .models.modeling_thinkingvit_backbone import ThinkingViTBackbone
 from .models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation
 from .models.sub_networks import SubNetwork
 from .models.task_classification import StagedImageClassifierOutput
@@ -77,10 +79,12 @@ __all__ = [
     "StagedImageClassifierOutput",
     "StagedSemanticSegmenterOutput",
     "SwinRound",
+    "ThinkingSwinBackbone",
     "ThinkingSwinConfig",
     "ThinkingSwinForImageClassification",
     "ThinkingSwinModel",
     "ThinkingSwinPreTrainedModel",
+    "ThinkingViTBackbone",
     "ThinkingViTConfig",
     "ThinkingViTForImageClassification",
     "ThinkingViTForSemanticSegmentation",

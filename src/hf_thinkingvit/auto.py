@@ -1,11 +1,13 @@
 """Registration with Transformers' Auto classes, which also makes saved models carry their own code."""
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
     BitImageProcessorPil,
+    PreTrainedConfig,
 )
 
 # Imported from its module: some versions hide it at the top level without torchvision, although Pillow suffices.
@@ -27,6 +29,20 @@ TASKS = {
 }
 
 
+def auto_class_of(config: PreTrainedConfig) -> type:
+    """
+    The Auto class for the task of a saved model, by the `architectures` of its configuration.
+
+    Raises:
+        ValueError: if they are of no model of this package with a head.
+    """
+    tasks = {head.__name__: task for family in FAMILIES.values() for task, head in family.heads.items()}
+    for name in config.architectures or ():
+        if name in tasks:
+            return TASKS[tasks[name]][0]
+    raise ValueError(f"Expected a saved model of one of the classes {', '.join(tasks)}, got {config.architectures}.")
+
+
 def register_models() -> None:
     """Register every family with the Auto classes and pipelines. Further calls change nothing."""
     image_processors = {"pil": BitImageProcessorPil}
@@ -41,6 +57,9 @@ def register_models() -> None:
         # From now on `save_pretrained` writes the code files and the `auto_map`.
         family.config_class.register_for_auto_class("AutoConfig")
         family.model_class.register_for_auto_class("AutoModel")
+        if family.backbone_class is not None:
+            AutoBackbone.register(family.config_class, family.backbone_class, exist_ok=True)
+            family.backbone_class.register_for_auto_class("AutoBackbone")
         for task, head in family.heads.items():
             auto_class, pipeline_names = TASKS[task]
             auto_class.register(family.config_class, head, exist_ok=True)

@@ -4,7 +4,7 @@ Images and labels from anything that `datasets` reads: a Hub id, a folder of ima
 Images stay encoded until they are used, so that the error for a broken one can name it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,30 @@ SAMPLE_SEED = 0  # fixed, so that measurements of several models are of the same
 Rows = datasets.Dataset | datasets.IterableDataset
 
 
+class ClassLabels:
+    """Labels that are one class for each image: a class index, a name, or several of them."""
+
+    def decode(self, label: Any, image: Image.Image, where: str) -> Any:
+        """The label of an image, from its entry in the column of labels; `where` is what messages call the image."""
+        return label
+
+    def are_known(self, rows: Rows, column: str) -> bool:
+        """Whether images have labels; published test splits often have -1. Of a stream, only the first is read."""
+        if isinstance(rows, datasets.IterableDataset):
+            labels = [row[column] for row in rows.take(1)]
+        else:
+            labels = rows.unique(column)
+        return bool(labels) and all(label is not None and label != -1 for label in labels)
+
+    def strata(self, rows: Rows, column: str) -> np.ndarray:
+        """A group for each image, of which held-out images are to be a fair sample: the label."""
+        return np.asarray(rows.select_columns(column).with_format("numpy")[:][column])
+
+    def transformed(self, transform: Any, image: Image.Image, label: Any) -> tuple[torch.Tensor, Any]:
+        """The augmented image, and its label, which augmentation leaves as it is."""
+        return transform(image), label
+
+
 @dataclass(frozen=True)
 class ImageSplit:
     """
@@ -33,6 +57,7 @@ class ImageSplit:
         image_column, label_column: names of the columns.
         label_names: name of each label; `None` if the labels are not indices with names.
         name: name of the data in messages and model cards.
+        labels: what the labels are: `ClassLabels`, or [`~hf_thinkingvit.masks.MaskLabels`] where they are masks.
     """
 
     rows: Rows
@@ -40,6 +65,7 @@ class ImageSplit:
     label_column: str
     label_names: list[str] | None
     name: str
+    labels: Any = ClassLabels()
 
     def take(self, count: int | None) -> "ImageSplit":
         """The first `count` images, all for `None`."""
@@ -71,6 +97,10 @@ def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:
         splits = load_digits()
         return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
     path = Path(dataset)
+    if is_missing_path(dataset):
+        raise ValueError(f"There is no dataset `{dataset}`: no such file or folder.")
+    if path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"The folder `{dataset}` is empty: there are no images in it.")
     try:
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={"train": str(path)}, streaming=streaming)
@@ -89,14 +119,54 @@ def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:
         ) from error
 
 
-def find_split(splits: dict[str, Rows], name: str | None, dataset: str, candidates: Sequence[str] = ()) -> Rows:
-    """The split called `name`, or the first of `candidates` that exists. `ValueError` that lists the splits if none."""
+def is_missing_path(name: str) -> bool:
+    """Whether `name` is written as a path, which no Hub id can be, and there is nothing under it."""
+    written_so = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return written_so and "://" not in name and not Path(name).exists()
+
+
+def find_split(splits: Mapping[str, Rows], name: str | None, dataset: str, candidates: Sequence[str] = ()) -> Rows:
+    """
+    The split called `name`, or the first of `candidates` that exists. `name` may be a slice, or several joined by `+`,
+    as `datasets` writes them: `"train[:80%]"`, `"train[100:200]+test"`.
+
+    Raises:
+        ValueError: if there is no such split (the message lists those that exist), or a stream is to be sliced.
+    """
     wanted = name or next((candidate for candidate in candidates if candidate in splits), None)
     if wanted is None:
         raise ValueError(f"`{dataset}` has none of the splits {list(candidates)}: it has {list(splits)}. Name one.")
-    if wanted not in splits:
+    if wanted in splits:
+        return splits[wanted]
+    if "[" not in wanted and "+" not in wanted:
         raise ValueError(f"`{dataset}` has no split {wanted!r}: it has {list(splits)}.")
-    return splits[wanted]
+    if any(isinstance(rows, datasets.IterableDataset) for rows in splits.values()):
+        raise ValueError(f"A stream has no slices and sums of splits, such as {wanted!r}: download the data instead.")
+    try:
+        parts = split_parts(splits, wanted)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"`{dataset}` has no split {wanted!r} ({error}): it has {list(splits)}.") from error
+    found = [splits[split].select(range(first, end)) for split, first, end in parts]
+    return found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+
+
+def split_parts(splits: Mapping[str, datasets.Dataset], name: str) -> list[tuple[str, int, int]]:
+    """The split, first row and row after the last of each part of a slice or sum of splits."""
+    sizes = {split: len(rows) for split, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(name).to_absolute(sizes)
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+def num_shared_rows(splits: Mapping[str, Rows], one: str, other: str) -> int:
+    """How many rows are in both of two splits, slices or sums of splits; of streams, 0 if their names differ."""
+    if any(isinstance(rows, datasets.IterableDataset) for rows in splits.values()):
+        return int(one == other)
+    return sum(
+        max(0, min(end, other_end) - max(first, other_first))
+        for split, first, end in split_parts(splits, one)
+        for other_split, other_first, other_end in split_parts(splits, other)
+        if split == other_split
+    )
 
 
 def as_image_split(
@@ -115,7 +185,9 @@ def as_image_split(
     features = rows.features
     labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [column for column in ("label", "labels", "fine_label") if column in features]
-    label_column = _column("label_column", label_column, labels, features, name)
+    if not labels and label_column is None and Path(name).is_dir():
+        raise ValueError(f"The images of `{name}` have no labels: put them into folders, one a label.")
+    label_column = column_of("label_column", label_column, labels, features, name)
     kind = features[label_column]
     names = kind.names if isinstance(kind, datasets.ClassLabel) else None
     return ImageSplit(rows.select_columns([image_column, label_column]), image_column, label_column, names, name)
@@ -127,11 +199,11 @@ def as_images(rows: Rows, name: str, image_column: str | None = None) -> tuple[R
     if features is None:
         raise ValueError(f"`{name}` does not state its columns, which streaming needs: download it instead.")
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    image_column = _column("image_column", image_column, images, features, name)
+    image_column = column_of("image_column", image_column, images, features, name)
     return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
 
 
-def _column(argument: str, given: str | None, candidates: list[str], features: datasets.Features, name: str) -> str:
+def column_of(argument: str, given: str | None, candidates: list[str], features: datasets.Features, name: str) -> str:
     if given is None and len(candidates) != 1:
         what = "several columns" if candidates else "no column"
         raise ValueError(f"`{name}` has {what} for `{argument}` among {list(features)}: name it.")

@@ -240,6 +240,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     model = ThinkingViTForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.threshold == [0.5, 0.25]
     monkeypatch.setattr(sys, "argv", ["conversion", str(tmp_path / "absent"), str(tmp_path / "b")])
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         runpy.run_module("hf_thinkingvit.conversion", run_name="__main__")
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error:")
+    assert "conversion: error: " in capsys.readouterr().err.splitlines()[-1]

@@ -62,7 +62,7 @@ def test_golden_answers_and_exits(golden, prefix, tmp_path):
 
 
 def test_golden_loss_and_gradients(golden, tmp_path):
-    model = load_official(read_checkpoint(write_official(golden, tmp_path))).train()
+    model = load_official(read_checkpoint(write_official(golden, tmp_path)), decoder_dropout_prob=0.0).train()
     expected = expected_of(golden)
     outputs = model(expected["pixel_values"], labels=expected["train.labels"])
     outputs.loss.backward()
@@ -148,6 +148,39 @@ def test_a_yaml_that_is_not_plain_is_refused(tmp_path, text, message):
     (folder / "variant.yml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  n_heads: 4\n", "  n_heads: '12'\n", r"net_kwargs\.n_heads.*positive integer, got '12'"),
+        ("  n_heads: 4\n", "  n_heads: -3\n", r"net_kwargs\.n_heads.*positive integer, got -3"),
+        ("threshold: 0.5", "threshold: '0.3'", r"threshold.*number.*got '0\.3'"),
+        ("loss_weights: null", "loss_weights: [a, a]", r"loss_weights.*2 numbers.*got \['a', 'a'\]"),
+        ("loss_weights: null", "loss_weights: [1, 1, 1]", r"loss_weights.*2 numbers.*got \[1, 1, 1\]"),
+        ("    dropout: 0.1", "    dropout: often", r"decoder\.dropout.*got 'often'"),
+        ("  n_cls:", "  normalization: [a]\n  n_cls:", r"normalization.*'deit', 'vit'.*got \['a'\]"),
+    ],
+)
+def test_a_value_of_the_yaml_that_does_not_fit_is_refused(old, new, message, tmp_path):
+    folder = write_official("seg_mask", tmp_path / "official")
+    text = (folder / "variant.yml").read_text()
+    assert old in text
+    (folder / "variant.yml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(folder, tmp_path / "converted")
+
+
+def test_exits_dropout_and_normalisation_of_the_yaml(tmp_path):
+    folder = write_official("seg_mask", tmp_path / "official")
+    text = (folder / "variant.yml").read_text().replace("threshold: 0.5", "threshold: [0.3]")
+    text = text.replace("loss_weights: null", "loss_weights: [1, 3]")
+    (folder / "variant.yml").write_text(text.replace("  n_cls:", "  normalization: deit\n  n_cls:"))
+    config = convert_checkpoint(folder, tmp_path / "converted").config
+    assert (config.threshold, config.stage_loss_weights) == ([0.3], [0.25, 0.75])
+    assert config.decoder_dropout_prob == 0.1
+    mean = AutoImageProcessor.from_pretrained(tmp_path / "converted").image_mean
+    assert [255 * value for value in mean] == pytest.approx([123.68, 116.28, 103.53], abs=1e-4)
 
 
 def test_a_missing_tensor_is_named(tmp_path):

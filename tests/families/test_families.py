@@ -38,6 +38,7 @@ def test_every_public_model_is_in_a_record():
     public = [getattr(hf_thinkingvit, name) for name in hf_thinkingvit.__all__]
     classes = {each for each in public if inspect.isclass(each) and issubclass(each, PreTrainedModel)}
     recorded = {model for family in FAMILIES.values() for model in (family.model_class, *family.heads.values())}
+    recorded |= {family.backbone_class for family in FAMILIES.values()} - {None}
     bases = {family.model_class.__mro__[1] for family in FAMILIES.values()}  # the abstract `...PreTrainedModel`
     assert classes - bases == recorded
 

@@ -16,7 +16,7 @@ FACTS = {"model": "org/model", "threshold": [0.5, 0.25], "source": "pictures", "
 NAMES = ["a.png", "b\nc.png", "d\u2028e.png", "f\x85g.png", "猫.png", *(f"{index}.png" for index in range(8))]
 
 
-def processes(path, count: int, facts=FACTS, names=NAMES) -> list[ResumableOutput]:
+def processes(path, count: int, facts=FACTS, names=NAMES, identities=None) -> list[ResumableOutput]:
     """The outputs of `count` processes, which run one after another; barriers do not wait."""
     states = [
         SimpleNamespace(
@@ -24,7 +24,7 @@ def processes(path, count: int, facts=FACTS, names=NAMES) -> list[ResumableOutpu
         )
         for index in reversed(range(count))
     ]
-    return [ResumableOutput(path, facts, names, state) for state in states][::-1]
+    return [ResumableOutput(path, facts, names, state, identities) for state in states][::-1]
 
 
 class Killed(Exception):
@@ -203,8 +203,9 @@ def test_images_that_could_not_be_read_are_tried_again(tmp_path):
         if place != 1:
             output.write(place, label=f"label {place}", score=0.5)
     assert finish([output]) == (len(NAMES) - 1, 1)
-    names = [json.loads(line)["name"] for line in path.read_bytes().split(b"\n")[:-1]]
-    assert names == [NAMES[0], *NAMES[2:]]  # once each
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert [line["name"] for line in lines] == NAMES  # once each
+    assert lines[1].keys() == {"name", "error"} and not any("error" in line for line in (lines[0], *lines[2:]))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -258,9 +259,56 @@ def test_parquet_beside_jsonl_and_unreadable_images(tmp_path):
         parquet.write(place, label="cat", score=0.5)
     assert finish([parquet]) == (len(NAMES) - 1, 1)
     table = Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache"))
-    assert table["name"][:] == NAMES[1:]
+    assert table["name"][:] == NAMES
+    assert table["error"][:2] == ["no image", None] and table["label"][:2] == [None, "cat"]
     with pytest.raises(ValueError, match=r"\.jsonl or \.parquet"):
         processes(tmp_path / "out.csv", 1)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_complete_output_is_updated(tmp_path, suffix):
+    """New and changed images are answered, unreadable ones tried again, lines of images that are gone are dropped."""
+    path, names = tmp_path / f"out{suffix}", ["a", "b", "c", "d"]
+    (output,) = processes(path, 1, FACTS, names, ["1", "1", "1", "1"])
+    output.write(0, label="a of the first run", score=0.5)
+    output.write(1, error="broken")
+    output.write(2, label="c of the first run", score=0.5)
+    output.write(3, label="d of the first run", score=0.5)
+    assert finish([output]) == (3, 1)
+
+    (same,) = processes(path, 1, FACTS, names, ["1", "1", "1", "1"])
+    assert same.is_update and same.places == [1] and same.done == 3
+    same.write(1, error="still broken")
+    assert finish([same]) == (3, 1)
+
+    now = (["0", "a", "b", "c"], ["1", "1", "2", "2"])
+    (killed,) = processes(path, 1, FACTS, *now)
+    assert killed.places == [0, 2, 3] and killed.done == 1
+    killed.write(0, label="new", score=0.5)
+    (output,) = processes(path, 1, FACTS, *now)  # goes on where the update was killed
+    assert output.places == [2, 3]
+    output.write(2, label="mended", score=0.5)
+    output.write(3, label="changed", score=0.5)
+    assert finish([output]) == (4, 0)
+    if suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        rows = list(Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")))
+    assert [row["label"] for row in rows] == ["new", "a of the first run", "mended", "changed"]
+    assert not any(row.get("error") for row in rows)
+
+
+def test_a_complete_output_of_something_else_is_not_updated(tmp_path):
+    path, names = tmp_path / "out.jsonl", ["a", "b"]
+    (output,) = processes(path, 1, FACTS, names, ["1", "1"])
+    answer(output)
+    finish([output])
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="complete output .* threshold was"):
+        processes(path, 1, {**FACTS, "threshold": 1.0}, names, ["1", "1"])
+    with pytest.raises(FileExistsError, match="of other images than these"):  # another folder of the same name
+        processes(path, 1, FACTS, names, ["2", "2"])
+    assert path.read_bytes() == before
 
 
 def test_fingerprints():

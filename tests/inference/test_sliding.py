@@ -14,6 +14,7 @@ from hf_thinkingvit.inference import ImageView, ImageViews, SlidingWindowSegment
 from hf_thinkingvit.inference.sliding import window_anchors
 from tests.conversion.segmenter_files import write_official
 from tests.models.segmentation_models import lively_segmenter
+from tests.models.test_task_segmentation import LargestTensor
 from tests.utils import FIXTURES, lively_model, random_images
 
 
@@ -109,6 +110,15 @@ def test_views_of_several_scales_and_their_mirror_images():
     (together,) = segment([views])
     expected = torch.stack([part.probabilities for part in parts]).mean(dim=0)
     torch.testing.assert_close(together.probabilities, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_no_map_of_all_pixels_and_classes_is_made(monkeypatch):
+    monkeypatch.setattr(sliding, "BAND_BYTES", 20_000)
+    image = random_images(1, (256, 256))[0]
+    with LargestTensor() as largest:
+        (result,) = SlidingWindowSegmenter(lively_segmenter(), window_size=64, stride=32, batch_size=2)([image])
+    assert result.labels.shape == (256, 256)
+    assert largest.numel <= image.numel()  # the map would have 7 numbers for each pixel instead of 3
 
 
 def test_the_progress_bar_counts_images(images, capsys):

@@ -146,6 +146,7 @@ def test_saved_folder_names_its_code(tmp_path):
         "AutoConfig": "configuration_thinkingvit.ThinkingViTConfig",
         "AutoModel": "modeling_thinkingvit.ThinkingViTModel",
         "AutoModelForImageClassification": "modeling_thinkingvit.ThinkingViTForImageClassification",
+        "AutoBackbone": "modeling_thinkingvit_backbone.ThinkingViTBackbone",
     }
 
 

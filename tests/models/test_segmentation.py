@@ -215,6 +215,7 @@ def test_a_start_that_cannot_work_is_refused(overrides, message):
         ({"decoder_type": "linear", "exit_criterion": "mean_grid_entropy"}, "needs a `threshold`"),
         ({"decoder_type": "linear", "threshold": -0.1}, "`threshold` must be a number of at least 0"),
         ({"decoder_type": "linear", "semantic_loss_ignore_index": 2.5}, "`semantic_loss_ignore_index` must be an int"),
+        ({"decoder_type": "linear", "semantic_loss_ignore_index": 4}, r"is one of the 5 classes \(`num_labels`\)"),
         ({"decoder_type": "mask_transformer", "decoder_num_hidden_layers": 0}, "`decoder_num_hidden_layers` must be"),
         ({"decoder_type": "mask_transformer", "decoder_num_attention_heads": 5}, "must be divisible by"),
         ({"position_interpolation": "nearest"}, "`position_interpolation` must be one of"),

@@ -161,7 +161,7 @@ class TestStageWeights:
 
     def test_nothing_to_train(self):
         model = lively_model(stage_loss_weights=[0.0, 0.0, 1.0]).train()
-        with pytest.raises(ValueError, match=r"`stage_loss_weights` .* weight 0 for all of the 2 stages"):
+        with pytest.raises(ValueError, match=r"`stage_loss_weights` .* weight 0 for all of \[0, 1\]"):
             model(random_images(), labels=LABELS, max_stages=2)
         assert weights_of_stages([0.0, 0.0, 1.0], range(3)) == [0.0, 0.0, 1.0]
 

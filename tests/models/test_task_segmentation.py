@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_thinkingvit import EXIT_CRITERIA
+from hf_thinkingvit.models import exit_scores, modeling_thinkingvit_segmentation
 from hf_thinkingvit.models.exit_scores import entropy, mean_grid_entropy, mean_pixel_entropy
 from tests.models.segmentation_models import lively_segmenter, random_masks
 from tests.utils import random_images
@@ -19,7 +20,9 @@ LOGITS = torch.randn(3, 11, 5, 4, generator=torch.Generator().manual_seed(0)) * 
 
 @pytest.mark.parametrize("patch_size", [(8, 8), (16, 16), (4, 6), (1, 1), (3, 5)])
 @pytest.mark.parametrize("grid", [(5, 4), (1, 4), (5, 1), (1, 1)])
-def test_mean_pixel_entropy_is_that_of_the_resized_map(patch_size, grid):
+@pytest.mark.parametrize("cached", [exit_scores.CACHED_NUMBERS, 11 * 4 * 8 * 2, 1])  # the others make several blocks
+def test_mean_pixel_entropy_is_that_of_the_resized_map(patch_size, grid, cached, monkeypatch):
+    monkeypatch.setattr(exit_scores, "CACHED_NUMBERS", cached)
     logits = LOGITS[:, :, : grid[0], : grid[1]]
     size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
     resized = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
@@ -46,6 +49,35 @@ def test_the_scale_of_the_entropies(name):
     assert measure(LOGITS.half()).dtype == torch.float32
 
 
+def test_a_class_that_is_ruled_out_counts_as_if_it_were_not_there():
+    ruled_out = LOGITS.clone()
+    ruled_out[:, 2] = -torch.inf
+    without = torch.cat([LOGITS[:, :2], LOGITS[:, 3:]], dim=1)
+    torch.testing.assert_close(mean_grid_entropy(ruled_out), mean_grid_entropy(without))
+    torch.testing.assert_close(mean_pixel_entropy(ruled_out, (4, 4)), mean_pixel_entropy(without, (4, 4)))
+    ruled_out[1, :, 0, 0] = -torch.inf  # no class is left, as for `entropy`
+    assert mean_grid_entropy(ruled_out).isnan().tolist() == [False, True, False]
+    assert mean_pixel_entropy(ruled_out, (4, 4)).isnan().tolist() == [False, True, False]
+
+
+def test_an_ignore_index_that_is_a_class_is_refused():
+    with pytest.raises(ValueError, match="semantic_loss_ignore_index.*300 classes.*-100"):
+        lively_segmenter(num_labels=300)
+    assert lively_segmenter(num_labels=300, semantic_loss_ignore_index=-100).config.num_labels == 300
+
+
+def test_logits_that_cover_padding_are_reported(monkeypatch):
+    reports = []
+    monkeypatch.setattr(modeling_thinkingvit_segmentation.logger, "warning_once", reports.append)
+    model = lively_segmenter().eval()
+    patch_size = model.config.patch_size
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 2 * patch_size, 3 * patch_size))
+        assert not reports
+        model(torch.zeros(1, 3, 2 * patch_size - 1, 3 * patch_size))
+    assert len(reports) == 1 and "cover the padding" in reports[0] and "resize_logits" in reports[0]
+
+
 class LargestTensor(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation returns."""
 
@@ -60,8 +92,8 @@ class LargestTensor(TorchDispatchMode):
 
 def test_the_map_of_pixels_is_never_held_whole():
     with LargestTensor() as largest:
-        mean_pixel_entropy(torch.randn(2, 150, 8, 8), (16, 16))
-    assert largest.numel <= 2 * 150 * (8 * 16) * 8  # a sixteenth of the map
+        mean_pixel_entropy(torch.randn(2, 150, 32, 32), (16, 16))
+    assert largest.numel <= 2 * 150 * (32 * 16) * 3  # one row of patches and its neighbours: a 170th of the map
 
 
 def test_the_grid_entropy_decides_where_it_is_configured():

@@ -3,13 +3,22 @@ from importlib.util import find_spec
 import pytest
 from accelerate.state import AcceleratorState
 
+from tests.segmentation_data import write_scenes
 from tests.training.tiny_runs import write_images
 
 
 # Names of the tests that need the extra `train`.
 NEEDS_TIMM = ("config", "data", "divergence", "loop", "losses", "objectives", "preprocessing", "recipe", "reporting")
 NEEDS_TIMM += ("resuming", "setup", "splits", "stage_samplers", "training_log")
-NEEDS_TIMM += ("early_exit_runs", "elastic_runs", "pruning_runs", "sub_network_distillation", "baseline_configs")
+NEEDS_TIMM += ("early_exit_runs", "elastic_runs", "memory_images", "pruning_runs", "sub_network_distillation")
+NEEDS_TIMM += (
+    "augmentation",
+    "baseline_configurations",
+    "finetuning",
+    "layer_decay",
+    "photographs",
+    "segmentation_runs",
+)
 collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEEDS_TIMM]
 
 
@@ -17,6 +26,12 @@ collect_ignore = [] if find_spec("timm") else [f"test_{name}.py" for name in NEE
 def images(tmp_path_factory):
     """A folder of Parquet files: 24 images to train on, 10 to evaluate on, 3 labels."""
     return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of Parquet files: 12 images with masks to train on, 4 to choose by, 5 to test on, 3 classes."""
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(autouse=True)

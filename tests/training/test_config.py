@@ -6,7 +6,7 @@ import yaml
 from hf_thinkingvit.training import TrainingConfig, parse_config
 
 
-CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").rglob("*.yaml"))
 
 
 def write(path: Path, text: str) -> list[str]:
@@ -65,19 +65,19 @@ def test_the_learning_rate_scales_with_the_global_batch():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--epoch", "7"], "no field `epoch`. Did you mean `epochs`?"),
-        (["--model.patchsize", "7"], "no field `model.patchsize`. Did you mean `model.patch_size`?"),
+        (["--epoch", "7"], "no flag `--epoch`. Did you mean `--epochs`?"),
+        (["--model.patchsize", "7"], "no field `--model.patchsize`. Did you mean `--model.patch_size`?"),
         (
             ["--model_type", "avit", "--mixup", "0", "--cutmix", "0", "--model.thinking_stages", "[3]"],
-            "no field `model.",
+            "no field `--model.",
         ),
         (["--epochs", "many"], "invalid int value: 'many'"),
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         (["--model_type", "avit"], "A-ViT is trained without mixup and cutmix"),
-        (["--epochs", "3", "--warmup_epochs", "3"], "`warmup_epochs` (3.0) must be fewer than `epochs` (3)"),
-        (["--batch_size", "0"], "`batch_size` must be above 0, got 0"),
-        (["--ema_decay", "1"], "`ema_decay` must be at least 0 and below 1"),
-        (["--label_smoothing", "nan"], "`label_smoothing` must be between 0 and 1"),
+        (["--epochs", "3", "--warmup_epochs", "3"], "`--warmup_epochs` (3.0) must be fewer than `--epochs` (3)"),
+        (["--batch_size", "0"], "`--batch_size` must be above 0, got 0"),
+        (["--ema_decay", "1"], "`--ema_decay` must be at least 0 and below 1"),
+        (["--label_smoothing", "nan"], "`--label_smoothing` must be between 0 and 1"),
         (["--from_vit", "a", "--from_pretrained", "b"], "two ways to start"),
         (["--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
         (["--model.thinking_stages", "[3,", "6]"], "`[3,` is no value: quote lists"),
@@ -85,15 +85,44 @@ def test_the_learning_rate_scales_with_the_global_batch():
     ],
 )
 def test_refuses_what_cannot_work(words, message, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="^2$"):
         parse_config(words)
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_refuses_unknown_fields_of_a_file(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse_config(write(tmp_path / "run.yaml", "learning_rat: 1\n"))
-    assert "Did you mean `learning_rate`?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "text, words, message",
+    [
+        ("learning_rat: 1\n", [], "run.yaml: There is no field `learning_rat`. Did you mean `learning_rate`?"),
+        ("epochs: 1\nseed: [1\n", [], "run.yaml: line 3: no valid YAML: "),
+        ("epochs: many\n", [], "run.yaml: argument --epochs: invalid int value: 'many'"),
+        ("batch_size: 0\n", [], "run.yaml: `batch_size` must be above 0"),
+        ("batch_size: 8\n", ["--batch_size", "0"], "error: `--batch_size` must be above 0"),  # not the file's
+        ("model: {patchsize: 4}\n", [], "run.yaml: There is no field `model.patchsize`"),
+        ("- 1\n", [], "run.yaml: it must hold `field: value` lines"),
+    ],
+)
+def test_errors_of_a_file_name_it(text, words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        parse_config([*write(tmp_path / "run.yaml", text), *words])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("nothing", ["none", "null"])
+def test_none_and_null_are_alike(nothing, tmp_path):
+    words = ["--auto_augment", nothing, "--max_steps", nothing, "--clip_grad", nothing, "--model.threshold", nothing]
+    text = f"auto_augment: {nothing}\nmax_steps: {nothing}\nclip_grad: {nothing}\nmodel: {{threshold: {nothing}}}\n"
+    for config in (parse_config(words), parse_config(write(tmp_path / "run.yaml", text))):
+        assert config.auto_augment is config.max_steps is config.clip_grad is config.model["threshold"] is None
+
+
+def test_help_has_groups_defaults_and_the_models_own_fields(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        parse_config(["--help", "--model_type", "thinking_swin"])
+    text = capsys.readouterr().out
+    assert "optimisation:" in text and "(default: 300)" in text and "--model.head_rounds" in text
 
 
 def test_smoothing_is_of_the_run_not_of_the_models_own_loss():

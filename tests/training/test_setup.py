@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     ViTConfig,
@@ -15,6 +17,7 @@ from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.starting_point import build_model
 from tests.models.test_weights_from_swin import trained_swin
+from tests.segmentation_data import CLASSES
 from tests.training.test_config import CONFIGS
 from tests.training.tiny_runs import LABELS, flags
 
@@ -32,8 +35,13 @@ def sources(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations_run(path, images, sources, tmp_path):
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.parent.name == "configs"], ids=lambda path: path.stem
+)
+def test_shipped_configurations_run(path, images, scenes, sources, tmp_path):
+    if yaml.safe_load(path.read_text()).get("task") == "image-segmentation":
+        check_shipped_segmentation(path, scenes, sources, tmp_path)
+        return
     words = ["--config", str(path), "--output_dir", str(tmp_path), "--dataset", str(images), "--cpu"]
     words += ["--batch_size", "4", "--max_steps", "2", "--num_workers", "0"]
     config = parse_config(words)
@@ -58,6 +66,20 @@ def test_shipped_configurations_run(path, images, sources, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "last")
     assert model.config.model_type == config.model_type
     assert model.config.num_labels == 3
+
+
+def check_shipped_segmentation(path, scenes, sources, tmp_path):
+    words = ["--config", str(path), "--output_dir", str(tmp_path), "--dataset", str(scenes), "--cpu"]
+    words += ["--batch_size", "4", "--max_steps", "1", "--num_workers", "0", "--images_per_epoch", "4"]
+    words += ["--label_names", *CLASSES, "--mask_values", "0-2", "--ignored_mask_values", "255"]
+    words += ["--image_files", "none", "--mask_files", "none", "--train_split", "train", "--eval_split", "validation"]
+    words += ["--test_split", "test", "--model.image_size", "32", "--short_side", "32"]
+    config = parse_config(words)
+    if config.from_vit:
+        words += ["--from_vit", str(sources / "vit")]
+    assert train(parse_config(words))["step"] == 1
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "last")
+    assert model.config.id2label == dict(enumerate(CLASSES))
 
 
 def test_starting_points(sources, images, tmp_path):

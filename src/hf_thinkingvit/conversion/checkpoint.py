@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..data import is_missing_path
 from ..families.official import Checkpoint
 from .variant import VARIANT_FILE, read_variant
 
@@ -43,6 +44,8 @@ def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
         ValueError: if a file is damaged, holds no state dict, or would need arbitrary objects to be unpickled.
     """
     path = Path(source)
+    if is_missing_path(str(source)):
+        raise FileNotFoundError(f"{source} is no file or folder here.")
     if not path.exists():
         path = _download(str(source))
     if path.is_dir():

@@ -21,6 +21,7 @@ from ..families.official import Checkpoint, OfficialFormat
 from ..image_processing import evaluation_image_processor, segmentation_image_processor
 from .checkpoint import read_checkpoint
 from .labels import label_fields
+from .recognition import describe_unofficial
 
 
 # What upstream Segmenter's `variant.yml` calls its normalisations; the official ThinkingViT code has one of its own.
@@ -103,7 +104,18 @@ def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> Bas
     """The evaluation settings of `pretrained_cfg` or `variant.yml`, with the official ones as defaults."""
     if getattr(model.config, "decoder_type", None) is not None:
         normalization = (checkpoint.variant.get("net_kwargs") or {}).get("normalization")
-        return segmentation_image_processor(model.config.image_size, **NORMALIZATIONS.get(normalization, {}))
+        if normalization is None:
+            return segmentation_image_processor(model.config.image_size)
+        if normalization not in tuple(NORMALIZATIONS):  # a tuple takes whatever YAML holds, also what has no hash
+            raise ValueError(
+                f"`net_kwargs.normalization` in the `variant.yml` of {checkpoint.path} must be one of "
+                f"{sorted(NORMALIZATIONS)}, got {normalization!r}: correct the file, or remove the line for the mean "
+                "and deviation of the official ThinkingViT code."
+            )
+        if normalization == "deit" and checkpoint.variant.get("thinking_kwargs"):
+            # The official ThinkingViT code evaluates with its own roundings of the same statistics, stated or not.
+            return segmentation_image_processor(model.config.image_size)
+        return segmentation_image_processor(model.config.image_size, **NORMALIZATIONS[normalization])
     settings = checkpoint.preprocessing
     options = {
         "crop_pct": settings.get("crop_pct") or family_of(model).official.crop_pct(checkpoint),
@@ -125,6 +137,8 @@ def _detect(checkpoint: Checkpoint, overrides: dict) -> tuple[Family, OfficialFo
                 return family, form
             form_name = name if form is family.official else f"{name} {form.task}"
             missing[form_name] = [key for key in form.required if key not in checkpoint.state_dict]
+    if (found := describe_unofficial(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint.path} is no official checkpoint. {found}")
     raise ValueError(
         f"{checkpoint.path} is a checkpoint of none of the known families ({', '.join(missing)}). Missing keys: "
         + "; ".join(f"for {name}, {_shorten(keys)}" for name, keys in missing.items())

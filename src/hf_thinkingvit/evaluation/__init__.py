@@ -5,7 +5,8 @@ from .calibration import Calibration, calibrate_budget, calibrate_risk, measure_
 from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint
 from .labels import LabelMap, label_map_argument
 from .macs import halting_macs, published_stage_macs, stage_macs, sub_network_macs
-from .segmentation import StageConfusions, collect_stage_confusions, segmentation_measures
+from .segmentation import StageConfusions, collect_stage_confusions, evaluate_segmentation, segmentation_measures
+from .segmentation_sweep import evaluate_segmentation_thresholds
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
 
 
@@ -21,6 +22,8 @@ __all__ = [
     "collect_stage_answers",
     "collect_stage_confusions",
     "evaluate_accuracy",
+    "evaluate_segmentation",
+    "evaluate_segmentation_thresholds",
     "evaluate_thresholds",
     "halting_macs",
     "label_map_argument",

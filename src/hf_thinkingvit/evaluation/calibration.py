@@ -1,11 +1,12 @@
 """
 Chooses τ for a budget, or for a promise about accuracy that holds for new images of the same distribution.
 
-The promise is by Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in "Fast yet Safe: Early-Exiting with
-Risk Control" (Jazbec et al., NeurIPS 2024): thresholds are tested in order, safest first, each by an exact binomial
-test of "the risk is above ε" at level δ, until the first that does not pass. The order is fixed before the images are
-seen, so that δ bounds the whole sequence. For the same reason the model must be fixed before: images on which it was
-trained, or on which its best epoch was chosen, are not distributed like new ones.
+The promise is by Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in "Fast yet Safe: Early-Exiting with Risk
+Control" (Jazbec et al., NeurIPS 2024): thresholds are tested in order, safest first, each by a test of "the risk is
+above ε" at level δ, until the first that does not pass: an exact binomial test where an image fails or does not, and
+Hoeffding and Bentkus's bound (arXiv 2110.01052, section 3.1) where its loss lies between 0 and 1. The order is fixed
+before the images are seen, so that δ bounds the whole sequence. For the same reason the model must be fixed before:
+images on which it was trained, or on which its best epoch was chosen, are not distributed like new ones.
 """
 
 import itertools
@@ -22,13 +23,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..models.exit_criteria import EXIT_CRITERIA
 from ..public_names import public_name
 from .conditions import check_same_model
+from .p_values import binomial_p_value, hoeffding_bentkus_p_value, least_images
+from .segmentation import StageConfusions
 from .splits import UNKNOWN, is_training_split
 from .statements import calibration_statement
 from .sweep import StageAnswers, Threshold
 from .wording import at_least, at_most
 
 
-Risk = Literal["accuracy_drop", "error"]
+Risk = Literal["accuracy_drop", "error", "pixels_lost", "pixel_error"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,17 @@ class Calibration:
 
     Attributes:
         threshold: τ, one or one per exit.
-        target: "accuracy_drop", "error", "macs" or "milliseconds".
+        target: a risk by name, "macs" or "milliseconds".
         dataset, split, images: the calibration images; `images` is the number of those that were tested or measured.
         epsilon, delta: of a promise; `None` for a budget.
         budget: GMACs or milliseconds per image; `None` for a promise.
         achieved: the risk (a fraction), GMACs or milliseconds per image on these images.
-        top1, gmacs: accuracy (%) and cost at this τ on these images.
+        top1, gmacs: accuracy (%) and cost at this τ on these images; `mean_iou` (a fraction) instead of `top1` for a
+            segmentation model.
         conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
         exits_early: whether any image leaves before the last stage at this τ.
         seen: why the images were not new to the model, in words, if that is known.
+        prepared: how images were resized and cut, in words, where the image processor does not say it.
     """
 
     threshold: float | list[float]
@@ -54,7 +59,7 @@ class Calibration:
     dataset: str
     images: int
     achieved: float
-    top1: float
+    top1: float | None
     gmacs: float
     epsilon: float | None = None
     delta: float | None = None
@@ -63,6 +68,8 @@ class Calibration:
     conditions: Mapping[str, Any] | None = None
     exits_early: bool = True
     seen: str | None = None
+    mean_iou: float | None = None
+    prepared: str | None = None
 
     @property
     def statement(self) -> str:
@@ -91,25 +98,7 @@ class Calibration:
         config.calibration = self.to_dict()
 
 
-def binomial_p_value(failures: int, images: int, epsilon: float) -> float:
-    """
-    P(Binomial(images, epsilon) ≤ failures): the probability of at most this many failures if the risk is ε. A valid
-    p-value of "the risk is at least ε", since a greater risk makes few failures less likely.
-    """
-    if not 0 < epsilon < 1 or failures >= images:
-        return 1.0
-    counts = np.arange(failures + 1)
-    log_choose = math.lgamma(images + 1) - np.array([math.lgamma(k + 1) + math.lgamma(images - k + 1) for k in counts])
-    logs = log_choose + counts * math.log(epsilon) + (images - counts) * math.log1p(-epsilon)
-    return min(float(np.exp(logs).sum()), 1.0)
-
-
-def least_images(epsilon: float, delta: float) -> int:
-    """The least number of images that allows a promise: enough to pass the test if none of them fails."""
-    return math.ceil(math.log(delta) / math.log1p(-epsilon))
-
-
-def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
+def threshold_grid(answers: StageAnswers | StageConfusions, steps: int = 1000) -> list[float]:
     """Evenly spaced τ over the criterion's range, from one at which no image exits early to one at which all do."""
     criterion = EXIT_CRITERIA[answers.criterion]
     limit = criterion.maximum(answers.num_labels, answers.entropy_top_k)
@@ -120,21 +109,6 @@ def threshold_grid(answers: StageAnswers, steps: int = 1000) -> list[float]:
         highest = limit + limit / steps if answers.exit_at_threshold else limit
         return np.linspace(highest, 0.0, steps + 1).tolist()
     return np.linspace(0.0, limit + limit / steps, steps + 2).tolist()
-
-
-def _failures(answers: StageAnswers, risk: Risk) -> torch.Tensor:
-    """Whether each image fails if it exits at each stage, bool `(images, stages)`."""
-    return ~answers.top1 & answers.top1[:, -1:] if risk == "accuracy_drop" else ~answers.top1
-
-
-def _means(answers: StageAnswers, grid: Sequence[Threshold], values: torch.Tensor) -> torch.Tensor:
-    """For every τ, the mean over the images of `values` `(images, stages)` at their exits: float64 `(thresholds,)`."""
-    together = max(1, 2**23 // answers.scores.numel())  # about 100 MB
-    means = []
-    for start in range(0, len(grid), together):
-        stages = answers.exit_stages_of_each(grid[start : start + together])
-        means.append(values.T.expand(answers.num_stages, -1).gather(0, stages).double().mean(dim=1))
-    return torch.cat(means)
 
 
 def _grid(answers: StageAnswers, per_exit: bool, levels: int) -> list[Threshold]:
@@ -149,7 +123,7 @@ def calibrate_risk(
     answers: StageAnswers,
     epsilon: float,
     delta: float = 0.05,
-    risk: Risk = "accuracy_drop",
+    risk: Risk | None = None,
     per_exit: bool = False,
     candidates: Sequence[Threshold] | None = None,
     allow_training_images: bool = False,
@@ -168,7 +142,9 @@ def calibrate_risk(
         delta (`float`): greatest probability with which the promise may fail.
         risk (`str`): `"accuracy_drop"`: an image fails if the last stage is right and the answer at its exit is not; so
             accuracy falls by at most ε, and by less if some early answers are right where the last is wrong.
-            `"error"`: an image fails if its answer is wrong.
+            `"error"`: an image fails if its answer is wrong. Of segmentation models, the mean over images of the share
+            of their pixels that are right at the last stage and wrong where their window exits (`"pixels_lost"`), or
+            wrong (`"pixel_error"`). By default the first that there is.
         per_exit (`bool`): one τ per exit. Half of the images then choose the order in which thresholds are tested
             (Pareto testing, arXiv 2210.07913), and the promise is tested on the other half.
         candidates (`list`, *optional*): thresholds in the order in which to test them, fixed without looking at these
@@ -187,8 +163,9 @@ def calibrate_risk(
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         if not 0 < value < 1:
             raise ValueError(f"`{name}` must be above 0 and below 1, got {value!r}.")
-    if risk not in ("accuracy_drop", "error"):
-        raise ValueError(f'`risk` must be "accuracy_drop" or "error", got {risk!r}.')
+    risk = answers.risks[0] if risk is None else risk
+    if risk not in answers.risks:
+        raise ValueError(f"`risk` must be one of {' or '.join(map(repr, answers.risks))}, got {risk!r}.")
     if answers.seen and not allow_training_images:
         raise ValueError(
             f"The calibration images are not new to the model: {answers.seen}. On them a model does better than on "
@@ -214,15 +191,22 @@ def calibrate_risk(
             + (", twice as many with `per_exit`." if tested is not answers else ".")
         )
     chosen: Threshold | None = None
+    losses = tested.losses(risk)
     for threshold in order:
-        failures = int(tested.at(_failures(tested, risk), tested.exit_stages(threshold)).sum())
+        failures = tested.at(losses, tested.exit_stages(threshold)).sum().item()
         # With at least the expected number of failures at risk ε, the p-value is about 1/2 or more: no usual δ passes.
-        if failures >= epsilon * len(tested) or binomial_p_value(failures, len(tested), epsilon) > delta:
+        if failures >= epsilon * len(tested):
+            break
+        if losses.dtype == torch.bool:
+            p_value = binomial_p_value(failures, len(tested), epsilon)
+        else:
+            p_value = hoeffding_bentkus_p_value(failures / len(tested), len(tested), epsilon)
+        if p_value > delta:
             break
         chosen = threshold
     if chosen is None:
         raise ValueError(
-            f"No τ keeps an {'error' if risk == 'error' else 'accuracy drop'} of at most {at_most(epsilon)} with "
+            f"No τ keeps a risk ({risk.replace('_', ' ')}) of at most {at_most(epsilon)} with "
             f"probability {at_least(delta)} on these {len(tested)} images, not even the last stage for every image."
         )
     early = bool((tested.exit_stages(chosen) < tested.num_stages - 1).any())
@@ -232,8 +216,9 @@ def calibrate_risk(
         target=risk,
         dataset=answers.dataset,
         images=len(tested),
-        achieved=_means(tested, [chosen], _failures(tested, risk)).item(),
-        top1=row["top1"],
+        achieved=tested.means([chosen], losses).item(),
+        top1=row.get("top1"),
+        mean_iou=row.get("mean_iou"),
         gmacs=row["gmacs"],
         epsilon=epsilon,
         delta=delta,
@@ -241,14 +226,15 @@ def calibrate_risk(
         conditions=answers.conditions,
         exits_early=early,
         seen=answers.seen,
+        prepared=answers.prepared,
     )
 
 
 def _pareto_order(answers: StageAnswers, risk: Risk) -> list[Threshold]:
     """The Pareto-optimal thresholds in risk and cost, in order of increasing risk."""
     grid = _grid(answers, per_exit=True, levels=24)
-    risks = _means(answers, grid, _failures(answers, risk)).tolist()
-    costs = _means(answers, grid, torch.tensor(answers.macs).expand(len(answers), -1)).tolist()
+    risks = answers.means(grid, answers.losses(risk)).tolist()
+    costs = answers.means(grid, torch.tensor(answers.macs).expand(len(answers.scores), -1)).tolist()
     points = zip(risks, costs, grid)
     order, cheapest = [], math.inf
     for _, cost, threshold in sorted(points, key=lambda point: point[:2]):
@@ -287,8 +273,8 @@ def calibrate_budget(
     costs = [macs / 1e9 for macs in answers.macs] if milliseconds is None else list(stage_milliseconds)
     costs = torch.tensor(costs, dtype=torch.float64)
     grid = _grid(answers, per_exit, levels=24)
-    spent = _means(answers, grid, costs.expand(len(answers), -1)).tolist()
-    accuracies = _means(answers, grid, answers.top1).tolist()
+    spent = answers.means(grid, costs.expand(len(answers.scores), -1)).tolist()
+    accuracies = answers.qualities(grid)
     best: tuple[float, float, Threshold] | None = None
     for cost, accuracy, threshold in zip(spent, accuracies, grid):
         # A budget equal to the cost of a stage includes it, however the mean over the images is rounded.
@@ -296,22 +282,23 @@ def calibrate_budget(
         if within and (best is None or (accuracy, -cost) > (best[0], -best[1])):
             best = accuracy, cost, threshold
     if best is None:
-        raise ValueError(
-            f"No τ costs at most {budget} {unit} per image: the first stage alone takes {costs[0].item():.4g} {unit}."
-        )
-    accuracy, cost, threshold = best
+        raise ValueError(f"No τ costs at most {budget} {unit} per image: the cheapest takes {min(spent):.4g} {unit}.")
+    _, cost, threshold = best
+    row = answers.row(threshold)
     return Calibration(
         threshold=threshold,
         target="macs" if milliseconds is None else "milliseconds",
         dataset=answers.dataset,
         images=len(answers),
         achieved=cost,
-        top1=100 * accuracy,
-        gmacs=answers.row(threshold)["gmacs"],
+        top1=row.get("top1"),
+        mean_iou=row.get("mean_iou"),
+        gmacs=row["gmacs"],
         budget=budget,
         split=answers.split,
         conditions=answers.conditions,
         seen=answers.seen,
+        prepared=answers.prepared,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..public_names import public_name
+from .segmentation import StageConfusions
 from .splits import ALL, UNKNOWN
 from .sweep import StageAnswers
 
@@ -39,43 +40,61 @@ def plot_accuracy_against_macs(
     answers: StageAnswers, rows: Sequence[dict[str, Any]], marked: Sequence[float] = ()
 ) -> Any:
     """
-    Plot accuracy over mean cost as τ varies, and each stage alone for comparison.
+    Plot accuracy over mean cost as τ varies, with a mark for each row, and each stage alone for comparison.
 
     Args:
         answers (`StageAnswers`): of the sweep.
         rows (`list[dict]`): of the sweep, each with one τ; in any order.
-        marked (`list[float]`): values of τ to annotate; by default about six, evenly spread in cost.
+        marked (`list[float]`): values of τ to label; by default at most six, evenly spread in cost.
 
     Returns:
         A matplotlib `Figure`.
     """
     figure, axes = _figure()
-    rows = sorted(rows, key=lambda row: (row["gmacs"], row["top1"]))
-    scale, unit = _unit(answers)
-    costs, accuracies = [row["gmacs"] * scale for row in rows], [row["top1"] for row in rows]
-    axes.plot(costs, accuracies, color=BLUE, linewidth=2, label="τ varies")
-    low, high = (costs[0], costs[-1]) if rows else (0.0, 1.0)
-    if not marked:
-        goals = [low + (high - low) * part / 5 for part in range(6)]
-        marked = (
-            [min(rows, key=lambda row: abs(row["gmacs"] * scale - goal))["threshold"] for goal in goals] if rows else []
-        )
-    for row in rows:
-        if row["threshold"] in marked:
-            point = row["gmacs"] * scale, row["top1"]
-            axes.plot(*point, "o", color=BLUE, markersize=6)
-            axes.annotate(f"τ = {row['threshold']:.2g}", point, xytext=(6, -13), textcoords="offset points", fontsize=9)
+    (scale, unit), (measure, words, percent) = _unit(answers), _measure(answers)
+    rows = sorted(rows, key=lambda row: (row["gmacs"], row[measure]))
+    costs, accuracies = [row["gmacs"] * scale for row in rows], [percent * row[measure] for row in rows]
+    axes.plot(costs, accuracies, "-o", color=BLUE, linewidth=2, markersize=4, label="τ varies")
+    labelled = [row for row in rows if row["threshold"] in marked] if marked else _spread_in_cost(rows, 6)
+    for row, label in zip(labelled, distinct_labels([row["threshold"] for row in labelled])):
+        point = row["gmacs"] * scale, percent * row[measure]
+        axes.plot(*point, "o", color=BLUE, markersize=7)
+        axes.annotate(f"τ = {label}", point, xytext=(6, -13), textcoords="offset points", fontsize=9)
     for stage, row in enumerate(answers.stage_rows()):
         color, _, marker = STYLES[(stage + 1) % len(STYLES)]
-        point = row["gmacs"] * scale, row["top1"]
+        point = row["gmacs"] * scale, percent * row[measure]
         label = f"stage {stage} for every image"
         axes.plot(*point, marker, color=color, markersize=9, markeredgecolor=BLACK, linestyle="none", label=label)
     axes.set_xlabel(f"mean {unit} per image")
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylabel(f"{words} (%)")
     axes.set_title(_title(answers), fontsize=10)
     axes.margins(x=0.1, y=0.12)
     axes.legend(loc="lower right", frameon=False)
     return figure
+
+
+def _spread_in_cost(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most `count` of rows in order of cost, the nearest to evenly spread costs, none of them twice."""
+    if not rows:
+        return []
+    low, high = rows[0]["gmacs"], rows[-1]["gmacs"]
+    goals = [low + (high - low) * part / (count - 1) for part in range(count)]
+    nearest = [min(range(len(rows)), key=lambda index: abs(rows[index]["gmacs"] - goal)) for goal in goals]
+    chosen: list[int] = []
+    for index in sorted(set(nearest)):
+        # Labels of points that lie closer than half of the even distance would cover each other.
+        if not chosen or rows[index]["gmacs"] - rows[chosen[-1]]["gmacs"] > (high - low) / (2 * (count - 1)):
+            chosen.append(index)
+    return [rows[index] for index in chosen]
+
+
+def distinct_labels(thresholds: Sequence[float]) -> list[str]:
+    """The values of τ with as few digits, two at the least, as tell different values apart."""
+    for digits in range(2, 17):
+        labels = [f"{threshold:.{digits}g}" for threshold in thresholds]
+        if len(set(labels)) == len(set(thresholds)):
+            break
+    return labels if thresholds else []
 
 
 def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) -> Any:
@@ -111,7 +130,7 @@ def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> A
         options = {"marker": marker, "markevery": max(1, len(rows) // 10), "linewidth": 2, "color": color}
         axes.plot([row["threshold"] for row in rows], shares, line, label=f"leave after stage {stage}", **options)
     axes.set_xlabel("τ")
-    axes.set_ylabel("share of images (%)")
+    axes.set_ylabel(f"share of {'windows' if isinstance(answers, StageConfusions) else 'images'} (%)")
     axes.set_ylim(-2, 102)
     axes.set_title(_title(answers), fontsize=10)
     axes.legend(frameon=False)
@@ -121,6 +140,11 @@ def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> A
 def _title(answers: StageAnswers) -> str:
     split = "" if answers.split in (ALL, UNKNOWN) else f", split {answers.split}"
     return f"{public_name(answers.dataset)}{split}, {len(answers)} images"
+
+
+def _measure(answers: StageAnswers | StageConfusions) -> tuple[str, str, float]:
+    """Name of what is plotted, in words, and what it is multiplied by for percentages."""
+    return ("mean_iou", "mean IoU", 100.0) if isinstance(answers, StageConfusions) else ("top1", "top-1 accuracy", 1.0)
 
 
 def _unit(answers: StageAnswers) -> tuple[float, str]:

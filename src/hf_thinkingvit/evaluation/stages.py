@@ -17,7 +17,8 @@ from ..models.staged_run import Answer
 
 # (answer of one stage, batch) → measurements: tensors whose first dimension is the image.
 Measure = Callable[[Answer, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-
+# The same of an answer beside that of the last stage: (answer, last answer, batch) → measurements.
+Comparison = Callable[[Answer, Answer, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 Threshold = float | Sequence[float]
 
@@ -29,12 +30,15 @@ class StageScores:
     Attributes:
         scores (`torch.FloatTensor` of shape `(images, stages)`): float32.
         criterion (`str`), entropy_top_k (`int`), exit_at_threshold (`bool`): as in the model's configuration.
+        prepared (`str`, *optional*): how images were resized and cut, in words, where the image processor does not say
+            it.
     """
 
     scores: torch.Tensor
     criterion: str
     entropy_top_k: int
     exit_at_threshold: bool
+    prepared = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -61,12 +65,24 @@ class StageScores:
             self.entropy_top_k,
             exit_at_threshold=self.exit_at_threshold,
         )
-        goes_on = torch.ones(len(resolved), len(self), dtype=torch.bool)
-        stages = torch.zeros(len(resolved), len(self), dtype=torch.long)
+        goes_on = torch.ones(len(resolved), len(self.scores), dtype=torch.bool)
+        stages = torch.zeros(len(resolved), len(self.scores), dtype=torch.long)
         for stage in range(self.num_stages - 1):
             goes_on &= ~rule.exits(stage, self.scores[:, stage])
             stages += goes_on
         return stages
+
+    def means(self, thresholds: Sequence[Threshold], values: torch.Tensor) -> torch.Tensor:
+        """
+        For every τ, the mean over the images of `values` `(rows, stages)` at their exits, summed over the rows of an
+        image: float64 `(thresholds,)`.
+        """
+        together = max(1, 2**23 // self.scores.numel())  # about 100 MB
+        means = []
+        for start in range(0, len(thresholds), together):
+            stages = self.exit_stages_of_each(thresholds[start : start + together])
+            means.append(values.T.expand(self.num_stages, -1).gather(0, stages).double().sum(dim=1) / len(self))
+        return torch.cat(means)
 
     def at(self, values: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
         """Each image's entry of `values` `(images, stages, ...)` at its exit."""
@@ -82,6 +98,8 @@ class StageMeasurements(StageScores):
         scores, criterion, entropy_top_k, exit_at_threshold: as in [`StageScores`].
         measures (`dict[str, torch.Tensor]`): on the CPU, each of shape `(images, stages, ...)`, in its dtype (bool as
             uint8, half precision as float32); empty if there were no images.
+        image (`torch.LongTensor` of shape `(rows,)`, *optional*): the image that each row is of, where the batches are
+            windows of images.
         image_size (`tuple[int, int]`, *optional*): (height, width) of the last batch; `None` if there was none.
     """
 
@@ -91,6 +109,7 @@ class StageMeasurements(StageScores):
     exit_at_threshold: bool
     measures: dict[str, torch.Tensor]
     image_size: tuple[int, int] | None = None
+    image: torch.Tensor | None = None
 
     def measures_at(self, threshold: Threshold) -> dict[str, torch.Tensor]:
         """What was measured of each image's accepted answer under τ: `(images, ...)`."""
@@ -105,9 +124,12 @@ def measure_stages(
     measure: Measure,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    compare: Comparison | None = None,
 ) -> StageMeasurements:
     """
     Run every stage once on every image. Every process must call it, and gets the measurements of all images.
+
+    Batches of [`~hf_thinkingvit.windows.window_batches`] have several rows for each image, as their entry `image` says.
 
     Args:
         model (`PreTrainedModel`): a model that thinks in stages, on the accelerator's device; its mode is restored.
@@ -116,6 +138,7 @@ def measure_stages(
             dimension is the image.
         accelerator (`Accelerator`, *optional*): gathers the results of several processes.
         progress (`bool`): show a progress bar, on the main process.
+        compare (`Callable`, *optional*): `(answer, last answer, batch) -> dict` of further measurements.
 
     Raises:
         ValueError: if the model does not think in stages.
@@ -124,7 +147,7 @@ def measure_stages(
         raise ValueError(f"{type(model).__name__} does not think in stages: there is no τ to evaluate.")
     config, rule, stages = model.config, model.exit_rule(), range(model.config.num_stages)
     columns: dict[str, list[torch.Tensor]] = {}
-    image_size = None
+    image_size, num_images, image = None, 0, []
     show = progress and (accelerator is None or accelerator.is_main_process)
     was_training = model.training
     model.eval()
@@ -136,8 +159,15 @@ def measure_stages(
             sizes = {} if image_size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
             run = run_stages(model, rule, stages, pixel_values, run_all=True, **sizes)
             measured = [{"score": step.score, **measure(step.answer, batch)} for step in run.steps]
+            if compare is not None:
+                last = run.steps[-1].answer
+                measured = [{**entry, **compare(step.answer, last, batch)} for entry, step in zip(measured, run.steps)]
             rows = {name: torch.stack([_plain(entry[name]) for entry in measured], dim=1) for name in measured[0]}
-            if accelerator is not None:
+            if "image" in batch:
+                rows, image_of_row = _gather_images(rows, batch["image"], accelerator)
+                image.append(image_of_row + num_images)
+                num_images = int(image[-1][-1]) + 1
+            elif accelerator is not None:
                 rows = accelerator.gather_for_metrics(rows)
             for name, tensor in rows.items():
                 columns.setdefault(name, []).append(tensor.cpu())
@@ -146,8 +176,30 @@ def measure_stages(
     measures = {name: torch.cat(parts) for name, parts in columns.items()}
     scores = measures.pop("score", torch.zeros(0, len(stages)))
     return StageMeasurements(
-        scores, config.exit_criterion, config.entropy_top_k, config.exit_at_threshold, measures, image_size
+        scores,
+        config.exit_criterion,
+        config.entropy_top_k,
+        config.exit_at_threshold,
+        measures,
+        image_size,
+        torch.cat(image) if image else None,
     )
+
+
+def _gather_images(
+    rows: dict[str, torch.Tensor], image: torch.Tensor, accelerator: Accelerator | None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """
+    The rows of all processes, and the image of each, from 0. As objects, one for each image: processes have the same
+    number of images in a batch, but not of rows.
+    """
+    image = image.cpu()
+    parts = [{name: tensor[image == index].cpu() for name, tensor in rows.items()} for index in image.unique()]
+    if accelerator is not None:
+        parts = accelerator.gather_for_metrics(parts, use_gather_object=True)
+    counts = torch.tensor([len(part["score"]) for part in parts])
+    gathered = {name: torch.cat([part[name] for part in parts]) for name in rows}
+    return gathered, torch.arange(len(parts)).repeat_interleave(counts)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,10 @@ from .wording import at_least, at_most
 PROMISES = {
     "accuracy_drop": "at most {} of images are right at the last stage and wrong where they exit",
     "error": "at most {} of images are classified wrongly",
+    "pixels_lost": (
+        "on average at most {} of an image's pixels are right at the last stage and wrong where their window exits"
+    ),
+    "pixel_error": "on average at most {} of an image's pixels are wrong",
 }
 NONE_EXITS_EARLY = "No τ at which an image exits early keeps this promise."
 UNITS = {"macs": "GMACs", "milliseconds": "ms"}

@@ -3,6 +3,7 @@ Evaluates any number of τ from one pass: every stage runs once per image, and i
 determine, for any τ, at which stage the image exits and whether its answer is right.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,11 @@ from ..public_names import public_name
 from .conditions import model_conditions
 from .labels import LabelMap
 from .macs import stage_macs
-from .splits import UNKNOWN, evaluation_rows, why_not_new
+from .splits import UNKNOWN, evaluation_rows, is_training_split, why_not_new
 from .stages import StageScores, Threshold, measure_stages
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class StageAnswers(StageScores):
         seen (`str`, *optional*): why the images are not new to the model, in words, if its configuration records it.
     """
 
+    risks = ("accuracy_drop", "error")
+
     scores: torch.Tensor
     top1: torch.Tensor
     top5: torch.Tensor
@@ -56,6 +62,14 @@ class StageAnswers(StageScores):
     def select(self, rows: torch.Tensor) -> "StageAnswers":
         """The answers to the images `rows` (indices or a mask)."""
         return replace(self, scores=self.scores[rows], top1=self.top1[rows], top5=self.top5[rows])
+
+    def losses(self, risk: str) -> torch.Tensor:
+        """Whether each image fails if it exits at each stage, bool `(images, stages)`; see `calibrate_risk`."""
+        return {"accuracy_drop": ~self.top1 & self.top1[:, -1:], "error": ~self.top1}[risk]
+
+    def qualities(self, thresholds: Sequence[Threshold]) -> list[float]:
+        """The accuracy (%) under each τ."""
+        return (100 * self.means(thresholds, self.top1)).tolist()
 
     def row(self, threshold: Threshold) -> dict[str, Any]:
         """Accuracy (%), cost and exits under τ; `exit_top1` is `None` for exits that no image takes."""
@@ -201,6 +215,12 @@ def evaluate_thresholds(
     trained_on = getattr(model.config, "training_data", None)
     rows, split = evaluation_rows(dataset, split, streaming, trained_on)
     seen = why_not_new(trained_on, dataset, split)
+    if seen or is_training_split(split):
+        logger.warning(
+            "The images of split %r are not new to the model (%s): on them it does better than on others.",
+            split,
+            seen or "they are called training images",
+        )
     images = as_image_split(rows, name, image_column, label_column).sample(max_samples)
     labels = LabelMap(model.config, images.label_names, label_map, restrict, name)
     model.to(accelerator.device)

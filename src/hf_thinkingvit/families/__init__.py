@@ -36,4 +36,19 @@ def family_of(model_or_config: nn.Module | PreTrainedConfig) -> Family:
     )
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+def task_of(model: nn.Module) -> str:
+    """
+    The task of a model with a head, under its name in `pipeline`. By the names of classes, because a model that was
+    loaded as remote code has a class of its own.
+
+    Raises:
+        ValueError: if the model has no head that this package knows.
+    """
+    heads = {head.__name__: task for family in FAMILIES.values() for task, head in family.heads.items()}
+    for kind in type(model).__mro__:
+        if kind.__name__ in heads:
+            return heads[kind.__name__]
+    raise ValueError(f"`model` must be one of {', '.join(heads)}, unwrapped, got {type(model).__name__}.")
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "task_of"]

@@ -45,7 +45,9 @@ def build_config(checkpoint: Checkpoint, **overrides) -> AViTConfig:
         elif name not in overrides:
             raise ValueError(
                 f"{checkpoint.path} is a DeiT and does not state the gate of an A-ViT. Pass `{name}`: the official "
-                "weights have `gate_scale=10` and `gate_center=30` (Tiny) or `gate_center=75` (Small)."
+                "weights have `gate_scale=10` and `gate_center=30` (Tiny) or `gate_center=75` (Small). If it is a "
+                "plain timm ViT or DeiT, which is not adaptive: training starts from the same model in Transformers' "
+                'format, `ThinkingViTForImageClassification.from_vit("facebook/deit-small-patch16-224")`.'
             )
     if "num_attention_heads" not in overrides and fields["hidden_size"] % max(fields["num_attention_heads"], 1):
         raise ValueError(f"{checkpoint.path} does not say how many heads it has. Pass `num_attention_heads`.")

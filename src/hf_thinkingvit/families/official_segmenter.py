@@ -6,6 +6,7 @@ the logits stay the same. The mask transformer has a width of its own and is not
 """
 
 import logging
+import math
 import re
 from dataclasses import replace
 
@@ -85,9 +86,33 @@ def _projection_shapes(state_dict: dict[str, torch.Tensor]) -> list[tuple[int, i
 def _head_dim(checkpoint: Checkpoint) -> int:
     """Channels of a head: those of the files if they state the container's width and heads, else DeiT's."""
     net = checkpoint.variant.get("net_kwargs") or {}
-    if net.get("d_model") and net.get("n_heads"):
-        return net["d_model"] // net["n_heads"]
-    return DEIT_HEAD_DIM
+    width, heads = (_stated_integer(checkpoint, f"net_kwargs.{name}", net.get(name)) for name in ("d_model", "n_heads"))
+    if width is None or heads is None:
+        return DEIT_HEAD_DIM
+    if width % heads:
+        raise ValueError(
+            f"`net_kwargs.d_model` ({width}) in the `variant.yml` of {checkpoint.path} must be a multiple of "
+            f"`net_kwargs.n_heads` ({heads})."
+        )
+    return width // heads
+
+
+def _stated_integer(checkpoint: Checkpoint, name: str, value) -> int | None:
+    """`value` of the `variant.yml`, a positive integer or nothing, else `ValueError`."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise _not_as_expected(checkpoint, name, "a positive integer", value)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _not_as_expected(checkpoint: Checkpoint, name: str, expected: str, value) -> ValueError:
+    return ValueError(
+        f"`{name}` in the `variant.yml` of {checkpoint.path} must be {expected}, got {value!r}: correct the file, or "
+        "remove the line for the default."
+    )
 
 
 def _stages(checkpoint: Checkpoint, overrides: dict) -> list[int]:
@@ -192,13 +217,17 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingViTConfig:
     if decoder_type == "mask_transformer":
         width = state_dict["decoder.cls_emb"].shape[-1]
         numbers = {int(match[1]) for name in state_dict if (match := re.match(r"decoder\.blocks\.(\d+)\.", name))}
-        decoder = net.get("decoder")
-        heads = decoder.get("n_heads") if isinstance(decoder, dict) else None
+        decoder = net.get("decoder") if isinstance(net.get("decoder"), dict) else {}
+        heads = _stated_integer(checkpoint, "net_kwargs.decoder.n_heads", decoder.get("n_heads"))
+        dropout = decoder.get("dropout")
+        if dropout is not None and not (_is_number(dropout) and 0 <= dropout <= 1):
+            raise _not_as_expected(checkpoint, "net_kwargs.decoder.dropout", "a number from 0 to 1", dropout)
         fields.update(
             decoder_num_hidden_layers=len(numbers),
             decoder_hidden_size=width,
             decoder_num_attention_heads=heads or max(width // DEIT_HEAD_DIM, 1),
             decoder_intermediate_size=len(state_dict["decoder.blocks.0.mlp.fc1.weight"]),
+            decoder_dropout_prob=dropout or 0.0,
         )
     return ThinkingViTConfig(**{**fields, **overrides, "thinking_stages": stages})
 
@@ -210,10 +239,18 @@ def _size(size: int | list[int] | None) -> int | list[int] | None:
 def _exit_fields(checkpoint: Checkpoint, num_stages: int) -> dict:
     """τ and the weights of the losses, where the files state them."""
     thinking, fields = checkpoint.variant.get("thinking_kwargs") or {}, {}
-    if isinstance(thinking.get("threshold"), (int, float)):
-        fields["threshold"] = thinking["threshold"]
-    weights = thinking.get("loss_weights")
-    if isinstance(weights, list) and len(weights) == num_stages and sum(weights) > 0:
+    threshold, weights = thinking.get("threshold"), thinking.get("loss_weights")
+    if threshold is not None:
+        each = threshold if isinstance(threshold, list) else [threshold]
+        if not each or not all(_is_number(value) for value in each):
+            expected = "a number, or a list of one for each stage but the last"
+            raise _not_as_expected(checkpoint, "thinking_kwargs.threshold", expected, threshold)
+        fields["threshold"] = threshold
+    if weights is not None:
+        numbers = isinstance(weights, list) and all(_is_number(weight) and weight >= 0 for weight in weights)
+        if not numbers or len(weights) != num_stages or sum(weights) == 0:
+            expected = f"{num_stages} numbers, one for each stage, none below 0 and not all 0"
+            raise _not_as_expected(checkpoint, "thinking_kwargs.loss_weights", expected, weights)
         fields["stage_loss_weights"] = [weight / sum(weights) for weight in weights]  # as the script normalises them
     return fields
 

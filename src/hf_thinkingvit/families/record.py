@@ -24,6 +24,7 @@ TRAINING_FIELDS = frozenset(
         *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
     }
 )
+BACKBONE_FIELDS = frozenset({"out_stage"})  # what other models' heads read
 # Fields of every family that thinks in stages: when an image exits, and how the stages are weighted in training.
 EXIT_FIELDS = frozenset({"threshold", "exit_criterion", "exit_at_threshold", "entropy_top_k", "stage_loss_weights"})
 
@@ -113,6 +114,7 @@ class Family:
         card (`CardText`): of model cards.
         paper (`Paper`): to cite.
         official (`OfficialFormat`, *optional*): how the authors' classifiers are converted, where there are any.
+        backbone_class (`type`, *optional*): the model for other models' heads, of `AutoBackbone`.
         other_official (`tuple[OfficialFormat, ...]`): the same for their checkpoints of other tasks.
         without_mixup (`str`, *optional*):
             For a family that is trained without mixup and cutmix: that statement with its source.
@@ -130,6 +132,7 @@ class Family:
     paper: Paper
     official: OfficialFormat | None = None
     other_official: tuple[OfficialFormat, ...] = ()
+    backbone_class: type[PreTrainedModel] | None = None
     added_parameters: Mapping[str, str] = field(default_factory=dict)
     without_mixup: str | None = None
 

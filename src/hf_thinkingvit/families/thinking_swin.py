@@ -7,10 +7,20 @@ import torch
 from ..models import weights_from_swin
 from ..models.configuration_thinking_swin import ThinkingSwinConfig
 from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification, ThinkingSwinModel
+from ..models.modeling_thinking_swin_backbone import ThinkingSwinBackbone
 from . import costs_swin
 from .official import Checkpoint, OfficialFormat, rename
 from .official_deit import one_if_equal
-from .record import EXIT_FIELDS, IMAGE_CLASSIFICATION, TRAINING_FIELDS, CardText, Costs, Family, PlainSource
+from .record import (
+    BACKBONE_FIELDS,
+    EXIT_FIELDS,
+    IMAGE_CLASSIFICATION,
+    TRAINING_FIELDS,
+    CardText,
+    Costs,
+    Family,
+    PlainSource,
+)
 from .thinkingvit import STAGED_LIMITS, THINKINGVIT_PAPER
 
 
@@ -138,7 +148,7 @@ FAMILY = Family(
     heads={IMAGE_CLASSIFICATION: ThinkingSwinForImageClassification},
     costs=Costs(stages=costs_swin.stage_macs, published_stages=costs_swin.published_stage_macs),
     plain=PlainSource("from_swin", frozenset({*weights_from_swin.FIXED_FIELDS, *weights_from_swin.SHARED_FIELDS})),
-    free_fields=TRAINING_FIELDS | EXIT_FIELDS,
+    free_fields=TRAINING_FIELDS | EXIT_FIELDS | BACKBONE_FIELDS,
     announced_fields=frozenset({"head_rounds", "image_size"}),  # the windows are the same size at every image size
     card=CardText(
         description="""\
@@ -149,4 +159,5 @@ whole hierarchy, which starts from the recycled tokens.""",
     ),
     paper=THINKINGVIT_PAPER,
     official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare),
+    backbone_class=ThinkingSwinBackbone,
 )

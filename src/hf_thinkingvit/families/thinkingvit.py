@@ -8,6 +8,7 @@ import torch
 from ..models import weights_from_vit
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 from ..models.modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViTModel
+from ..models.modeling_thinkingvit_backbone import ThinkingViTBackbone
 from ..models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation
 from . import costs_vit
 from .official import Checkpoint, OfficialFormat
@@ -16,6 +17,7 @@ from .official_pruning import CROP_PCT, cut_to_stages, predictor_name, predictor
 from .official_segmenter import SEGMENTER
 from .official_supernet import cut_supernet, is_supernet
 from .record import (
+    BACKBONE_FIELDS,
     EXIT_FIELDS,
     IMAGE_CLASSIFICATION,
     IMAGE_SEGMENTATION,
@@ -188,7 +190,7 @@ FAMILY = Family(
     },
     costs=Costs(stages=costs_vit.stage_macs, published_stages=costs_vit.published_stage_macs),
     plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
-    free_fields=TRAINING_FIELDS | EXIT_FIELDS | {"pruning_ratio_loss_weight"},
+    free_fields=TRAINING_FIELDS | EXIT_FIELDS | BACKBONE_FIELDS | {"pruning_ratio_loss_weight"},
     announced_fields=frozenset({"thinking_stages", "pruning_keep_rate"}),
     added_parameters={"pruning_layers": "thinkingvit.score_predictors.*"},
     card=CardText(
@@ -201,4 +203,5 @@ the recycled tokens.""",
     paper=THINKINGVIT_PAPER,
     official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare, crop_pct=crop_pct),
     other_official=(SEGMENTER,),
+    backbone_class=ThinkingViTBackbone,
 )

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
 from ..evaluation.splits import ALL, UNKNOWN, same_data, why_not_new
 from ..evaluation.statements import calibration_statement
-from ..families import FAMILIES, family_of
+from ..families import FAMILIES, family_of, task_of
+from ..families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_criteria import EXIT_CRITERIA
@@ -25,12 +27,21 @@ from .results import read_results
 
 SWEEP_ROWS = 12  # more would hide the table's message; the results file has every row
 
-METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
+METRICS = {
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("top_5_accuracy", "top-5 accuracy"),
+    "mean_iou": ("mean_iou", "mean IoU"),
+    "overall_accuracy": ("accuracy", "pixel accuracy"),
+}
+ROUNDED = {"mean_iou": 4, "overall_accuracy": 4}  # fractions; others are percentages, with 2 digits
 COLUMNS = {
+    "mean_iou": ("mean IoU (%)", "{:.2f}"),
+    "overall_accuracy": ("pixel accuracy (%)", "{:.2f}"),
     "top1": ("top-1 (%)", "{:.2f}"),
     "top5": ("top-5 (%)", "{:.2f}"),
     "mean_depth": ("mean depth in layers", "{:.2f}"),
     "gmacs": ("GMACs", "{:.4g}"),
+    "gmacs_per_window": ("GMACs per window", "{:.4g}"),
 }
 CALIBRATION_FACTS = {
     "target": "target",
@@ -42,8 +53,59 @@ CALIBRATION_FACTS = {
     "dataset": "calibrated on",
     "split": "split",
     "images": "images",
+    "prepared": "read",
     "dtype": "measured in",
     "achieved": "achieved on them",
+}
+
+
+@dataclass(frozen=True)
+class TaskText:
+    """
+    What a card says of a task.
+
+    Attributes:
+        name (`str`): of the pipeline.
+        auto_class (`str`): that loads such models.
+        call (`str`): the variable of a pipeline.
+        verb (`str`): what the model does, up to the number of classes.
+        adaptive_pipeline (`str`, *optional*): this package's own pipeline.
+        measure (`str`): by which the best epoch is chosen.
+        unit (`str`): what runs through the stages.
+        note (`str`, *optional*): on the pipeline.
+    """
+
+    name: str
+    auto_class: str
+    call: str
+    verb: str
+    measure: str
+    adaptive_pipeline: str | None = None
+    unit: str = "an image"
+    note: str | None = None
+
+
+TASK_TEXTS = {
+    IMAGE_CLASSIFICATION: TaskText(
+        name=IMAGE_CLASSIFICATION,
+        auto_class="AutoModelForImageClassification",
+        call="classifier",
+        verb="classifies images of {size} pixels into",
+        measure="accuracy",
+        adaptive_pipeline="adaptive-image-classification",
+    ),
+    IMAGE_SEGMENTATION: TaskText(
+        name=IMAGE_SEGMENTATION,
+        auto_class="AutoModelForSemanticSegmentation",
+        call="segmenter",
+        verb="segments images, in windows of {size} pixels, into",
+        measure="mean IoU",
+        unit="a window",
+        note=(
+            "The pipeline squeezes each image into one window. Whole images are segmented in windows, which leave at "
+            "their own stages, by `hf-thinkingvit segment` and `hf_thinkingvit.inference.SlidingWindowSegmenter`."
+        ),
+    ),
 }
 
 
@@ -58,9 +120,9 @@ def model_card(
     **card_data: Any,
 ) -> ModelCard:
     """
-    A card for a trained classifier. Every measured number comes from `results`; sections without numbers are left out.
-    A calibration, of `results` or of the configuration, is repeated only while it applies to the model as it is. Else
-    the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
+    A card for a trained classifier or segmentation model. Every measured number comes from `results`; sections without
+    numbers are left out. A calibration, of `results` or of the configuration, is repeated only while it applies to the
+    model as it is. Else the card says what has changed since ([`~hf_thinkingvit.evaluation.calibration_status`]).
 
     Args:
         model (`PreTrainedModel`): the model that the card describes.
@@ -78,12 +140,12 @@ def model_card(
     Raises:
         ValueError: if the model is not of this package, or the results are of another model or not in that form.
     """
-    config = model.config
+    config, task = model.config, TASK_TEXTS[task_of(model)]
     results = _with_selection(config, {} if results is None else read_results(results, config))
-    figures = _eval_results(config, results)
+    figures = _eval_results(config, results, task.name)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=task.name,
         license=license,
         datasets=[public_name(each) for each in ([datasets] if isinstance(datasets, str) else datasets or [])] or None,
         tags=["vision", "adaptive-inference", config.model_type],
@@ -98,6 +160,7 @@ def model_card(
         **_description(model),
         **_measurements(config, results),
         **_calibration(model, results),
+        task=task,
         name=name,
         source=source,
     )
@@ -228,7 +291,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
     """Titles and cells of those figures that every row has, so that no cell is empty."""
     names = [name for name in COLUMNS if all(row.get(name) is not None for row in rows)]
     return [COLUMNS[name][0] for name in names], [
-        [COLUMNS[name][1].format(row[name]) for name in names] for row in rows
+        [COLUMNS[name][1].format(100 * row[name] if name in ROUNDED else row[name]) for name in names] for row in rows
     ]
 
 
@@ -266,7 +329,7 @@ def _row_of_config(config: PreTrainedConfig, sweep: Sequence[Mapping[str, Any]])
     return None
 
 
-def _eval_results(config: PreTrainedConfig, results: Mapping[str, Any]) -> list[EvalResult]:
+def _eval_results(config: PreTrainedConfig, results: Mapping[str, Any], task: str) -> list[EvalResult]:
     """For the model index: all stages of the model, and the configuration's τ if it is in the sweep."""
     if stages := results.get("stages"):
         measured = [("" if len(stages) == 1 else ", every image through all stages", stages[-1])]
@@ -277,13 +340,13 @@ def _eval_results(config: PreTrainedConfig, results: Mapping[str, Any]) -> list[
         measured.append((f" at τ = {_threshold(config.threshold)}", sweep[index]))
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type=task,
             dataset_type=results["dataset"],
             dataset_name=results["dataset"].rsplit("/", 1)[-1],
             dataset_split=None if results.get("split") in (ALL, UNKNOWN) else results.get("split"),
             metric_type=kind,
             metric_name=f"{words}{where}",
-            metric_value=round(row[field], 2),
+            metric_value=round(row[field], ROUNDED.get(field, 2)),
         )
         for where, row in measured
         for field, (kind, words) in METRICS.items()

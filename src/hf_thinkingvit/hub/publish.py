@@ -38,15 +38,15 @@ def push(
     **card_data: Any,
 ) -> CommitInfo | Path:
     """
-    Publish a classifier so that `pipeline("image-classification", model=repo_id)` runs it; without this package
-    installed, with `trust_remote_code=True`.
+    Publish a model so that `pipeline("image-classification", model=repo_id)`, or `"image-segmentation"`, runs it;
+    without this package installed, with `trust_remote_code=True`.
 
     Everything is written to a temporary folder first and uploaded in one commit, so an interrupted push leaves the
     repository as it was (or empty, if it was just created). Files of the repository that the push does not write stay,
     except the `results.json` of weights that are replaced.
 
     Args:
-        model (`PreTrainedModel`): a classifier of this package.
+        model (`PreTrainedModel`): a classifier or segmentation model of this package.
         processor (`BaseImageProcessor`): its image processor.
         repo_id (`str`): `"organization/name"`. Created if it does not exist.
         results (`dict` or path, *optional*): measured results, or the JSON file that holds them, in the form that
@@ -142,7 +142,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _check_model(model: PreTrainedModel) -> None:
     # Compared by name, because a model that was loaded as remote code has a class of its own.
-    names = [family.classifier.__name__ for family in FAMILIES.values()]  # cards are of classifiers
+    names = [head.__name__ for family in FAMILIES.values() for head in family.heads.values()]
     if type(model).__name__ not in names:
         raise ValueError(f"`model` must be one of {', '.join(names)}, unwrapped, got {type(model).__name__}.")
 

@@ -15,8 +15,9 @@ the best epoch of the training was chosen, and `dtype` the dtype of the computat
 [`~hf_thinkingvit.evaluation.Calibration.to_dict`]; without its `conditions` it cannot be verified that it is of this
 model. Each of `stages` is for every image answered by that stage, with cumulative GMACs; `threshold` is one number or
 one per exit; `plot` is the path of a picture, relative to the file's folder. Top-1 and top-5 are percentages, exit
-shares fractions. A model without stages has `top1`, `top5`, `mean_depth` and `macs` (mean per image) at the top level
-instead of `stages` and `sweep`.
+shares fractions. A segmentation model has `mean_iou` and `overall_accuracy` instead, fractions as in `evaluate`, with
+GMACs per image (all of its windows) as `gmacs` and per window as `gmacs_per_window`. A model without stages has `top1`,
+`top5`, `mean_depth` and `macs` (mean per image) at the top level instead of `stages` and `sweep`.
 """
 
 import json
@@ -36,12 +37,15 @@ from ..models.exit_rules import resolve_thresholds
 from ..public_names import public_name, public_text
 
 
+# What is measured of answers, and its greatest value: percentages of a classifier, shares of a segmentation model.
+MEASURES = {"top1": 100.0, "top5": 100.0, "mean_iou": 1.0, "mean_accuracy": 1.0, "overall_accuracy": 1.0}
 PLOT_SUFFIXES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
 
 
 def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], dataset: str, **facts: Any) -> dict[str, Any]:
     """
-    One model's entry of [`~hf_thinkingvit.evaluation.evaluate_accuracy`] in the form of a results file.
+    One model's entry of [`~hf_thinkingvit.evaluation.evaluate_accuracy`], or of `evaluate_segmentation`, in the form of
+    a results file.
 
     Args:
         model (`PreTrainedModel`): the model that was measured.
@@ -50,14 +54,14 @@ def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], datase
         facts: further fields, such as `split`, `selected_on` and `training`; those that are `None` are left out.
     """
     results = {"dataset": public_name(dataset), "images": measured["images"]}
+    names = [name for name in MEASURES if measured.get(name) is not None]
     if not thinks_in_stages(model):
-        results |= {"top1": measured["top1"][-1], "top5": measured["top5"][-1]}
+        results |= {name: measured[name][-1] for name in names}
         results |= {name: measured[name] for name in ("mean_depth", "macs") if name in measured}
     else:
         spent = accumulate(stage_macs(model.config))
         results["stages"] = [
-            {"top1": top1, "top5": top5, "gmacs": macs / 1e9}
-            for top1, top5, macs in zip(measured["top1"], measured["top5"], spent)
+            {**{name: measured[name][stage] for name in names}, "gmacs": macs / 1e9} for stage, macs in enumerate(spent)
         ]
     return results | {name: value for name, value in facts.items() if value is not None}
 
@@ -134,7 +138,7 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """Raise `ValueError` for invalid results, and for those of another model than `config` describes."""
     if not isinstance(results.get("dataset"), str) or not results["dataset"]:
         raise ValueError(f"`dataset` must name what the results were measured on, got {results.get('dataset')!r}.")
-    for name in ("split", "selected_on", "dtype"):
+    for name in ("split", "selected_on", "dtype", "prepared"):
         if results.get(name) is not None and not isinstance(results[name], str):
             raise ValueError(f"`{name}` of the results must be a text, got {results[name]!r}.")
     if results.get("images") is not None:
@@ -165,10 +169,10 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
             f"is {config.exit_criterion!r}: their thresholds are on another scale. Set the model's, or measure again."
         )
     for index, row in enumerate(stages):
-        _check_figures(f"stages[{index}]", row, needs="top1")
+        _check_figures(f"stages[{index}]", row, needs=_needed(config))
     for index, row in enumerate(sweep):
         where = f"sweep[{index}]"
-        _check_figures(where, row, needs="top1")
+        _check_figures(where, row, needs=_needed(config))
         _check_threshold(where, row.get("threshold"), count)
         shares = row.get("exit_shares")
         if shares is None:
@@ -181,6 +185,11 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
             raise ValueError(f"`{where}.exit_shares` must sum to 1, got {shares!r}.")
 
 
+def _needed(config: PreTrainedConfig) -> str:
+    """The measure without which a row says nothing."""
+    return "top1" if getattr(config, "decoder_type", None) is None else "mean_iou"
+
+
 def _check_threshold(where: str, threshold: Any, count: int) -> None:
     try:
         resolve_thresholds(threshold, count - 1)
@@ -191,9 +200,9 @@ def _check_threshold(where: str, threshold: Any, count: int) -> None:
 def _check_figures(where: str, row: Mapping[str, Any], needs: str | None = None) -> None:
     if not isinstance(row, Mapping) or (needs is not None and row.get(needs) is None):
         raise ValueError(f"`{where}` of the results must be a mapping with `{needs}`, got {row!r}.")
-    for name in ("top1", "top5"):
+    for name, maximum in MEASURES.items():
         if row.get(name) is not None:
-            check_number(f"{where}.{name}", row[name], maximum=100.0)
-    for name in ("gmacs", "macs", "mean_depth"):
+            check_number(f"{where}.{name}", row[name], maximum=maximum)
+    for name in ("gmacs", "gmacs_per_window", "macs", "mean_depth"):
         if row.get(name) is not None:
             check_number(f"{where}.{name}", row[name])

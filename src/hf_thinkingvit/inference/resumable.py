@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
@@ -58,34 +59,61 @@ class ResumableOutput:
     Until it is complete, each process appends lines to its own hidden file beside it (a *part*), and `NAME.run.json`
     stores the facts of the run (the *header*). A later run, with any number of processes, continues from all parts if
     its facts are the same, and is refused otherwise. Images that could not be read are tried again. The output file
-    itself appears only when it is complete.
+    itself appears only when it is complete. It has a line for every image; that of one that could not be read has an
+    `error` instead of an answer.
+
+    With `identities`, a run with the same facts also updates a complete output: images that are new or have changed are
+    answered, the lines of the others stay, and those of images that are gone are dropped.
 
     Args:
         path (path): ends in `.jsonl` or `.parquet`.
         facts (`dict`): everything that the answers depend on (model, τ, source), serializable as JSON.
         names (`Sequence[str]`): one per image, in order; bytes that are not UTF-8 are escaped.
         state (`PartialState`): Accelerate's. Every process creates the output, with the same other arguments.
+        identities (`Sequence[str]`, *optional*): one per image, which changes when the image does, such as size and
+            modification time of a file.
 
     Attributes:
         places (`list[int]`): indices of the images that this process has to answer.
         done (`int`): number of images that earlier runs answered; images that they could not read do not count.
+        is_update (`bool`): whether the output was complete before.
 
     Raises:
-        FileExistsError: if the output is complete already, or there are parts whose header is missing or has other
-            facts; the message says which, and which files to remove to start anew.
+        FileExistsError: if the output is complete already and there are no `identities`, or it or the parts were made
+            with other facts or have no header; the message says which, and which files to remove to start anew.
         ValueError: if `path` has another suffix.
     """
 
-    def __init__(self, path: str | os.PathLike, facts: Mapping[str, Any], names: Sequence[str], state: PartialState):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        facts: Mapping[str, Any],
+        names: Sequence[str],
+        state: PartialState,
+        identities: Sequence[str] | None = None,
+    ):
         self.path, self.names, self.state = Path(path), [printable(name) for name in names], state
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"The output must end in {' or '.join(SUFFIXES)}, got {self.path.name!r}.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.header = self.path.with_name(f"{self.path.name}.run.json")
-        self._refuse_complete()
-        facts = json.loads(json.dumps({**facts, "images": len(names), "names": fingerprint(self.names)}))
+        self.files = self.path.with_name(f".{self.path.name}.files.json")  # identities of a complete output's images
+        self.identities = None if identities is None else dict(zip(self.names, identities))
+        self.is_update = self.path.exists()
+        if self.identities is None:
+            self._refuse_complete()
+        facts = json.loads(json.dumps({**facts, **self._images()}))
+        if self.is_update:
+            self._refuse_other_output(facts)
         self._refuse_other(facts)
-        answered = {place for place, line in self._read_lines().items() if "error" not in line}
+        self.earlier = self._unchanged_lines() if self.is_update else {}
+        lines = {**self.earlier, **self._read_lines()}
+        if self.is_update and names and not lines:
+            raise FileExistsError(
+                f"{self.path} is there already, complete, and of other images than these (by names, sizes and times). "
+                "Choose another output."
+            )
+        answered = {place for place, line in lines.items() if "error" not in line}
         # All processes must have read the parts before any of them writes.
         state.wait_for_everyone()
         if state.is_main_process:
@@ -104,7 +132,7 @@ class ResumableOutput:
         self._file = part.open("ab")
 
     def write(self, place: int, **line: Any) -> None:
-        """Append the line of image `place`. A line with `error` says why it could not be read; the output omits it."""
+        """Append the line of image `place`. One with only `error` says why the image could not be read."""
         line = {"place": place, "name": self.names[place], **line}
         self._file.write(_as_json(line))
         self._file.flush()
@@ -123,20 +151,47 @@ class ResumableOutput:
         self.state.wait_for_everyone()
         if not self.state.is_main_process:
             return None
-        lines = self._read_lines()
+        lines = {**self.earlier, **self._read_lines()}
         missing = len(self.names) - len(lines)
         if missing:
             raise RuntimeError(f"{missing} of {len(self.names)} images have no answer yet: start again to go on.")
         ordered = [lines[place] for place in range(len(self.names))]
-        good = [{name: line[name] for name in line if name != "place"} for line in ordered if "error" not in line]
+        rows = [{name: line[name] for name in line if name != "place"} for line in ordered]
         if self.path.suffix == ".parquet":
+            columns = dict.fromkeys(name for row in [*rows, {"error": None}] for name in row)
+            table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
             temporary = self.path.with_name(f".{self.path.name}.partial")
-            datasets.Dataset.from_list(good).to_parquet(temporary)
+            table.cast_column("error", datasets.Value("string")).to_parquet(temporary)
             temporary.replace(self.path)
         else:
-            self._replace(self.path, b"".join(map(_as_json, good)))
+            self._replace(self.path, b"".join(map(_as_json, rows)))
+        if self.identities is not None:  # after the output: a row without an identity is answered again
+            self._replace(self.files, _as_json(self.identities))
         self._remove_parts()
-        return len(good), len(ordered) - len(good)
+        unreadable = sum("error" in row for row in rows)
+        return len(rows) - unreadable, unreadable
+
+    def _images(self) -> dict[str, Any]:
+        """The facts that tell which images there are."""
+        facts = {"images": len(self.names), "names": fingerprint(self.names)}
+        if self.identities is not None:
+            facts["contents"] = fingerprint(self.identities.values())
+        return facts
+
+    def _unchanged_lines(self) -> dict[int, dict[str, Any]]:
+        """The lines of the complete output for images that are there, and the same, by place."""
+        if self.path.suffix == ".parquet":
+            rows = pyarrow.parquet.read_table(self.path).to_pylist()
+            rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+        else:
+            rows = [json.loads(text) for text in self.path.read_bytes().split(b"\n")[:-1]]
+        try:
+            identities = json.loads(self.files.read_bytes())
+        except (OSError, ValueError):  # killed before it was written: all is answered again
+            identities = {}
+        places = {name: place for place, name in enumerate(self.names)}
+        same = {name for name, identity in self.identities.items() if identities.get(name) == identity}
+        return {places[row["name"]]: {"place": places[row["name"]], **row} for row in rows if row["name"] in same}
 
     def _part(self, process: int) -> Path:
         return self.path.with_name(f".{self.path.name}.{process}.part")
@@ -175,20 +230,35 @@ class ResumableOutput:
             self._remove_parts()  # left by a run that was killed after it had written the output
         raise FileExistsError(f"{self.path} is there already, and complete. Choose another output.")
 
+    def _refuse_other_output(self, facts: dict[str, Any]) -> None:
+        """Refuse to update a complete output that was made with other facts than which images there are."""
+        anew = f"Choose another output, or start anew by removing {self.path}."
+        ignored = self._images()
+        self._refuse_changes(
+            f"The complete output {self.path}",
+            {name: facts[name] for name in facts if name not in ignored},
+            anew,
+            ignored,
+        )
+
     def _refuse_other(self, facts: dict[str, Any]) -> None:
+        """Refuse to continue parts that were made with other facts."""
         parts = [str(part) for part in self._parts() if part.stat().st_size]
-        if not parts:
-            return
-        anew = f"Choose another output, or start anew by removing {', '.join(parts)}."
+        if parts:
+            anew = f"Choose another output, or start anew by removing {', '.join(parts)}."
+            self._refuse_changes(f"An unfinished run to {self.path}", facts, anew)
+
+    def _refuse_changes(self, what: str, facts: dict[str, Any], anew: str, ignored: Iterable[str] = ()) -> None:
         try:
             earlier = json.loads(self.header.read_bytes())
         except (OSError, ValueError):
             earlier = None
         if not isinstance(earlier, dict):
             raise FileExistsError(
-                f"An unfinished run to {self.path} cannot be continued: {self.header}, which stores the facts of "
-                f"the run, is missing or damaged. {anew}"
+                f"{what} cannot be continued: {self.header}, which stores the facts of the run, is missing or damaged. "
+                f"{anew}"
             )
+        earlier = {name: value for name, value in earlier.items() if name not in ignored}
         changes = [
             f"{name} was {earlier.get(name)!r} and is {facts.get(name)!r}"
             for name in {**earlier, **facts}
@@ -197,7 +267,7 @@ class ResumableOutput:
             and json.dumps(earlier.get(name), sort_keys=True) != json.dumps(facts.get(name), sort_keys=True)
         ]
         if changes:
-            raise FileExistsError(f"An unfinished run to {self.path} has other facts: {'; '.join(changes)}. {anew}")
+            raise FileExistsError(f"{what} has other facts: {'; '.join(changes)}. {anew}")
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:

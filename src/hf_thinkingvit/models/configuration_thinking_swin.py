@@ -3,8 +3,8 @@
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
+from .configuration_backbone import StagedBackboneConfig
 from .configuration_checks import as_pair, check_backbone_fields, check_boolean, check_integer, check_number
-from .configuration_staged import StagedConfig
 from .sub_networks import SubNetwork
 
 
@@ -29,7 +29,7 @@ class SwinRound(NamedTuple):
         return self.layers[-1].hidden_size
 
 
-class ThinkingSwinConfig(StagedConfig):
+class ThinkingSwinConfig(StagedBackboneConfig):
     r"""
     Configuration of a ThinkingSwin (arXiv 2507.10800, the paper's Swin variant): a nested Swin Transformer
     (arXiv 2103.14030) that answers with a few leading attention heads first, and runs the whole pyramid again with more
@@ -83,6 +83,8 @@ class ThinkingSwinConfig(StagedConfig):
             as in Transformers' Swin.
         threshold, exit_criterion, exit_at_threshold, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
+        out_stage, out_features, out_indices (*optional*):
+            Of a backbone ([`ThinkingSwinBackbone`]), see [`StagedBackboneConfig`].
 
     Raises:
         ValueError: if a value is invalid; the message names the field.
@@ -101,6 +103,7 @@ class ThinkingSwinConfig(StagedConfig):
         "AutoConfig": "configuration_thinking_swin.ThinkingSwinConfig",
         "AutoModel": "modeling_thinking_swin.ThinkingSwinModel",
         "AutoModelForImageClassification": "modeling_thinking_swin.ThinkingSwinForImageClassification",
+        "AutoBackbone": "modeling_thinking_swin_backbone.ThinkingSwinBackbone",
     }
 
     head_rounds: list[list[int]] | tuple[tuple[int, ...], ...] = ((3, 3, 6, 12), (3, 6, 12, 24))

@@ -2,15 +2,15 @@
 
 from typing import ClassVar
 
+from .configuration_backbone import StagedBackboneConfig
 from .configuration_checks import check_boolean, check_choice, check_integer, check_number
 from .configuration_nested_vit import NestedViTConfig
 from .configuration_pruning import DEFAULT_KEEP_RATE, check_pruning_fields
-from .configuration_staged import StagedConfig
 from .exit_criteria import EXIT_CRITERIA
 from .sub_networks import SubNetwork
 
 
-class ThinkingViTConfig(StagedConfig, NestedViTConfig):
+class ThinkingViTConfig(StagedBackboneConfig, NestedViTConfig):
     r"""
     Configuration of a ThinkingViT (arXiv 2507.10800): a nested Vision Transformer that answers with a few leading
     heads first, and thinks again with more heads where it is not certain. The defaults are the published 3 → 6 model:
@@ -52,6 +52,8 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
             (official: 2 for DeiT-S, 5 for DeiT-B).
         threshold, exit_criterion, exit_at_threshold, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`].
+        out_stage, out_features, out_indices (*optional*):
+            Of a backbone ([`ThinkingViTBackbone`]), see [`StagedBackboneConfig`].
         kwargs:
             The ViT fields of [`NestedViTConfig`], at full width: `hidden_size` (by default 64 channels a head),
             `num_hidden_layers` (12), `num_attention_heads` (by default those of the widest stage), `intermediate_size`
@@ -76,6 +78,7 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
         "AutoConfig": "configuration_thinkingvit.ThinkingViTConfig",
         "AutoModel": "modeling_thinkingvit.ThinkingViTModel",
         "AutoModelForImageClassification": "modeling_thinkingvit.ThinkingViTForImageClassification",
+        "AutoBackbone": "modeling_thinkingvit_backbone.ThinkingViTBackbone",
     }
     # With a decoder, this as well.
     remote_code_of_decoders: ClassVar[dict[str, str]] = {
@@ -171,6 +174,12 @@ class ThinkingViTConfig(StagedConfig, NestedViTConfig):
         if isinstance(self.semantic_loss_ignore_index, bool) or not isinstance(self.semantic_loss_ignore_index, int):
             raise ValueError(
                 f"`semantic_loss_ignore_index` must be an integer, got {self.semantic_loss_ignore_index!r}."
+            )
+        if 0 <= self.semantic_loss_ignore_index < self.num_labels:
+            raise ValueError(
+                f"`semantic_loss_ignore_index` ({self.semantic_loss_ignore_index}) is one of the {self.num_labels} "
+                "classes (`num_labels`), whose pixels would never count: set it to a number that is no class, such as "
+                "-100, and write that number into the masks where pixels do not count."
             )
         check_integer("decoder_num_hidden_layers", self.decoder_num_hidden_layers, minimum=1)
         for name in ("decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size"):

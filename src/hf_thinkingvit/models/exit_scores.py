@@ -7,6 +7,10 @@ Every score is computed in float32, whatever the dtype of the logits. NaN logits
 import torch
 
 
+CACHED_NUMBERS = 2**17  # of an image, that a pass of `mean_pixel_entropy` works on
+LOWEST_LOGIT = -1e30  # in place of -inf: its exponential is 0 as well, and 0 times it is not NaN
+
+
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
     # clamp: rounding can push a certain answer's entropy below 0, and then τ = 0 would let it exit. NaN stays NaN.
     # The same numbers as `torch.special.entr`, which torch 2.11 cannot export to ONNX inside a conditional.
@@ -75,7 +79,7 @@ def mean_binary_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def _softmax_entropy(logits: torch.Tensor) -> torch.Tensor:
     """As `entropy`, over dimension 1, without a logarithm for each class: of maps with many places and classes."""
-    logits = logits - logits.amax(dim=1, keepdim=True)
+    logits = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=LOWEST_LOGIT)
     exponentials = logits.exp()
     total = exponentials.sum(dim=1)
     return (total.log() - (exponentials * logits).sum(dim=1) / total).clamp(min=0.0)
@@ -107,8 +111,9 @@ def mean_pixel_entropy(logits: torch.Tensor, patch_size: tuple[int, int]) -> tor
     The same averaged over pixels, of logits that are resized bilinearly (`align_corners=False`) from patches to pixels:
     what the official segmentation code computes. It carries no gradient.
 
-    The resized map is never held whole. Pixel row `y` lies in patch row `y // height` of the patches, at the same
-    distance from the row's centre as every `height`-th row, so one pass of the loop computes all of these.
+    The resized map is never held whole. Pixel row `y` lies in patch row `y // height`, at the same distance from the
+    row's centre as every `height`-th row, so one pass of the inner loop computes these of several patch rows: on a CPU
+    few enough to stay in the cache, where it is about three times as fast.
 
     Args:
         logits (`torch.Tensor` of shape `(images, num_classes, rows, columns)`, any floating dtype).
@@ -117,19 +122,36 @@ def mean_pixel_entropy(logits: torch.Tensor, patch_size: tuple[int, int]) -> tor
     Returns:
         `torch.Tensor` of shape `(images,)`, float32, between 0 and ln(num_classes).
     """
-    height, width = patch_size
-    rows, columns = logits.shape[2:]
-    wide = torch.nn.functional.interpolate(
-        logits.detach().float(), size=(rows, columns * width), mode="bilinear", align_corners=False
-    )
-    above = torch.cat([wide[:, :, :1], wide[:, :, :-1]], dim=2)  # beyond the border, the row at the border
-    below = torch.cat([wide[:, :, 1:], wide[:, :, -1:]], dim=2)
-    means = []
-    for row in range(height):
-        distance = (row + 0.5) / height - 0.5  # from the centre of the patch, in patches
-        resized = torch.lerp(wide, above if distance < 0 else below, abs(distance))
-        means.append(_softmax_entropy(resized).mean(dim=(1, 2)))
-    return torch.stack(means).mean(dim=0)
+    (height, width), (rows, columns) = patch_size, logits.shape[2:]
+    logits = logits.detach().float()
+    # Here and not for each pixel: weights of 0 in the resize would make NaN of -inf, and there are few patches.
+    no_class = logits.amax(dim=1, keepdim=True) == -torch.inf
+    logits = logits.clamp(min=LOWEST_LOGIT).masked_fill(no_class, torch.nan)
+    logits = torch.cat([logits[:, :, :1], logits, logits[:, :, -1:]], dim=2)  # beyond the border, the row at the border
+    block = rows
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # programs would repeat every pass
+        block = max(CACHED_NUMBERS // (logits.shape[1] * columns * width), 1)
+    sums = []
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        size = (stop - start + 2, columns * width)
+        wide = torch.nn.functional.interpolate(
+            logits[:, :, start : stop + 2], size=size, mode="bilinear", align_corners=False
+        )
+        above, middle, below = wide[:, :, :-2], wide[:, :, 1:-1], wide[:, :, 2:]
+        for row in range(height):
+            distance = (row + 0.5) / height - 0.5  # from the centre of the patch, in patches
+            resized = torch.lerp(middle, above if distance < 0 else below, abs(distance))
+            sums.append(_entropy_in_place(resized).sum(dim=(1, 2)))
+    return torch.stack(sums).sum(dim=0) / (height * width * rows * columns)
+
+
+def _entropy_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """As `_softmax_entropy`, without a gradient; overwrites `logits`."""
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    exponentials = logits.exp()
+    total = exponentials.sum(dim=1)
+    return (total.log() - logits.mul_(exponentials).sum(dim=1) / total).clamp(min=0.0)
 
 
 __all__ = [

@@ -11,7 +11,6 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageOps
-from transformers.image_utils import load_image
 
 
 # TIFF tags.
@@ -42,8 +41,10 @@ def read_image(source: str | os.PathLike | Image.Image, timeout: float | None = 
             return as_rgb(image, source)
     try:
         image = Image.open(BytesIO(base64.decodebytes(source.rpartition(",")[2].encode())))
-    except Exception:  # neither a path nor base64
-        return load_image(source)  # raises an error that says so
+    except Exception as error:  # neither a path nor base64
+        raise ValueError(
+            f"There is no file `{source[:200]}`, and it is no URL and no image in base64 either."
+        ) from error
     return as_rgb(image, "in base64")
 
 

@@ -8,6 +8,7 @@ From pixels to logits: the classifier's `forward` calls the loop over stages (`s
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,7 +27,14 @@ from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLa
 from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
+from .token_policies import layer_entries
 from .weights_from_swin import import_swin, load_swin, thinking_swin_config_from_swin
+
+
+if TYPE_CHECKING:
+    # Never runs: Transformers copies the files that relative imports name along with the code of a saved model, and
+    # `auto_map` names this one.
+    from .modeling_thinking_swin_backbone import ThinkingSwinBackbone  # noqa: F401
 
 
 class ThinkingSwinRecycler(nn.Module):
@@ -135,20 +143,26 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
                 f"multiple of {height} and a width that is a multiple of {width} pixels, or pass `max_stages=1`."
             )
 
-    def run_stage(self, stage_index: int, state: State, all_tokens: bool = True, **kwargs) -> State:
+    def run_stage(
+        self, stage_index: int, state: State, all_tokens: bool = True, output_layers: bool = False, **kwargs
+    ) -> State:
         """
         Run the layers of a round. All tokens are computed in any case.
 
         Returns:
-            The state, with the `tokens` `(images, rows, columns, width of the round)` after the final LayerNorm.
+            The state, with the `tokens` `(images, rows, columns, width of the round)` after the final LayerNorm; with
+            `output_layers`, also `layer_outputs.0` and so on, `(images, rows, columns, width)` of each layer.
         """
         hidden_states = state["hidden_states"]
-        grid = tuple(hidden_states.shape[1:3])
+        grid, outputs = tuple(hidden_states.shape[1:3]), []
         hidden_states = hidden_states.flatten(1, 2)
         for layer, sub_network in zip(self.layers, self.stages[stage_index].layers):
             hidden_states = layer(hidden_states, grid, sub_network, **kwargs)
             grid = layer.grid_after(grid)
-        return {"embeddings": state["embeddings"], "tokens": self.layernorm(hidden_states).unflatten(1, grid)}
+            if output_layers:
+                outputs.append(hidden_states.unflatten(1, grid))
+        tokens = self.layernorm(hidden_states).unflatten(1, grid)
+        return {"embeddings": state["embeddings"], "tokens": tokens, **layer_entries(outputs)}
 
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
         """The state with which round `stage_index + 1` starts, from that in which `run_stage` left this one."""

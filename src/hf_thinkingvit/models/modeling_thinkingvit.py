@@ -35,14 +35,15 @@ from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_sta
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
+from .token_policies import LayerOutputs
 from .token_pruning import ScorePredictors, kept_entries
 from .token_pruning_training import add_pruning_outputs, training_entries
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
 if TYPE_CHECKING:
-    # Never runs: Transformers copies the files that relative imports name along with the code of a saved model. With a
-    # decoder in the configuration, `auto_map` names this one, also in the folder of a bare model.
+    # Never runs: Transformers copies the files that relative imports name along with a model; `auto_map` names these.
+    from .modeling_thinkingvit_backbone import ThinkingViTBackbone  # noqa: F401
     from .modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation  # noqa: F401
 
 
@@ -118,6 +119,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         all_tokens: bool = True,
         keep_rate: float | Sequence[float] | None = None,
         output_kept_tokens: bool = False,
+        output_layers: bool = False,
         **kwargs,
     ) -> State:
         """
@@ -127,18 +129,20 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
 
         Returns:
             The state, with the computed `tokens` `(images, tokens or 1, width of the stage)` after the final LayerNorm;
-            of a pruned stage `keep_decisions.0` and so on in training, `kept_tokens.0` and so on if they are asked for.
+            of a pruned stage `keep_decisions.0` and so on in training, `kept_tokens.0` and so on if they are asked for;
+            of another one, with `output_layers`, `layer_outputs.0` and so on.
         """
         hidden_states = state["hidden_states"]
         is_pruned = len(self.score_predictors) > 0 and stage_index == len(self.stages) - 1
         num_queries = None if all_tokens or (is_pruned and self.training) else 1
-        pruning = self.score_predictors.policy(hidden_states, keep_rate) if is_pruned else None
+        recorder = LayerOutputs() if output_layers else None
+        policy = self.score_predictors.policy(hidden_states, keep_rate) if is_pruned else recorder
         tokens, pending = run_layers(
-            self.layers, hidden_states, self.stages[stage_index], policy=pruning, num_queries=num_queries, **kwargs
+            self.layers, hidden_states, self.stages[stage_index], policy=policy, num_queries=num_queries, **kwargs
         )
         inputs = {name: state[name] for name in ("pixel_values", "embeddings") if name in state}
-        if is_pruned and (output_kept_tokens or self.training):
-            inputs.update(pruning.entries())
+        if output_layers or (is_pruned and (output_kept_tokens or self.training)):
+            inputs.update(policy.entries())
         return {**inputs, "tokens": self.layernorm(tokens), **pending}
 
     def recycle(

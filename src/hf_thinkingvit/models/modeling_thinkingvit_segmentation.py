@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_checks import as_pair
@@ -30,6 +30,9 @@ from .task_segmentation import (
     pad_to_patches,
 )
 from .weights_from_thinkingvit import import_backbone, segmentation_config
+
+
+logger = logging.get_logger(__name__)
 
 
 class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMixin, ThinkingViTPreTrainedModel):
@@ -119,9 +122,14 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-                Images of any size. Zeros are added right and below, up to whole patches.
+                Images of any size. Zeros are added right and below, up to whole patches, and the logits cover them:
+                resize these to the padded size and cut them to the image (`resize_logits`). An image processor's
+                `post_process_semantic_segmentation` does not cut; give it images of whole patches only.
             labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
                 A class index for each pixel of the images; `config.semantic_loss_ignore_index` does not count.
+                `Trainer` counts every pixel but those of -100. With another index and accumulated gradients or several
+                processes, each part of a batch therefore weighs as its pixels, ignored ones too. For the mean over the
+                pixels that count, write -100 into the masks and set the index to -100.
             threshold (`float` or `list[float]`, *optional*):
                 τ for this call, instead of `config.threshold`: Python's or NumPy's numbers, an array or a tensor.
             max_stages (`int`, *optional*):
@@ -144,6 +152,7 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
         """
         check_arguments(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
+        self._report_padding(pixel_values, labels)
         if labels is not None:
             check_mask_size(labels, pixel_values)
             self.check_labels(labels, len(pixel_values))
@@ -157,6 +166,20 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
             **kwargs,
         )
         return self.build_output(run, labels, output_stage_logits, **kwargs)
+
+    def _report_padding(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """Warn once of logits that cover more than the images. With labels, the loss cuts them itself."""
+        if labels is not None or torch.compiler.is_compiling():
+            return
+        height, width = pixel_values.shape[2:]
+        rows, columns = as_pair(self.config.patch_size)
+        if height % rows or width % columns:
+            logger.warning_once(
+                f"Images of {height}×{width} pixels are padded right and below to whole patches of {rows}×{columns}, "
+                "and the logits cover the padding. `post_process_semantic_segmentation` would stretch them over the "
+                "image and shift the map: set the processor's `size` to multiples of the patch, or use "
+                "`resize_logits`, which cuts the padding off."
+            )
 
     @classmethod
     def from_thinkingvit(
@@ -174,7 +197,9 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
                 Further fields of [`ThinkingViTConfig`]. One of `num_labels`, `id2label` and `label2id` must be given.
                 `image_size` may be another than the source's: the position embeddings are resized. By default
                 `position_interpolation` is `"bilinear"`, as in the official code, and the exit criterion that of
-                segmentation.
+                segmentation. `layer_norm_eps` stays the source's (1e-6 for converted classifiers), for which its
+                weights were trained. The official segmentation code uses 1e-5 also where it starts from such a
+                classifier: pass `layer_norm_eps=1e-5` to train as it does.
 
         Raises:
             ValueError: if the source is no ThinkingViT, the labels are not given, or an override changes what the

@@ -130,7 +130,8 @@ def semantic_segmentation_loss(
         labels (`torch.LongTensor` of shape `(batch_size, height, width)`): class indices, on any device.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, rows, columns)`, any floating dtype): of the patches.
         config (`PreTrainedConfig`): of the model, for `patch_size` and `semantic_loss_ignore_index`.
-        num_items_in_batch, label_smoothing (*optional*): as in `classification_loss`.
+        num_items_in_batch, label_smoothing (*optional*): as in `classification_loss`. `Trainer` counts pixels that do
+            not count as well, so that accumulated parts weigh as their sizes, not as their pixels that count.
         kwargs: other arguments of a model's `forward`, ignored.
 
     Returns:

@@ -40,4 +40,31 @@ class TokenPolicy:
         return output
 
 
-__all__ = ["TokenPolicy"]
+LAYER_PREFIX = "layer_outputs."
+
+
+class LayerOutputs(TokenPolicy):
+    """Keeps the output of every layer, for the state that the stage leaves."""
+
+    def __init__(self):
+        self.outputs: list[torch.Tensor] = []
+
+    def after_layer(self, layer: int, output: torch.Tensor, is_last: bool) -> torch.Tensor:
+        self.outputs.append(output)
+        return output
+
+    def entries(self) -> dict[str, torch.Tensor]:
+        """`layer_outputs.0` and so on, one for each layer that ran."""
+        return layer_entries(self.outputs)
+
+
+def layer_entries(outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{LAYER_PREFIX}{index}": output for index, output in enumerate(outputs)}
+
+
+def layer_outputs(state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of the layers in a state, in order."""
+    return [state[f"{LAYER_PREFIX}{index}"] for index in range(sum(name.startswith(LAYER_PREFIX) for name in state))]
+
+
+__all__ = ["LayerOutputs", "TokenPolicy", "layer_entries", "layer_outputs"]

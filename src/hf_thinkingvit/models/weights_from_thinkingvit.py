@@ -5,8 +5,8 @@ from dataclasses import fields
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .configuration_backbone import StagedBackboneConfig
 from .configuration_labels import complete_labels
-from .configuration_staged import StagedConfig
 from .configuration_thinkingvit import ThinkingViTConfig
 from .nested_vit import interpolate_positions
 from .weights_from_vit import FIXED_FIELDS, check_overrides
@@ -26,8 +26,9 @@ def segmentation_config(config: ThinkingViTConfig, **overrides) -> ThinkingViTCo
     check_overrides(overrides, tuple(name for name in (*FIXED_FIELDS, "thinking_stages") if name != "image_size"))
     if all(overrides.get(name) is None for name in LABEL_FIELDS):
         raise ValueError("The classes of the masks must be given: pass `num_labels`, or their names as `id2label`.")
-    # `fields` of the staged configuration: those of the exits, and those that every configuration has.
-    backbone = {field.name for field in fields(ThinkingViTConfig)} - {field.name for field in fields(StagedConfig)}
+    # `fields` of the staged configuration: those of the exits and of backbones, and those of all.
+    shared = {field.name for field in fields(StagedBackboneConfig)}
+    backbone = {field.name for field in fields(ThinkingViTConfig)} - shared
     backbone = {name for name in backbone if not name.startswith(("decoder_", "semantic_"))}
     values = {name: getattr(config, name) for name in backbone} | {"position_interpolation": "bilinear"}
     others = {name: value for name, value in overrides.items() if name not in LABEL_FIELDS}

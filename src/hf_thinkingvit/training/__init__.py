@@ -1,15 +1,32 @@
 """
 Training runs on Accelerate, and distillation losses that also work in a training loop of your own.
 
-`train` and `parse_config` need the extra `hf-thinkingvit[train]` (timm among others).
+`train`, `finetune` and `parse_config` need the extra `hf-thinkingvit[train]` (timm among others).
 """
 
 from .distillation import DistillationLoss, Teacher, teacher_loss
 
 
-__all__ = ["DistillationLoss", "Teacher", "TrainingConfig", "TrainingRun", "parse_config", "teacher_loss", "train"]
+__all__ = [
+    "DistillationLoss",
+    "FineTuned",
+    "Teacher",
+    "TrainingConfig",
+    "TrainingRun",
+    "finetune",
+    "parse_config",
+    "teacher_loss",
+    "train",
+]
 
-_LAZY = {"TrainingConfig": "config", "parse_config": "config", "TrainingRun": "loop", "train": "loop"}
+_LAZY = {
+    "TrainingConfig": "config",
+    "parse_config": "config_parsing",
+    "FineTuned": "finetuning",
+    "finetune": "finetuning",
+    "TrainingRun": "loop",
+    "train": "loop",
+}
 
 
 def __getattr__(name: str):

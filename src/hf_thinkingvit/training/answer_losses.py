@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import reduce
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..evaluation.labels import check_single_label
+from ..models.task_segmentation import semantic_segmentation_loss
 from .distillation import Teacher, teacher_loss
+from .tasks import training_task
 
 
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ class TrainingBatch:
     Args:
         outputs (`ModelOutput`): the model's in training mode, called with `labels` where they are class indices.
         pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`): the images, for teachers.
-        targets (`torch.Tensor`): class indices `(batch_size,)`, or probabilities `(batch_size, num_labels)`.
+        targets (`torch.Tensor`): class indices `(batch_size,)`, of masks `(batch_size, height, width)`, or
+            probabilities `(batch_size, num_labels)`.
         step (`int`): the optimizer step.
         micro_batch (`int`): its index among those of the step.
     """
@@ -56,6 +60,27 @@ class LabelLoss:
     def __call__(self, answers: Sequence[torch.Tensor], batch: TrainingBatch) -> list[torch.Tensor]:
         smoothing = 0.0 if batch.targets.is_floating_point() else self.label_smoothing
         return [F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing) for logits in answers]
+
+
+class MaskLoss:
+    """
+    Cross-entropy of the logits, resized to pixels, with the labels of the pixels, smoothed by `label_smoothing`: the
+    mean over the pixels that count in the micro-batches of all processes, so that it does not depend on how the images
+    are shared out. Micro-batches that are accumulated weigh the same, whatever counts in them.
+    """
+
+    def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig):
+        self.model_config, self.label_smoothing = model_config, config.label_smoothing
+
+    def __call__(self, answers: Sequence[torch.Tensor], batch: TrainingBatch) -> list[torch.Tensor]:
+        counted = (batch.targets != self.model_config.semantic_loss_ignore_index).sum().float()
+        # DDP averages gradients over processes, each of which has the mean over its own pixels.
+        share = counted / reduce(counted, reduction="mean").clamp(min=1)
+        return [
+            share
+            * semantic_segmentation_loss(batch.targets, logits, self.model_config, label_smoothing=self.label_smoothing)
+            for logits in answers
+        ]
 
 
 class TeacherDistillation:
@@ -89,7 +114,7 @@ class InPlaceDistillation:
     ) -> list[torch.Tensor]:
         target = answers[-1].detach()
         earlier = [
-            blend(loss, teacher_loss(logits.float(), target, "soft", self.temperature), self.share)
+            blend(loss, teacher_loss(_rows(logits), _rows(target), "soft", self.temperature), self.share)
             for loss, logits in zip(losses[:-1], answers[:-1])
         ]
         return [*earlier, losses[-1]]
@@ -99,7 +124,7 @@ class AnswerLosses:
     """The losses above that a run has configured, one after the other."""
 
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
-        self.from_labels = LabelLoss(config, model_config)
+        self.from_labels = training_task(config.task).label_loss(config, model_config)
         self.distillations: list = []
         if config.distillation == "hidden_states":  # that is of the sub-networks' objective
             raise ValueError('`distillation` "hidden_states" is of an elastic ViT: set "hard" or "soft".')
@@ -119,6 +144,11 @@ class AnswerLosses:
         for distillation in self.distillations:
             losses = distillation(losses, answers, batch)
         return losses
+
+
+def _rows(logits: torch.Tensor) -> torch.Tensor:
+    """Logits `(batch_size, num_labels, ...)`, for instance of patches, as `(rows, num_labels)`, float32."""
+    return logits.movedim(1, -1).flatten(0, -2).float()
 
 
 def blend(loss: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:

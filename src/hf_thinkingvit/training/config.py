@@ -3,7 +3,8 @@ One training run as data: read from a YAML file, every field also a command-line
 
     python examples/train.py --config examples/configs/thinkingvit_cifar10.yaml --epochs 5 --model.patch_size 2
 
-Fields of the model's own configuration stand under `model` in the file, and are flags with `model.` in front.
+`config_parsing.py` reads it. Fields of the model's own configuration stand under `model` in the file, and are flags
+with `model.` in front.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from typing import Any
 
 import yaml
 from PIL import Image
-from transformers import HfArgumentParser
 
+from ..auto import TASKS
 from ..families import FAMILIES
+from ..families.record import IMAGE_CLASSIFICATION
 from .labels import LABEL_MAPS
 from .stage_samplers import STAGE_SAMPLERS
 
@@ -43,6 +45,7 @@ class TrainingConfig:
     dataset: str = _help("Hub id, folder (images or Parquet), Parquet file, or sklearn-digits", "ILSVRC/imagenet-1k")
     output_dir: str = _help("checkpoints, logs, and the best and last model", "outputs/train")
 
+    task: str = _help("what to train for", IMAGE_CLASSIFICATION, choices=sorted(TASKS))
     model_type: str = _help("architecture to train", "thinkingvit", choices=sorted(FAMILIES))
     model: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
     from_pretrained: str | None = _help("start from a model of this package: folder or Hub id; `model` overrides it")
@@ -67,11 +70,31 @@ class TrainingConfig:
     test_split: str | None = _help("split to measure once, at the end; where not given 'test', if it has labels")
     image_column: str | None = _help("column of images; found by its type where not given")
     label_column: str | None = _help("column of labels; found by its type where not given")
+    label_names: list[str] = _help(
+        "classes of masks, in order; or one file: a name a line, or JSON from indices to names", []
+    )
+    mask_values: list[str] = _help(
+        "value in the masks of each class, in order, such as 1-150; where not given 0, 1, 2, ...", []
+    )
+    ignored_mask_values: list[str] = _help("values of pixels that do not count; all others must be classes", ["255"])
+    image_files: str | None = _help(
+        "of a folder with trees of images and masks: pattern of the images, such as 'images/{split}/*.jpg'"
+    )
+    mask_files: str | None = _help(
+        "the same of the masks: where {split} and * stand for the same, they belong together"
+    )
     streaming: bool = _help("read the data as a stream instead of downloading it first", False)
     shuffle_buffer: int = _help("images that a stream is shuffled within; 1 keeps the order", 10_000)
     shuffle: bool = _help("reshuffle the training images every epoch", True)
+    in_memory: bool = _help(
+        "decode the training images once, keep them in memory, and augment whole batches on the device that trains: "
+        "for images of one size, without auto_augment and color_jitter",
+        False,
+    )
     max_train_samples: int | None = _help("train on the first so many images only")
-    images_per_epoch: int | None = _help("length of an epoch, where a stream does not say how long it is")
+    images_per_epoch: int | None = _help(
+        "length of an epoch in images, for streams that do not say it and to evaluate less often than every pass"
+    )
     max_eval_samples: int | None = _help(
         "evaluate on so many images only: the first of a split, some of each label of held-out images"
     )
@@ -86,16 +109,21 @@ class TrainingConfig:
     learning_rate: float = _help("at a batch of learning_rate_batch images; scaled by the batch size", 5e-4)
     learning_rate_batch: int = _help("see learning_rate", 512)
     warmup_learning_rate: float = _help("where the warm-up starts; not scaled", 1e-6)
-    min_learning_rate: float = _help("where the cosine ends; not scaled", 1e-5)
+    min_learning_rate: float = _help("where the schedule ends; not scaled", 1e-5)
+    schedule: str = _help("of the learning rate after warm-up", "cosine", choices=["cosine", "polynomial"])
+    schedule_power: float = _help("exponent of the polynomial", 0.9)
+    optimizer: str = _help("by timm's name: adamw, sgd (with Nesterov's momentum), lamb, ...", "adamw")
     backbone_learning_rate: float = _help(
         "factor of the learning rate of all but the score predictors, of a model that prunes tokens", 1.0
     )
+    layer_decay: float = _help("factor of the learning rate from each layer to the one before it, to fine-tune", 1.0)
     frozen_backbone_epochs: float = _help(
         "first epochs in which the score predictors alone learn, of a model that prunes tokens", 0.0
     )
-    weight_decay: float = _help("of AdamW; none on norms, biases, class token and position embeddings or biases", 0.05)
-    adam_beta1: float = _help("of AdamW", 0.9)
-    adam_beta2: float = _help("of AdamW", 0.999)
+    weight_decay: float = _help("none on norms, biases, class token and position embeddings or biases", 0.05)
+    momentum: float = _help("of optimizers that have one, such as sgd", 0.9)
+    adam_beta1: float = _help("of optimizers of Adam's kind", 0.9)
+    adam_beta2: float = _help("of optimizers of Adam's kind", 0.999)
     clip_grad: float | None = _help("greatest norm of the gradients")
     ema_decay: float = _help("of the moving average of the weights; 0 for none", 0.99996)
 
@@ -111,6 +139,11 @@ class TrainingConfig:
     mixup: float = _help("alpha of mixup; 0 for none", 0.8)
     cutmix: float = _help("alpha of cutmix; 0 for none", 1.0)
     mixup_switch_prob: float = _help("probability of cutmix where both are on", 0.5)
+    short_side: int | None = _help("of segmentation: shorter side of the images at scale 1; none for their own size")
+    long_side: int | None = _help("the longer side is then at most so long")
+    scale_jitter: list[float] = _help("of segmentation: smallest and greatest scale", [0.5, 2.0])
+    crop_class_share: float = _help("of segmentation: greatest share of one class in a crop (ten tries)", 0.75)
+    photometric_distortion: float = _help("of segmentation: probability of each change of colours", 0.5)
     crop_pct: float | None = _help(
         "share of the shorter side that evaluation crops; as the model started from does, else 0.9"
     )
@@ -180,12 +213,25 @@ class TrainingConfig:
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)!r}.")
         shares = ("label_smoothing", "inplace_distillation", "distillation_weight", "horizontal_flip", "random_erasing")
+        shares += ("crop_class_share", "photometric_distortion", "momentum")
         for name in (*shares, "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)!r}.")
-        for name in ("max_steps", "max_train_samples", "max_eval_samples", "images_per_epoch", "clip_grad"):
+        for name in (
+            "max_steps",
+            "max_train_samples",
+            "max_eval_samples",
+            "images_per_epoch",
+            "clip_grad",
+            "short_side",
+            "long_side",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {self.layer_decay!r}.")
+        if self.layer_decay != 1 and (self.backbone_learning_rate != 1 or self.frozen_backbone_epochs):
+            raise ValueError("`layer_decay` does not go with `backbone_learning_rate` and `frozen_backbone_epochs`.")
         for name in ("ema_decay", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")
@@ -196,18 +242,26 @@ class TrainingConfig:
             raise ValueError(f"`interpolation` must be one of {known}, got {self.interpolation!r}.")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"`warmup_epochs` ({self.warmup_epochs}) must be fewer than `epochs` ({self.epochs}).")
-        for name in ("crop_scale", "crop_ratio"):
+        for name in ("crop_scale", "crop_ratio", "scale_jitter"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"`{name}` must be two numbers, got {getattr(self, name)!r}.")
         if self.from_pretrained and self.from_vit:
             raise ValueError("`from_pretrained` and `from_vit` are two ways to start: give one of them.")
         family = FAMILIES[self.model_type]
+        if self.task not in family.heads:
+            raise ValueError(f"{family.name} has models for {sorted(family.heads)}, but `task` is {self.task!r}.")
+        if self.task != IMAGE_CLASSIFICATION and (self.uses_mixup or self.teacher):
+            raise ValueError(
+                f"`mixup`, `cutmix` and `teacher` are of {IMAGE_CLASSIFICATION}: set them to 0, 0 and none."
+            )
+        if (self.image_files is None) != (self.mask_files is None):
+            raise ValueError("`image_files` and `mask_files` belong together: give both.")
         if family.without_mixup and self.uses_mixup:
             raise ValueError(f"{family.without_mixup}: set `mixup` and `cutmix` to 0.")
         known = [entry.name for entry in dataclasses.fields(family.config_class)]
         for name in self.model:
             if name not in known and name not in family.config_class.attribute_map:  # names of earlier versions
-                raise ValueError(_unknown(f"model.{name}", [f"model.{entry}" for entry in known]))
+                raise ValueError(unknown_field(f"model.{name}", [f"model.{entry}" for entry in known]))
         if "label_smoothing" in self.model:
             raise ValueError("`model.label_smoothing` is of the model's own loss: set `label_smoothing` of the run.")
 
@@ -219,103 +273,8 @@ class TrainingConfig:
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def unknown_field(name: str, known: list[str], what: str = "field", prefix: str = "") -> str:
+    """That there is no such field or flag, with the nearest of the `known` ones."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    suggestion = f" Did you mean `{nearest[0]}`?" if nearest else ""
-    return f"There is no field `{name}`.{suggestion} `--help` lists all fields."
-
-
-def _flags(name: str, value: Any) -> list[str]:
-    """A field of the file as command-line words, so that both go through one parser and one check of types."""
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)] if value else []
-    default = TrainingConfig.__dataclass_fields__[name].default
-    if value is None and default is None:
-        return []
-    if value is False and isinstance(default, str):  # YAML reads an unquoted `no` as False
-        return [f"--{name}", "no"]
-    return [f"--{name}", "none" if value is None else str(value)]
-
-
-def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """
-    The configuration of a command line: the file named by `--config`, and flags that override it.
-
-    Raises:
-        SystemExit: for flags and fields that do not exist, with the nearest that does, and for values of a wrong type.
-        ValueError: for values that cannot work together.
-    """
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", type=Path)
-    chosen, words = files.parse_known_args(arguments)
-    parser = HfArgumentParser(
-        TrainingConfig,
-        usage="%(prog)s [--config FILE] [--FIELD VALUE ...] [--model.FIELD VALUE ...]",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the fields below; flags override it")
-    names = [entry.name for entry in dataclasses.fields(TrainingConfig)]
-    model: dict[str, Any] = {}
-    if chosen.config is not None:
-        if not chosen.config.is_file():
-            parser.error(f"there is no configuration file {chosen.config}")
-        fields = yaml.safe_load(chosen.config.read_text(encoding="utf-8")) or {}
-        if not isinstance(fields, dict):
-            parser.error(f"{chosen.config} must hold `field: value` lines")
-        for name in fields:
-            if name not in names:
-                parser.error(f"{chosen.config}: {_unknown(name, names)}")
-        model = fields.pop("model", None) or {}
-        if not isinstance(model, dict):
-            parser.error(f"{chosen.config}: `model` must hold `field: value` lines of the model's configuration")
-        words = [word for name, value in fields.items() for word in _flags(name, value)] + words
-    config, _, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
-    for name in names:
-        if getattr(config, name) == "none":
-            setattr(config, name, None)
-    try:
-        config.model = {name: _as_number(value) for name, value in {**model, **_model_flags(rest, names)}.items()}
-        config.check()
-    except ValueError as error:
-        parser.error(str(error))
-    return config
-
-
-def _read(word: str) -> Any:
-    try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError:
-        raise ValueError(f"`{word}` is no value: quote lists ('[3, 6]'), or leave out the brackets (3 6).") from None
-
-
-def _as_number(value: Any) -> Any:
-    """YAML reads 5e-4 as text."""
-    if isinstance(value, list):
-        return [_as_number(entry) for entry in value]
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _model_flags(words: list[str], names: list[str]) -> dict[str, Any]:
-    """`--model.name value ...`, the values read as YAML."""
-    fields: dict[str, list] = {}
-    values: list = []
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            if not name.startswith("model."):
-                raise ValueError(_unknown(name, names))
-            # As everywhere on a command line, a flag given twice means the second.
-            values = fields[name.removeprefix("model.")] = [_read(value)] if value else []
-        elif not fields:
-            raise ValueError(f"`{word}` belongs to no flag.")
-        else:
-            values.append(_read(word))
-    for name, given in fields.items():
-        if not given:
-            raise ValueError(f"`--model.{name}` needs a value.")
-    return {name: given[0] if len(given) == 1 else given for name, given in fields.items()}
+    suggestion = f" Did you mean `{prefix}{nearest[0]}`?" if nearest else ""
+    return f"There is no {what} `{prefix}{name}`.{suggestion}"

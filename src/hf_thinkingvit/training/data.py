@@ -8,7 +8,7 @@ uninterrupted one, and two processes together read the same images as one.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -17,36 +17,51 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler, default_collate, get_worker_info
 
-from ..data import ImageSplit, as_image_split, decode, find_split, load_splits
+from ..data import ImageSplit, Rows, decode, find_split, num_shared_rows
 from .config import TrainingConfig
 from .seeding import seeded
-from .splits import TrainingData, held_out_from, hold_out, is_labelled, reported_split, selection_split
+from .splits import TrainingData, held_out_from, hold_out, reported_split, selection_split
 from .stop_signals import ignore_stop_signals
+from .tasks import training_task
 
 
 logger = logging.getLogger(__name__)
 
 
-def load_data(config: TrainingConfig) -> TrainingData:
+def load_data(config: TrainingConfig, splits: Mapping[str, Rows] | None = None) -> TrainingData:
     """
     The splits that a run reads.
+
+    Args:
+        config (`TrainingConfig`): of the run.
+        splits (`dict`, *optional*): the data by split, instead of those that `config.dataset` names.
 
     Raises:
         ValueError: if the data, a split or a column cannot be found (the message lists those that exist, or says how to
             log in), or if the labels cannot be trained on.
     """
-    splits = load_splits(config.dataset, config.streaming)
+    task = training_task(config.task)
+    splits = task.load_splits(config) if splits is None else splits
     find_split(splits, config.train_split, config.dataset)
     selected_on = selection_split(config, splits)
     reported = reported_split(config, splits, selected_on)
     read = {
-        role: as_image_split(splits[name], config.dataset, config.image_column, config.label_column)
+        role: task.as_split(find_split(splits, name, config.dataset), config)
         for role, name in (("train", config.train_split), ("evaluation", selected_on), ("test", reported))
         if name is not None
     }
-    if "test" in read and not is_labelled(read["test"]):
+    for name in (selected_on, reported):
+        if name is not None and (shared := num_shared_rows(splits, config.train_split, name)):
+            logger.warning(
+                "%d images are both in %r, which is trained on, and in %r, which is evaluated: accuracy on them tells "
+                "nothing of other images",
+                shared,
+                config.train_split,
+                name,
+            )
+    if "test" in read and not read["test"].labels.are_known(read["test"].rows, read["test"].label_column):
         if config.test_split is not None:
             raise ValueError(f"The images of split {reported!r} of `{config.dataset}` have no labels to measure with.")
         del read["test"]
@@ -127,7 +142,10 @@ def epoch_order(num_images: int, seed: int, epoch: int, shuffle: bool) -> torch.
 
 
 class EpochBatches(Sampler):
-    """Batches of (position in the epoch, index of the image) for one process."""
+    """
+    Batches of (position in the epoch, index of the image) for one process. An epoch that is longer than the data passes
+    over them several times, in an order of its own each time.
+    """
 
     def __init__(self, num_images: int, place: Place, shuffle: bool):
         self.num_images, self.place, self.shuffle = num_images, place, shuffle
@@ -136,8 +154,10 @@ class EpochBatches(Sampler):
         return self.place.stop - self.place.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        place = self.place
-        order = epoch_order(self.num_images, place.seed, place.epoch, self.shuffle).tolist()
+        place, count = self.place, self.num_images
+        laps = max(1, -(-place.stop * place.batch_size * place.world_size // count))
+        laps = range(place.epoch * laps, (place.epoch + 1) * laps)
+        order = [index for lap in laps for index in epoch_order(count, place.seed, lap, self.shuffle).tolist()]
         for batch in range(place.start, place.stop):
             positions = (place.position(batch, row) for row in range(place.batch_size))
             yield [(position, order[position]) for position in positions]
@@ -229,20 +249,22 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
 def augment(row: dict, images: TrainImages | StreamedTrainImages, position: int, name: str) -> dict | None:
     """The augmented image and its label; `None`, with a warning, if the image cannot be decoded."""
     data, place = images.data, images.place
+    name = (row[data.image_column] or {}).get("path") or name
     try:
         image = decode(row[data.image_column])
     except Exception as error:  # Pillow's decoders raise many types
-        path = (row[data.image_column] or {}).get("path") or name
-        logger.warning("skipping image %s of `%s`, which cannot be decoded: %s", path, data.name, error)
+        logger.warning("skipping image %s of `%s`, which cannot be decoded: %s", name, data.name, error)
         return None
+    label = data.labels.decode(row[data.label_column], image, f"{name} of `{data.name}`")
     with seeded(place.seed, place.epoch, position):
-        return {"pixel_values": images.transform(image), "labels": row[data.label_column]}
+        pixel_values, label = data.labels.transformed(images.transform, image, label)
+    return {"pixel_values": pixel_values, "labels": label}
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "labels": torch.tensor([example["labels"] for example in examples]),
+        "labels": default_collate([example["labels"] for example in examples]),  # numbers, or masks of the same size
         "skipped": torch.tensor(sum(example["skipped"] for example in examples)),
     }
 
@@ -250,8 +272,8 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 def train_batches(config: TrainingConfig, data: ImageSplit, transform: Any, place: Place) -> Iterable[dict]:
     """
     The batches of one process from `place.start` to `place.stop`: `pixel_values` (float32 of shape `(batch_size,
-    channels, height, width)`), `labels` (int64 of shape `(batch_size,)`) and `skipped`, the number of images that could
-    not be decoded.
+    channels, height, width)`), `labels` (int64 of shape `(batch_size,)`, of masks `(batch_size, height, width)`) and
+    `skipped`, the number of images that could not be decoded.
     """
     options = {
         "num_workers": config.num_workers,

@@ -1,4 +1,4 @@
-"""Evaluation between epochs: accuracy of the weights and of their moving average, saved models, and results."""
+"""Evaluation between epochs: measures of the weights and of their moving average, saved models, and results."""
 
 import json
 import time
@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..evaluation.accuracy import evaluate_accuracy
 from .checkpoints import replace_file
 from .progress import Progress
-from .reporting import save_model, say_accuracy
+from .reporting import save_model, say_measures
 from .setup import TrainingSetup
 
 
@@ -27,29 +26,30 @@ def evaluate_epoch(
     each: Callable[[Iterable[dict]], Iterable[dict]],
 ) -> dict[str, dict]:
     """
-    Measure top-1 and top-5 of every stage, of the weights and of their moving average, and save the more accurate of
-    the two as the last model, and as the best if it is. Every process calls it.
+    Measure every stage, of the weights and of their moving average, and save the more accurate of the two, by the
+    task's decisive measure, as the last model, and as the best if it is. Every process calls it.
 
     Args:
         setup (`TrainingSetup`): of the run.
-        progress (`Progress`): of the run; its best accuracy is updated.
+        progress (`Progress`): of the run; its best score is updated.
         history (`list[dict]`): gets an entry.
         each (`Callable`): iterates over the batches it is given, and may raise to stop.
 
     Returns:
-        What `evaluate_accuracy` found, by `"weights"` and `"ema"`.
+        What the task's `evaluate` found, by `"weights"` and `"ema"`.
     """
     accelerator, started = setup.accelerator, time.perf_counter()
     models = {"weights": accelerator.unwrap_model(setup.model, keep_torch_compile=False)}
     if setup.ema is not None:
         models["ema"] = setup.ema.module
-    results = evaluate_accuracy(accelerator, models, each(setup.evaluation))
-    better = max(results, key=lambda name: results[name]["top1"][-1])
+    results = setup.task.evaluate(accelerator, models, each(setup.evaluation))
+    decisive = setup.task.decisive
+    better = max(results, key=lambda name: results[name][decisive][-1])
     history.append({"step": progress.step, "epoch": progress.epoch, "chosen": better, "results": results})
-    say_accuracy(setup, progress, results, time.perf_counter() - started)
-    folders, top1 = ["last"], results[better]["top1"][-1]
-    if top1 > progress.best_top1:
-        progress.best_top1, progress.best_step = top1, progress.step
+    say_measures(setup, progress, results, time.perf_counter() - started)
+    folders, score = ["last"], results[better][decisive][-1]
+    if score > progress.best_score:
+        progress.best_score, progress.best_step = score, progress.step
         folders.append("best")
     if accelerator.is_main_process:
         for folder in folders:

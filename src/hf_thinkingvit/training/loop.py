@@ -16,8 +16,10 @@ from .evaluation import evaluate_epoch, evaluation_is_due, run_results, save_res
 from .reporting import continue_models, report_test
 from .resuming import resume, state_of_run
 from .setup import TrainingSetup
+from .splits import TrainingData
 from .step import train_micro_batch, update_schedule_and_average
 from .stop_signals import StopSignals
+from .summary import end_summary, start_summary
 from .training_log import TrainingLog
 
 
@@ -30,13 +32,14 @@ class TrainingRun(TrainingSetup):
 
     Args:
         config (`TrainingConfig`): checked.
+        data (`TrainingData`, *optional*): the images; by default those that the configuration names.
 
     Raises:
         ValueError: where the configuration, the data and the machine do not fit together; before anything is written.
     """
 
-    def __init__(self, config: TrainingConfig):
-        super().__init__(config)
+    def __init__(self, config: TrainingConfig, data: TrainingData | None = None):
+        super().__init__(config, data)
         self.checkpoints = Checkpoints(
             self.output_dir / "checkpoints", self.accelerator, self.ema, config.keep_checkpoints
         )
@@ -105,6 +108,8 @@ class TrainingRun(TrainingSetup):
             start=self.progress.step_in_epoch * accumulation,
             stop=self.steps_per_epoch * accumulation,
         )
+        if self.memory_images is not None:
+            return self.memory_images.batches(self.transform, place, self.config.shuffle, self.accelerator.device)
         return train_batches(self.config, self.data.train, self.transform, place)
 
     def finish_step(self) -> None:
@@ -160,5 +165,9 @@ class TrainingRun(TrainingSetup):
 
 
 def train(config: TrainingConfig) -> dict:
-    """Train as configured; what was measured, as in `results.json`."""
-    return TrainingRun(config).run()
+    """Train as configured, with summaries for the console; what was measured, as in `results.json`."""
+    run = TrainingRun(config)
+    run.accelerator.print(start_summary(run))
+    results = run.run()
+    run.accelerator.print(end_summary(run, results))
+    return results

@@ -12,7 +12,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
-from ..image_processing import evaluation_image_processor
+from ..image_processing import (
+    SEGMENTATION_MEAN,
+    SEGMENTATION_STD,
+    evaluation_image_processor,
+    segmentation_image_processor,
+)
 from ..models.configuration_checks import as_pair
 
 
@@ -159,6 +164,33 @@ def run_image_processor(
         f"{resample.name.lower()}, {size[0]} × {size[1]} pixels{kept}"
     )
     return processor, _filled_in(config, mean, std, crop_pct, resample)
+
+
+def segmentation_run_processor(
+    config: "TrainingConfig", model_config: PreTrainedConfig, report: Callable[[str], None]
+) -> tuple[BaseImageProcessor, "TrainingConfig"]:
+    """
+    The same for segmentation, whose images are not cropped: they are resized bilinearly by the run itself, and the
+    processor only normalises.
+
+    Raises:
+        ValueError: for another interpolation, or `crop_pct`.
+    """
+    if config.interpolation not in (None, "bilinear") or config.crop_pct is not None:
+        raise ValueError(
+            "Segmentation resizes images bilinearly and crops none: leave out `interpolation`, `crop_pct`."
+        )
+    source = config.from_vit or config.from_pretrained
+    size = as_pair(model_config.image_size)
+    found = load_image_processor(source) if source else None
+    mean, std = config.image_mean, config.image_std
+    if found is not None:
+        settings = read_preprocessing(found, size, str(source))
+        mean, std = mean or settings.image_mean, std or settings.image_std
+    elif source and None in (mean, std):
+        report(f"`{source}` has no image processor: ImageNet's normalisation where none is configured")
+    processor = segmentation_image_processor(size, mean or SEGMENTATION_MEAN, std or SEGMENTATION_STD)
+    return processor, _filled_in(config, processor.image_mean, processor.image_std, None, Image.Resampling.BILINEAR)
 
 
 def _filled_in(

@@ -24,8 +24,13 @@ class Progress:
     step_in_epoch: int = 0
     skipped_images: int = 0
     seconds: float = 0.0
-    best_top1: float = -1.0
+    best_score: float = -1.0  # the task's decisive measure
     best_step: int | None = None
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "Progress":
+        """From a checkpoint, of earlier versions too."""
+        return cls(**{"best_score" if name == "best_top1" else name: value for name, value in saved.items()})
 
     def finish_step(self, steps_per_epoch: int) -> None:
         """Count a step, and the epoch if it was the last of one."""

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import AugmentOp, posterize
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,6 +21,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..families import FAMILIES
 from ..models.configuration_checks import as_pair
 from .config import TrainingConfig
+from .layer_decay import with_layer_decay
 
 
 # Tokens, and what is added to tokens or attention scores, are no weights of a product: weight decay leaves them out.
@@ -83,18 +85,30 @@ def build_mixup(config: TrainingConfig, num_labels: int) -> Mixup | None:
     )
 
 
-def build_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.AdamW:
+def build_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Optimizer:
     """
-    AdamW, of whose groups those of the backbone have a factor of the learning rate where the run configures one.
+    The optimizer that `config.optimizer` names in timm's list, of whose groups those of the backbone have a factor of
+    the learning rate where the run configures one.
 
     Raises:
-        ValueError: if it does, and the model has no other parameters than its backbone.
+        ValueError: if it does, and the model has no other parameters than its backbone; if there is no such optimizer.
     """
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=NO_WEIGHT_DECAY)
     if config.backbone_learning_rate != 1 or config.frozen_backbone_epochs:
         groups = list(_split_by_backbone(groups, config, model))
-    return torch.optim.AdamW(
-        groups, lr=config.scaled_learning_rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0
+    if config.layer_decay != 1:
+        groups = list(with_layer_decay(groups, model, config.layer_decay))
+    try:
+        get_optimizer_info(config.optimizer)
+    except ValueError as error:
+        raise ValueError(f"`optimizer` must be one of timm's, such as adamw or sgd: {error}") from None
+    return create_optimizer_v2(
+        groups,
+        opt=config.optimizer,
+        lr=config.scaled_learning_rate,
+        weight_decay=0.0,  # the groups have theirs
+        momentum=config.momentum,
+        betas=(config.adam_beta1, config.adam_beta2),
     )
 
 
@@ -117,9 +131,9 @@ def _split_by_backbone(
                 yield {**group, "params": parameters, "is_backbone": is_backbone}
 
 
-class TrainingSchedule(CosineLRScheduler):
+class BackboneFactor(Scheduler):
     """
-    timm's cosine schedule, with a factor for the groups of the optimizer that are marked `is_backbone`.
+    A schedule of timm, with a factor for the groups of the optimizer that are marked `is_backbone`.
 
     Args:
         backbone_factor (`float`): of their learning rate.
@@ -138,19 +152,32 @@ class TrainingSchedule(CosineLRScheduler):
         super().step_update(num_updates, metric)
 
 
-def build_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
-    """Warm-up, cosine and cooldown, as a function of the number of optimizer steps done (`step_update`)."""
-    return TrainingSchedule(
-        optimizer,
-        backbone_factor=config.backbone_learning_rate,
-        frozen_steps=round(config.frozen_backbone_epochs * steps_per_epoch),
-        t_initial=config.epochs * steps_per_epoch,
-        lr_min=config.min_learning_rate,
-        warmup_t=round(config.warmup_epochs * steps_per_epoch),
-        warmup_lr_init=config.warmup_learning_rate,
-        cycle_limit=1,
-        t_in_epochs=False,
-    )
+class CosineSchedule(BackboneFactor, CosineLRScheduler):
+    pass
+
+
+class PolynomialSchedule(BackboneFactor, PolyLRScheduler):
+    pass
+
+
+def build_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """
+    Warm-up, then cosine or polynomial to `min_learning_rate`, then cooldown, as a function of the number of optimizer
+    steps done (`step_update`).
+    """
+    options = {
+        "backbone_factor": config.backbone_learning_rate,
+        "frozen_steps": round(config.frozen_backbone_epochs * steps_per_epoch),
+        "t_initial": config.epochs * steps_per_epoch,
+        "lr_min": config.min_learning_rate,
+        "warmup_t": round(config.warmup_epochs * steps_per_epoch),
+        "warmup_lr_init": config.warmup_learning_rate,
+        "cycle_limit": 1,
+        "t_in_epochs": False,
+    }
+    if config.schedule == "polynomial":
+        return PolynomialSchedule(optimizer, power=config.schedule_power, **options)
+    return CosineSchedule(optimizer, **options)
 
 
 def build_ema(config: TrainingConfig, model: nn.Module) -> ModelEmaV3 | None:

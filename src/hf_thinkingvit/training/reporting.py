@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..data import evaluation_batches
-from ..evaluation.accuracy import evaluate_accuracy
+from ..auto import TASKS
 from ..hub import accuracy_results, model_card
 from ..public_names import public_name
 from .checkpoints import replacing_folder
 from .progress import Progress
 from .setup import TrainingSetup
-from .stop_signals import ignore_stop_signals
+from .tasks import TRAINING_TASKS
 
 
 # The step of a saved model. `output_dir` may contain models of another run, or of steps after the checkpoint that this
@@ -35,7 +34,7 @@ def save_model(
     Args:
         folder (`Path`): may contain the model of an earlier step.
         model (`PreTrainedModel`): not wrapped.
-        measured (`dict`): its entry of `evaluate_accuracy` on the images that choose the best epoch.
+        measured (`dict`): its entry of the task's `evaluate` on the images that choose the best epoch.
         setup (`TrainingSetup`), progress (`Progress`): of the run.
     """
     # An evaluation can warn of images that the model was trained on. Overwrites the record of the starting point.
@@ -52,26 +51,34 @@ def save_model(
         _save_card(temporary, model, measured, setup, progress.epoch, progress.step, split=setup.data.selected_on)
 
 
-def say_accuracy(setup: TrainingSetup, progress: Progress, results: Mapping[str, Mapping], seconds: float) -> None:
-    """Print and track what `evaluate_accuracy` has returned after an epoch."""
+def say_measures(setup: TrainingSetup, progress: Progress, results: Mapping[str, Mapping], seconds: float) -> None:
+    """Print and track what the task's `evaluate` has returned after an epoch."""
     say = setup.accelerator.print
     for name, result in results.items():
-        stages = ", ".join(f"{value:.2f}" for value in result["top1"])
-        say(f"\nepoch {progress.epoch}, {name}: top-1 {stages} %", end="")
+        say(f"\nepoch {progress.epoch}, {name}: {_in_words(setup, result)}", end="")
         if setup.config.trackers:
-            values = {f"eval/{name}/top1_stage_{stage}": value for stage, value in enumerate(result["top1"])}
-            values |= {f"eval/{name}/top5_stage_{stage}": value for stage, value in enumerate(result["top5"])}
+            values = {
+                f"eval/{name}/{measure}_stage_{stage}": value
+                for measure in setup.task.measures
+                for stage, value in enumerate(result[measure])
+            }
             setup.accelerator.log(values, step=progress.step)
     if progress.skipped_images:
         say(f"\n{progress.skipped_images} training images could not be decoded so far", end="")
     say(f" ({seconds:.0f} s)")
 
 
+def _in_words(setup: TrainingSetup, result: Mapping[str, Any]) -> str:
+    """The decisive measure of every stage."""
+    decisive, percent = setup.task.decisive, setup.task.percent
+    return f"{setup.task.measures[decisive]} {', '.join(f'{percent * value:.2f}' for value in result[decisive])} %"
+
+
 def continue_models(setup: TrainingSetup, history: list[dict], progress: Progress, checkpoint: Path | None) -> None:
     """
     Make sure that the best and the last model of a resumed run are in its `output_dir`: one that is missing is copied
     from the run of the checkpoint. If it is missing there as well, the run chooses its best model among later epochs
-    (`best_top1` is reset), and if the checkpoint had been evaluated, evaluates it again. Every process calls it.
+    (`best_score` is reset), and if the checkpoint had been evaluated, evaluates it again. Every process calls it.
 
     Args:
         setup (`TrainingSetup`): of the run.
@@ -91,7 +98,7 @@ def continue_models(setup: TrainingSetup, history: list[dict], progress: Progres
         setup.accelerator.print("the best model is chosen among the epochs that are evaluated from here on")
     again = bool(missing[0]) and history[-1]["step"] == progress.step
     if "best" in missing[0] or (again and progress.best_step == progress.step):
-        progress.best_top1, progress.best_step = Progress().best_top1, None
+        progress.best_score, progress.best_step = Progress().best_score, None
     if again:
         history.pop()
 
@@ -101,14 +108,19 @@ def _wanted(history: list[dict], progress: Progress) -> dict[str, dict]:
     wanted = {"last": history[-1]}
     if progress.best_step is not None:
         wanted["best"] = next(entry for entry in history if entry["step"] == progress.best_step)
-    elif progress.best_top1 >= 0:  # saved by a version that did not record the step
+    elif progress.best_score >= 0:  # saved by a version that did not record the step
         wanted["best"] = _most_accurate(history)
     return wanted
 
 
 def _most_accurate(history: list[dict]) -> dict:
-    """The first entry with the greatest top-1 accuracy of the last stage."""
-    return max(history, key=lambda entry: entry["results"][entry["chosen"]]["top1"][-1])
+    """The first entry with the greatest decisive measure of the last stage."""
+    return max(history, key=lambda entry: _score(entry["results"][entry["chosen"]]))
+
+
+def _score(result: Mapping[str, Any]) -> float:
+    decisive = next(task.decisive for task in TRAINING_TASKS.values() if task.decisive in result)
+    return result[decisive][-1]
 
 
 def _step_of(folder: Path) -> int | None:
@@ -196,8 +208,8 @@ def report_test(
         each (`Callable`): iterates over the batches it is given, and may raise to stop.
 
     Returns:
-        For each of the two that exists, what `evaluate_accuracy` returned and the model's `step`. `None` without a test
-        split.
+        For each of the two that exists, what the task's `evaluate` returned and the model's `step`. `None` without a
+        test split.
     """
     data, accelerator, folder = setup.data, setup.accelerator, setup.output_dir
     if data.test is None:
@@ -210,15 +222,11 @@ def report_test(
         accelerator.print(problem)
     if not entries:
         return {}
-    models = {
-        name: AutoModelForImageClassification.from_pretrained(folder / name).to(accelerator.device) for name in entries
-    }
-    batches = evaluation_batches(data.test, setup.processor, setup.config.eval_batch_size, setup.config.num_workers)
-    batches.worker_init_fn = ignore_stop_signals
-    measured = evaluate_accuracy(accelerator, models, each(accelerator.prepare(batches)))
+    models = {name: TASKS[setup.task.name][0].from_pretrained(folder / name).to(accelerator.device) for name in entries}
+    measured = setup.task.evaluate(accelerator, models, each(setup.batches_to_evaluate(data.test)))
     for name, entry in entries.items():
-        stages = ", ".join(f"{value:.2f}" for value in measured[name]["top1"])
-        accelerator.print(f"{data.split}, {name} model (step {entry['step']}): top-1 {stages} %")
+        words = _in_words(setup, measured[name])
+        accelerator.print(f"{data.split}, {name} model (step {entry['step']}): {words}")
         if accelerator.is_main_process:
             _save_card(folder / name, models[name], measured[name], setup, entry["epoch"], entry["step"], data.split)
     accelerator.wait_for_everyone()
@@ -234,7 +242,7 @@ def _save_card(
     step: int,
     split: str,
 ) -> None:
-    """Write the card of the model in `folder`, with its entry of `evaluate_accuracy` on the images named `split`."""
+    """Write the card of the model in `folder`, with its entry of the task's `evaluate` on the images named `split`."""
     config, data = setup.config, setup.data
     dataset = public_name(config.dataset)
     training = {

@@ -63,7 +63,7 @@ def resume(setup: TrainingSetup, checkpoints: Checkpoints) -> tuple[Progress, li
             f"The weights of {checkpoint} do not fit this model. The configuration is the same, so the labels of the "
             f"data or the model that the run started from have changed: {error}"
         ) from error
-    progress = Progress(**saved["progress"])
+    progress = Progress.from_dict(saved["progress"])
     if progress.step_in_epoch == setup.steps_per_epoch:  # older versions recorded the end of an epoch so
         progress.start_next_epoch()
     then, now = saved.get("readers", readers(setup)), readers(setup)

@@ -5,19 +5,21 @@ from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from torch.utils.data import DataLoader
 
-from ..data import evaluation_batches
+from ..data import ImageSplit
 from .checkpoints import list_checkpoints, recover_checkpoints, recover_folder
 from .config import TrainingConfig
 from .continuation import as_begun
 from .data import load_data, num_train_images
 from .distillation import load_teacher
 from .losses import TrainingLoss
-from .preprocessing import run_image_processor
-from .recipe import build_ema, build_mixup, build_optimizer, build_schedule, train_transform
-from .splits import held_out_from
+from .memory_images import load_in_memory
+from .recipe import build_ema, build_mixup, build_optimizer, build_schedule
+from .splits import TrainingData, held_out_from
 from .starting_point import build_model
 from .stop_signals import ignore_stop_signals
+from .tasks import training_task
 
 
 # Environment variables in which `accelerate launch` requests what is not supported here.
@@ -65,14 +67,15 @@ class TrainingSetup:
 
     Args:
         config (`TrainingConfig`): checked.
+        data (`TrainingData`, *optional*): the images; by default those that the configuration names.
 
     Raises:
         ValueError: where the configuration, the data and the machine do not fit together; before anything is written.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, data: TrainingData | None = None):
         config.check()
-        self.config = config
+        self.config, self.task = config, training_task(config.task)
         self.output_dir = Path(config.output_dir)
         self.accelerator = build_accelerator(config)
         self._check_output_dir()
@@ -90,7 +93,7 @@ class TrainingSetup:
                 f"mixup and cutmix pair images: {self.batch_of_process} images a process cannot be paired."
             )
         with self.accelerator.local_main_process_first():  # one process downloads, the others read its cache
-            self.data = load_data(config)
+            self.data = load_data(config) if data is None else data
         self.num_images = num_train_images(config, self.data.train)
         self.steps_per_epoch = self.num_images // config.batch_size
         if not self.steps_per_epoch:
@@ -106,7 +109,7 @@ class TrainingSetup:
             )
         model = build_model(config, self.data.id2label, say)
         self.model_config = model.config
-        self.processor, config = run_image_processor(config, model.config, say)
+        self.processor, config = self.task.image_processor(config, model.config, say)
         self.config = config
         self.num_epochs = config.epochs + config.cooldown_epochs
         self.num_steps = min(self.num_epochs * self.steps_per_epoch, config.max_steps or math.inf)
@@ -117,12 +120,18 @@ class TrainingSetup:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)
-        self.transform = train_transform(config, model.config.image_size)
-        evaluation = evaluation_batches(
-            self.data.evaluation, self.processor, config.eval_batch_size, config.num_workers
-        )
-        evaluation.worker_init_fn = ignore_stop_signals
-        self.evaluation = self.accelerator.prepare(evaluation)
+        self.transform = self.task.augmentation(config, model.config)
+        self.memory_images = None
+        if config.in_memory:
+            with self.accelerator.local_main_process_first():
+                self.memory_images = load_in_memory(self.data.train)
+        self.evaluation = self.batches_to_evaluate(self.data.evaluation)
+
+    def batches_to_evaluate(self, split: ImageSplit) -> DataLoader:
+        """The evaluation batches of a split, shared out over the processes."""
+        batches = self.task.evaluation_batches(split, self.processor, self.config, self.model_config)
+        batches.worker_init_fn = ignore_stop_signals
+        return self.accelerator.prepare(batches)
 
     def _check_output_dir(self) -> None:
         """Refuse to overwrite another run, and complete replacements of folders that a kill has interrupted."""

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import datasets
 import numpy as np
 
 from ..data import ImageSplit, Rows, find_split
@@ -95,16 +94,6 @@ def reported_split(config: TrainingConfig, splits: Mapping[str, Rows], selected_
     return "test" if "test" in splits and "test" not in (selected_on, config.train_split) else None
 
 
-def is_labelled(split: ImageSplit) -> bool:
-    """Whether images have labels; published test splits often have -1 instead. Of a stream, only the first is read."""
-    column = split.label_column
-    if isinstance(split.rows, datasets.IterableDataset):
-        labels = [row[column] for row in split.rows.take(1)]
-    else:
-        labels = split.rows.unique(column)
-    return bool(labels) and all(label is not None and label != -1 for label in labels)
-
-
 def held_out_from(train_split: str) -> str:
     """The name of images held out of the training split."""
     return f"held out from {train_split}"
@@ -123,7 +112,7 @@ def hold_out(split: ImageSplit, fraction: float, most: int | None = None) -> tup
     Raises:
         ValueError: if nothing would be left to train on.
     """
-    labels = np.asarray(split.rows.select_columns(split.label_column).with_format("numpy")[:][split.label_column])
+    labels = split.labels.strata(split.rows, split.label_column)
     count, held_out = len(labels), math.ceil(fraction * len(labels))
     if held_out >= count:
         raise ValueError(

@@ -12,9 +12,7 @@ from ..models.configuration_checks import as_pair
 from ..models.configuration_labels import label2id_of
 from .config import TrainingConfig
 from .labels import first_difference, label_names, match_labels
-
-
-HEADS = ("classifier", "distillation_classifier", "exit_classifiers")
+from .tasks import TrainingTask, training_task
 
 
 def build_model(
@@ -33,16 +31,16 @@ def build_model(
         ValueError: for fields that do not fit the starting point, and if weights other than the classifier would have
             to be replaced.
     """
-    family = FAMILIES[config.model_type]
+    family, task = FAMILIES[config.model_type], training_task(config.task)
     if config.from_vit:
-        model = _from_plain(config, family)
+        model = _from_plain(config, family, task, id2label)
     elif config.from_pretrained:
-        model = _from_pretrained(config, family, report)
+        model = _from_pretrained(config, family, task, id2label, report)
     else:
-        model = family.classifier(family.config_class(**config.model, **_labels(id2label)))
+        model = family.heads[task.name](family.config_class(**config.model, **_labels(id2label)))
     if config.from_vit or config.from_pretrained:
         # Half precision, as checkpoints are stored in, would train with rounded updates.
-        model = with_labels(model.float(), id2label, config.label_map, report)
+        model = with_labels(model.float(), id2label, config.label_map, report, task)
         model.config.dtype = torch.float32
         if vars(model.config).pop("calibration", None) is not None:
             report("the starting point was calibrated; what that promises does not hold for what is trained from it")
@@ -57,21 +55,36 @@ def build_model(
     return model
 
 
-def _from_plain(config: TrainingConfig, family: Family) -> PreTrainedModel:
+def _from_plain(
+    config: TrainingConfig, family: Family, task: TrainingTask, id2label: dict[int, str]
+) -> PreTrainedModel:
     """From a plain ViT, DeiT or Swin. Fields that its weights were trained with must not change."""
-    fixed = family.plain.fixed_fields - family.free_fields
+    fixed = family.plain.fixed_fields - family.free_fields - task.resizes
     free = {name: value for name, value in config.model.items() if name not in fixed}
-    model = family.from_plain(config.from_vit, **free)
+    labels = {} if task.keeps_source_labels else _labels(id2label)
+    model = family.from_plain(config.from_vit, task.name, **free, **labels)
     _check_unchanged(config.from_vit, model.config, {name: config.model[name] for name in config.model.keys() & fixed})
     return model
 
 
-def _from_pretrained(config: TrainingConfig, family: Family, report: Callable[[str], None]) -> PreTrainedModel:
-    """From a model of this package, with all of its weights, and freshly initialised ones of what fields add to it."""
+def _from_pretrained(
+    config: TrainingConfig,
+    family: Family,
+    task: TrainingTask,
+    id2label: dict[int, str],
+    report: Callable[[str], None],
+) -> PreTrainedModel:
+    """
+    From a model of this package, with all of its weights, and freshly initialised ones of what fields add to it; from
+    one for another task, with the weights of its backbone.
+    """
     source = config.from_pretrained
     saved = AutoConfig.from_pretrained(source)
     if saved.model_type != config.model_type:
         raise ValueError(f"`from_pretrained` is a {saved.model_type} model, but `model_type` is {config.model_type}.")
+    if (constructor := task.constructor_from(saved)) is not None:
+        report(f"`{source}` is of another task: its backbone is kept, and the rest is freshly initialised")
+        return getattr(family.heads[task.name], constructor)(source, **config.model, **_labels(id2label))
     added = [name for name in family.added_parameters if config.model.get(name) and not getattr(saved, name)]
     allowed = family.free_fields | family.announced_fields | set(added)
     _check_unchanged(source, saved, {name: value for name, value in config.model.items() if name not in allowed})
@@ -80,7 +93,7 @@ def _from_pretrained(config: TrainingConfig, family: Family, report: Callable[[s
         for name, value in config.model.items()
         if name not in family.free_fields and _comparable(getattr(saved, name)) != _comparable(value)
     ]
-    model, loading = family.classifier.from_pretrained(
+    model, loading = family.heads[task.name].from_pretrained(
         source, **config.model, ignore_mismatched_sizes=True, output_loading_info=True
     )
     patterns = [family.added_parameters[name] for name in added]
@@ -128,7 +141,11 @@ def _labels(id2label: dict[int, str]) -> dict[str, dict]:
 
 @torch.no_grad()
 def with_labels(
-    model: PreTrainedModel, id2label: dict[int, str], label_map: str, report: Callable[[str], None]
+    model: PreTrainedModel,
+    id2label: dict[int, str],
+    label_map: str,
+    report: Callable[[str], None],
+    task: TrainingTask,
 ) -> PreTrainedModel:
     """
     The same model for other labels: with its classifier, in their order, if they are the same labels; else with one
@@ -139,9 +156,12 @@ def with_labels(
         id2label (`dict[int, str]`): the new labels.
         label_map (`str`): how they are paired, by `"name"` or by `"index"`; see `match_labels`.
         report (`Callable`): told in words what becomes of the classifier.
+        task (`TrainingTask`): says which modules depend on the labels.
     """
     names, own = label_names(id2label), label_names(model.config.id2label)
     match = match_labels(names, own, label_map)
+    if match is not None and not match.same_order and not task.reorders_heads:
+        match = None
     if match is None:
         if len(names) != len(own):
             why = f"it has {len(own)} labels, the data {len(names)}"
@@ -150,7 +170,7 @@ def with_labels(
             why = f"label {index} is {other!r} there and {name!r} in the data; `--label_map index` would keep it"
         report(f"the classifier is freshly initialised: {why}")
         fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **_labels(id2label)}))
-        heads = tuple(f"{head}." for head in HEADS)
+        heads = tuple(f"{head}." for head in task.heads)
         body = {name: value for name, value in model.state_dict().items() if not name.startswith(heads)}
         missing, unexpected = fresh.load_state_dict(body, strict=False)
         odd = [*unexpected, *(name for name in missing if not name.startswith(heads))]
@@ -163,7 +183,7 @@ def with_labels(
         report("the classifier is kept, and its labels are put into the order of the data's")
     if not match.same_order:
         order = torch.tensor(match.order)
-        for head in HEADS:
+        for head in task.heads:
             if getattr(model, head, None) is not None:
                 for parameter in getattr(model, head).parameters():  # weight and bias of one classifier, or of several
                     parameter.copy_(parameter[order])

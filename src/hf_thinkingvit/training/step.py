@@ -16,7 +16,7 @@ def train_micro_batch(
     Args:
         setup (`TrainingSetup`): of the run.
         batch (`dict`): `pixel_values` of shape `(batch_size, channels, height, width)` and `labels`, class indices of
-            shape `(batch_size,)`.
+            shape `(batch_size,)`, of masks `(batch_size, height, width)`.
         step (`int`): number of optimizer steps done so far.
         micro_batch (`int`): index among the `gradient_accumulation_steps` micro-batches of the step.
 
@@ -30,7 +30,7 @@ def train_micro_batch(
     # What is random is seeded by its place in the run, so that a resumed run needs no saved state of the generators.
     place = (config.seed, step, micro_batch, accelerator.process_index)
     if setup.mixup is None:
-        arguments = {"labels": labels, **arguments}
+        arguments = {"labels": labels, **arguments} if setup.task.model_gets_labels else arguments
     else:  # the model's own loss takes class indices only
         with seeded(*place):
             pixel_values, targets = setup.mixup(pixel_values, labels)

@@ -88,7 +88,9 @@ class TrainingLog:
         progress.skipped_images += skipped
         progress.seconds += seconds
         images = self.micro_batches * self.setup.batch_of_process * accelerator.num_processes / seconds
-        learning_rate = self.setup.optimizer.param_groups[0]["lr"]
+        learning_rate = max(
+            group["lr"] for group in self.setup.optimizer.param_groups
+        )  # of the last layer, if it falls
         self.bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{learning_rate:.2e}", images_per_s=f"{images:.0f}")
         if config.trackers:
             values = {f"train/{name}": value for name, value in losses.items()}

@@ -1,0 +1,149 @@
+"""
+Trains every method on one data set with one budget of epochs, evaluates each at every operating point, and writes a
+table (Markdown, CSV, JSON) and a picture: accuracy against mean multiply-accumulates, and against images per second.
+
+    python -m benchmarks.compare --output-dir outputs/compare --epochs 8 --in_memory true --jobs 2 --seeds 0 1 2
+    python -m benchmarks.compare --config examples/configs/thinkingvit_3_6_imagenet.yaml --output-dir outputs/imagenet
+
+Small by default: CIFAR-10, in the sizes of `thinkingvit_cifar10.yaml`, whose first and last stage are the two plain
+nets. All flags that are not listed here are those of a training run (`examples/train.py --help`). Methods that are
+published as fine-tuning start from the wide plain net of their seed and train `--fine-tuning-epochs` more; the table
+declares the images that each has seen, with those of its start. Finished methods are not repeated, and an interrupted
+one resumes from its last checkpoint. The last epoch is reported, and nothing is chosen by the images that are reported.
+"""
+
+import argparse
+import dataclasses
+import math
+import multiprocessing
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+from benchmarks.compare_methods import METHODS, with_starts
+from benchmarks.compare_report import measure_speed, write_report
+from benchmarks.compare_runs import Job, perform
+from hf_thinkingvit.data import load_splits
+from hf_thinkingvit.training import TrainingConfig, parse_config
+from hf_thinkingvit.training.data import load_data
+from hf_thinkingvit.training.memory_images import load_in_memory
+
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "examples" / "configs" / "thinkingvit_cifar10.yaml"
+
+
+def base_config(config: Path, flags: list[str]) -> TrainingConfig:
+    """The configuration that all methods share. Its evaluation split is the one that is reported."""
+    base = parse_config(["--config", str(config), *flags])
+    splits = load_splits(base.dataset, base.streaming)
+    if base.eval_split is None:
+        base.eval_split = next(name for name in ("validation", "val", "test") if name in splits)
+    if base.in_memory:
+        data = load_data(dataclasses.replace(base, max_eval_samples=None))
+        load_in_memory(data.train)  # once, into the cache that all runs read
+        load_in_memory(data.evaluation.sample(base.max_eval_samples))
+    return base
+
+
+def train_all(jobs: list[Job], at_once: int, seconds: float | None = None) -> list[Job]:
+    """
+    Perform the jobs, each in a process of its own as soon as the job that it starts from is done. After `seconds` no
+    further one is begun, and those that run are stopped, which saves a checkpoint. Returns the jobs that failed, and
+    those that had to start from them.
+    """
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.compare_runs"])  # imports take seconds: once for all processes
+    waiting, running = [job for job in jobs if not job.result.exists()], {}
+    failed: list[Job] = []
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if job.start is not None and any(job.start.name == other.name for other in failed):
+                    waiting.remove(job)
+                    failed.append(job)
+                elif len(running) < at_once and (job.start is None or is_done(job.start, jobs)):
+                    waiting.remove(job)
+                    process = context.Process(target=perform, args=(job,))
+                    process.start()
+                    running[process.sentinel] = process, job
+            left = deadline - time.monotonic()
+            if left <= 0:
+                failed += waiting
+                waiting.clear()
+                for process, _ in running.values():
+                    process.terminate()
+            for sentinel in wait(list(running), left if 0 < left < math.inf else None) if running else ():
+                process, job = running.pop(sentinel)
+                process.join()
+                done = process.exitcode == 0
+                print(f"{job.name}: {'done' if done else f'not done, see {job.folder}/log.txt'}", flush=True)
+                if not done:
+                    failed.append(job)
+    except KeyboardInterrupt:  # which the processes get as well, and save a checkpoint
+        for process, _ in running.values():
+            process.join()
+        raise
+    return failed
+
+
+def is_done(start: Job, jobs: list[Job]) -> bool:
+    return next(job for job in jobs if job.name == start.name).result.exists()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of a run that trains a ThinkingViT")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--fine-tuning-epochs", type=int, help="half of the epochs by default")
+    parser.add_argument("--trained", nargs="*", default=[], metavar="METHOD=FOLDER", help="models to evaluate as given")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, on the same device")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of training; report what is done by then")
+    parser.add_argument("--threads", type=int, help="of the CPU for each run; shared evenly by default")
+    parser.add_argument("--speed-images", type=int, default=1024, help="whose classification is timed; 0 for none")
+    parser.add_argument("--speed-batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5, help="of each timing")
+    arguments, flags = parser.parse_known_args()
+    given = dict(word.split("=", 1) for word in arguments.trained)
+    if unknown := given.keys() - METHODS.keys():
+        parser.error(f"--trained: there is no method {sorted(unknown)}, but {list(METHODS)}")
+    base = base_config(arguments.config, flags)
+    threads = arguments.threads or max(1, torch.get_num_threads() // arguments.jobs)
+    names = with_starts(arguments.methods)
+    starts = [METHODS[name].start for name in names]
+    jobs = [
+        Job(
+            name,
+            seed,
+            base,
+            arguments.output_dir,
+            arguments.fine_tuning_epochs or -(-base.epochs // 2),
+            Path(given[name]) if name in given else None,
+            threads,
+        )
+        for name in names
+        for seed in arguments.seeds
+    ]
+    # First those that others wait for, and then one seed after the other.
+    jobs.sort(key=lambda job: (job.method not in starts, job.seed))
+    failed = train_all(jobs, arguments.jobs, arguments.time_limit)
+    done = [job for job in jobs if job.result.exists()]
+    speeds = {}
+    if arguments.speed_images:
+        device = torch.device("cuda" if torch.cuda.is_available() and not base.cpu else "cpu")
+        speeds = measure_speed(done, arguments.speed_images, arguments.speed_batch_size, arguments.repeats, device)
+    print(write_report(done, speeds, arguments.output_dir))
+    if failed:
+        sys.exit(f"not done: {', '.join(job.name for job in failed)}")
+
+
+if __name__ == "__main__":
+    main()

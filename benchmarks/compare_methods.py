@@ -1,0 +1,229 @@
+"""The methods that `benchmarks.compare` trains, as data: what each adds to the configuration of a run."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_thinkingvit import AViTConfig, EarlyExitViTConfig, ElasticViTConfig, ThinkingViTConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """
+    The two sizes that every method is built in, of the run's configuration of a ThinkingViT: its first and its last
+    stage.
+
+    Attributes:
+        narrow, wide (`int`): attention heads.
+        head_dim, num_layers (`int`): of both.
+        shared (`dict`): the fields of the model that do not depend on the size.
+    """
+
+    narrow: int
+    wide: int
+    head_dim: int
+    num_layers: int
+    shared: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: dict[str, Any]) -> "Sizes":
+        config = ThinkingViTConfig(**model)
+        sized = ("thinking_stages", "num_attention_heads", "hidden_size", "intermediate_size")
+        shared = {name: value for name, value in model.items() if name not in sized}
+        stages, head_dim = config.thinking_stages, config.hidden_size // config.num_attention_heads
+        return cls(stages[0], stages[-1], head_dim, config.num_hidden_layers, shared)
+
+    @property
+    def full(self) -> dict[str, Any]:
+        """The fields of a model of the wide size."""
+        return {**self.shared, "num_attention_heads": self.wide, "hidden_size": self.wide * self.head_dim}
+
+    def thinking(self, *stages: int) -> dict[str, Any]:
+        return {**self.shared, "thinking_stages": list(stages), "hidden_size": max(stages) * self.head_dim}
+
+
+def preset(make: Callable[..., PreTrainedConfig], sizes: Sizes, **arguments: Any) -> dict[str, Any]:
+    """The fields that a published method's class method sets, and those of the size."""
+    made, default = make(**sizes.full, **arguments), make.__self__(**sizes.full)
+    names = [entry.name for entry in dataclasses.fields(make.__self__)]
+    values = {name: getattr(made, name, None) for name in names}
+    changed = {name: value for name, value in values.items() if value != getattr(default, name, None)}
+    if "exit_criterion" in changed:  # every criterion has a scale of its own
+        changed["threshold"] = made.threshold
+    return {**sizes.full, **changed}
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Attributes:
+        title (`str`): for the table and the picture.
+        model_type (`str`): of the model.
+        model (`Callable`): from `Sizes` to the fields of the model's configuration.
+        run (`dict`): fields of the run's configuration. A function is called with `Sizes` and the number of epochs.
+        start (`str`, *optional*): the method, of the same seed, whose model this one starts from: it is fine-tuned.
+        start_as (`str`): "vit", that model as a plain ViT; "model", the model itself; "rewired", an elastic model with
+            the plain ViT's heads and neurons in the order of their importance.
+        teacher (`bool`): whether that model is the teacher as well.
+        epochs (`float`): share of the epochs of a fine-tuned method.
+        points (`Callable`, *optional*): from the model's configuration to the operating points, as fields that are
+            overridden on loading; a model that thinks in stages is swept over τ instead.
+        is_step (`bool`): whether it is only a step to another method, and not reported.
+    """
+
+    title: str
+    model_type: str
+    model: Callable[[Sizes], dict[str, Any]]
+    run: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    start_as: str = "vit"
+    teacher: bool = False
+    epochs: float = 1.0
+    points: Callable[[PreTrainedConfig], list[dict[str, Any]]] | None = None
+    is_step: bool = False
+
+
+def as_it_is(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    return [{}]
+
+
+def every_sub_network(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    return [{"default_sub_network": number} for number in range(len(config.sub_networks))]
+
+
+def halting_epsilons(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    return [{"halting_epsilon": value} for value in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9)]
+
+
+def keep_rates(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    return [{"pruning_keep_rate": value} for value in (0.5, 0.6, 0.7, 0.8, 0.9)]
+
+
+def quarters(sizes: Sizes) -> list[int]:
+    """Layers after each quarter of the depth, as 3, 6 and 9 of 12."""
+    return sorted({max(1, round(sizes.num_layers * part / 4)) for part in (1, 2, 3)} - {sizes.num_layers})
+
+
+FROZEN = {"freeze": ["early_exit_vit.*", "classifier.*"]}
+ELASTIC, EXITS = "elastic_vit", "early_exit_vit"
+
+METHODS: dict[str, Method] = {
+    "plain_narrow": Method("plain, narrow", "thinkingvit", lambda s: s.thinking(s.narrow), points=as_it_is),
+    "plain_wide": Method("plain, wide", "thinkingvit", lambda s: s.thinking(s.wide), points=as_it_is),
+    # What fine-tuning alone gives: the control of all methods that start from the wide net.
+    "plain_wide_longer": Method(
+        "plain, wide, longer",
+        "thinkingvit",
+        lambda s: s.thinking(s.wide),
+        start="plain_wide",
+        start_as="model",
+        points=as_it_is,
+    ),
+    "thinkingvit": Method("ThinkingViT, wider", "thinkingvit", lambda s: s.thinking(s.narrow, s.wide)),
+    "iteration": Method("ThinkingViT, same width", "thinkingvit", lambda s: s.thinking(s.narrow, s.narrow)),
+    "hydravit": Method(
+        "HydraViT",
+        ELASTIC,
+        lambda s: preset(ElasticViTConfig.hydravit, s, heads=[s.narrow, s.wide]),
+        {"stage_sampling": "one"},
+        points=every_sub_network,
+    ),
+    "matformer": Method(
+        "MatFormer",
+        ELASTIC,
+        lambda s: preset(ElasticViTConfig.matformer, s),
+        {"clip_grad": 1.0},
+        points=every_sub_network,
+    ),
+    "sortednet": Method(
+        "SortedNet",
+        ELASTIC,
+        lambda s: preset(ElasticViTConfig.sortednet, s),
+        {"stage_sampling": "accumulate", "gradient_accumulation_steps": 2},
+        points=every_sub_network,
+    ),
+    "dynabert_widths": Method(
+        "DynaBERT, widths",
+        ELASTIC,
+        lambda s: preset(ElasticViTConfig.dynabert, s, depths=[1.0]),
+        {"distillation": "hidden_states", "distillation_weight": 1.0, "distillation_temperature": 1.0},
+        start="plain_wide",
+        start_as="rewired",
+        teacher=True,
+        epochs=0.5,
+        is_step=True,
+    ),
+    "dynabert": Method(
+        "DynaBERT",
+        ELASTIC,
+        lambda s: preset(ElasticViTConfig.dynabert, s),
+        {
+            "distillation": "hidden_states",
+            "distillation_weight": 1.0,
+            "distillation_temperature": 1.0,
+            "hidden_states_weight": 1.0,
+            "teacher_sub_network": "same_width",
+        },
+        start="dynabert_widths",
+        start_as="model",
+        teacher=True,
+        epochs=0.5,
+        points=every_sub_network,
+    ),
+    "branchynet": Method("BranchyNet", EXITS, lambda s: preset(EarlyExitViTConfig.branchynet, s)),
+    "vit_ee": Method("ViT-EE", EXITS, lambda s: preset(EarlyExitViTConfig.vit_ee, s), FROZEN, start="plain_wide"),
+    "confidence": Method(
+        "confidence (FastBERT)", EXITS, lambda s: preset(EarlyExitViTConfig.fastbert, s), FROZEN, start="plain_wide"
+    ),
+    "similarity": Method(
+        "similarity",
+        EXITS,
+        lambda s: {**s.full, "exit_head": "shared", "exit_criterion": "similarity", "threshold": 0.1},
+    ),
+    "pabee": Method("PABEE", EXITS, lambda s: preset(EarlyExitViTConfig.pabee, s)),
+    "act": Method("ACT", EXITS, lambda s: preset(EarlyExitViTConfig.act, s)),
+    "pondernet": Method("PonderNet", EXITS, lambda s: preset(EarlyExitViTConfig.pondernet, s)),
+    "dynamicvit": Method(
+        "DynamicViT",
+        "thinkingvit",
+        lambda s: {**s.thinking(s.wide), "pruning_layers": quarters(s), "pruning_keep_rate": 0.7},
+        {
+            "distillation": "tokens",
+            "distillation_weight": 0.5,
+            "backbone_learning_rate": 0.01,
+            "frozen_backbone_epochs": lambda sizes, epochs: epochs / 6,
+        },
+        start="plain_wide",
+        start_as="model",
+        teacher=True,
+        points=keep_rates,
+    ),
+    "avit": Method(
+        "A-ViT",
+        "avit",
+        lambda s: {**s.full, "gate_scale": 5, "gate_center": 5, "target_depth": round(2 * s.num_layers / 3)},
+        {"mixup": 0.0, "cutmix": 0.0},
+        start="plain_wide",
+        points=halting_epsilons,
+    ),
+}
+_CLASSES = {"thinkingvit": ThinkingViTConfig, ELASTIC: ElasticViTConfig, EXITS: EarlyExitViTConfig, "avit": AViTConfig}
+
+
+def model_config(name: str, sizes: Sizes, **labels: Any) -> PreTrainedConfig:
+    """The configuration of a method's model."""
+    method = METHODS[name]
+    return _CLASSES[method.model_type](**method.model(sizes), **labels)
+
+
+def with_starts(names: list[str]) -> list[str]:
+    """The methods, and before each those that it starts from."""
+    ordered: dict[str, None] = {}
+    for name in names:
+        if METHODS[name].start is not None:
+            ordered |= dict.fromkeys(with_starts([METHODS[name].start]))
+        ordered[name] = None
+    return list(ordered)

@@ -1,0 +1,204 @@
+"""What `benchmarks.compare` makes of finished runs: the speed of each method, tables and a picture."""
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.compare_methods import METHODS
+from benchmarks.compare_runs import Job, load_model
+from benchmarks.measure import describe_run, measure
+from hf_thinkingvit.auto import AutoImageProcessor
+from hf_thinkingvit.data import as_image_split, evaluation_batches, load_splits
+from hf_thinkingvit.evaluation.plots import STYLES, save_figure
+
+
+SHOWN = 5  # operating points of a method in the table, and that are timed
+
+
+def by_method(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    """The finished jobs of each method that is reported, in the order of the method table."""
+    return {name: found for name, m in METHODS.items() if not m.is_step and (found := _of(jobs, name))}
+
+
+def _of(jobs: Sequence[Job], method: str) -> list[Job]:
+    return [job for job in jobs if job.method == method]
+
+
+def read(job: Job) -> dict[str, Any]:
+    return json.loads(job.result.read_text(encoding="utf-8"))
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard error of the mean; `None` of a single value."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def mean_points(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """
+    The operating points of a method, each averaged over the seeds, in the order of their cost. Of neighbours that no
+    image tells apart (thresholds between which there is no score), the first.
+    """
+    points, seen = [], set()
+    for same in zip(*(read(job)["points"] for job in jobs), strict=True):
+        costs, accuracies = [point["gmacs"] for point in same], [point["top1"] for point in same]
+        if (key := (*costs, *accuracies)) in seen:
+            continue
+        seen.add(key)
+        top1, error = spread(accuracies)
+        at = {name: same[0][name] for name in ("threshold", "fields") if name in same[0]}
+        gmacs, gmacs_error = spread(costs)
+        points.append({**at, "top1": top1, "top1_se": error, "gmacs": gmacs, "gmacs_se": gmacs_error})
+    return sorted(points, key=lambda point: point["gmacs"])
+
+
+def shown_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most `SHOWN` of the points: the cheapest, the dearest, and those nearest to even steps between."""
+    low, high = points[0]["gmacs"], points[-1]["gmacs"]
+    goals = [low + (high - low) * step / (SHOWN - 1) for step in range(SHOWN)]
+    nearest = (min(points, key=lambda point: abs(point["gmacs"] - goal)) for goal in goals)
+    return [*{id(point): point for point in nearest}.values()]
+
+
+def setting(point: dict[str, Any]) -> str:
+    if "threshold" in point:
+        return f"τ = {point['threshold']:.4g}"
+    return ", ".join(f"{name} = {value:g}" for name, value in point["fields"].items()) or "-"
+
+
+@torch.no_grad()
+def measure_speed(
+    jobs: Sequence[Job], images: int, batch_size: int, repeats: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """
+    Images per second of each method at the points of the table, of the first seed's models, in float32: median of the
+    repeats, in which all methods and points take turns.
+    """
+    calls, batches = {}, None
+    for name, found in by_method(jobs).items():
+        job = found[0]
+        if batches is None:  # one data set and one image processor for all
+            split = as_image_split(load_splits(job.base.dataset)[job.base.eval_split], job.base.dataset)
+            processor = AutoImageProcessor.from_pretrained(job.model)
+            read_batches = evaluation_batches(split.sample(images), processor, batch_size)
+            batches = [batch["pixel_values"].to(device) for batch in islice(read_batches, images)]
+        for point in shown_points(mean_points(found)):
+            model = load_model(job.model, point.get("fields", {}), device)
+            arguments = {"threshold": point["threshold"]} if "threshold" in point else {}
+            calls[name, setting(point)] = _over(batches, model, arguments)
+    count = sum(map(len, batches or ()))
+    seconds = measure(calls, repeats, device)
+    speeds: dict[str, dict[str, float]] = {}
+    for (name, point), values in seconds.items():
+        speeds.setdefault(name, {})[point] = count / statistics.median(values)
+    return speeds
+
+
+def _over(batches: list[torch.Tensor], model: Any, arguments: dict[str, Any]) -> Any:
+    return lambda: [model(batch, **arguments) for batch in batches]
+
+
+def declaration(jobs: Sequence[Job], all_jobs: Sequence[Job]) -> dict[str, Any]:
+    """Images seen and multiply-accumulates of training of one seed, its own and those of what it starts from."""
+    job = jobs[0]
+    spent, images = cost_of(job)
+    before_spent, before_images, start = 0.0, 0, job.start
+    while start is not None:
+        found = next((other for other in all_jobs if other.name == start.name), None)
+        macs, seen = (float("nan"), 0) if found is None else cost_of(found)
+        before_spent, before_images, start = before_spent + macs, before_images + seen, start.start
+    return {
+        "images": images,
+        "training_tmacs": spent / 1e12,
+        "pretraining_images": before_images,
+        "pretraining_tmacs": before_spent / 1e12,
+    }
+
+
+def cost_of(job: Job) -> tuple[float, int]:
+    facts = read(job)
+    images = facts.get("images_seen", 0)  # of a model that was given, nothing is known
+    return facts.get("training_macs_per_image", float("nan")) * images, images
+
+
+def write_report(jobs: Sequence[Job], speeds: dict[str, dict[str, float]], output_dir: Path) -> str:
+    """Write `compare.md`, `.csv`, `.json`, `.png` and `.svg`. Returns the Markdown."""
+    results = {}
+    for name, found in by_method(jobs).items():
+        points = mean_points(found)
+        for point in points:
+            point["images_per_second"] = speeds.get(name, {}).get(setting(point))
+        facts = {"title": METHODS[name].title, "seeds": [job.seed for job in found], **declaration(found, jobs)}
+        facts["evaluated_images"] = read(found[0])["images"]
+        results[name] = {**facts, "points": points}
+    (output_dir / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    columns = ["gmacs", "gmacs_se", "top1", "top1_se", "images_per_second"]
+    with (output_dir / "compare.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "setting", *columns])
+        for name, result in results.items():
+            writer.writerows([name, setting(p), *(p[column] for column in columns)] for p in result["points"])
+    text = _markdown(results, read(jobs[0])["device"] if jobs else "-")
+    (output_dir / "compare.md").write_text(text + "\n", encoding="utf-8")
+    if results:
+        save_figure(_picture(results), output_dir / "compare.png")
+    return text
+
+
+def _number(value: float | None, places: int, error: float | None = None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{places}f}" + ("" if error is None else f" ± {error:.{places}f}")
+
+
+def _markdown(results: dict[str, dict], device: str) -> str:
+    lines = [f"Trained on: {device}. {describe_run(torch.device('cpu'), 'evaluated in float32')}"]
+    lines += [
+        "| method | seeds | images seen | training TMACs | images before | TMACs before |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results.values():
+        before = f"{result['pretraining_images']} | {result['pretraining_tmacs']:.3g}"
+        own = f"{len(result['seeds'])} | {result['images']} | {result['training_tmacs']:.3g}"
+        lines.append(f"| {result['title']} | {own} | {before} |")
+    lines += ["", "| method | setting | mean MMACs | top-1 (%) | images/s |", "|---|---|---|---|---|"]
+    for result in results.values():
+        for point in shown_points(result["points"]):
+            cost = _number(1e3 * point["gmacs"], 2)
+            top1, speed = _number(point["top1"], 2, point["top1_se"]), _number(point["images_per_second"], 0)
+            lines.append(f"| {result['title']} | {setting(point)} | {cost} | {top1} | {speed} |")
+    lines.append(
+        "\nMean over the seeds ± standard error. The settings of a method are those nearest to even steps in cost."
+    )
+    return "\n".join(lines)
+
+
+def _picture(results: dict[str, dict]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for index, result in enumerate(results.values()):
+        color, marker = STYLES[index % len(STYLES)][0], "osv^D<>pPX"[index // len(STYLES) % 10]
+        line = STYLES[index // len(STYLES) % len(STYLES)][1]
+        timed = [point for point in result["points"] if point["images_per_second"] is not None]
+        for axes, points, horizontal in (
+            (panels[0], result["points"], lambda point: 1e3 * point["gmacs"]),
+            (panels[1], timed, lambda point: point["images_per_second"]),
+        ):
+            across, errors = [horizontal(p) for p in points], [p["top1_se"] or 0.0 for p in points]
+            style = {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.2}
+            axes.errorbar(across, [p["top1"] for p in points], errors, label=result["title"], elinewidth=0.6, **style)
+    panels[0].set(xlabel="mean MMACs per image", ylabel="top-1 accuracy (%)", xscale="log")
+    panels[1].set(xlabel="images per second", xscale="log")
+    for axes in panels:
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    return figure

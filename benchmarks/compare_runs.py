@@ -1,0 +1,262 @@
+"""One method with one seed: its configuration, training, and the evaluation of every operating point in one pass."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from benchmarks.compare_methods import METHODS, Sizes
+from hf_thinkingvit import ElasticViTForImageClassification
+from hf_thinkingvit.auto import AutoImageProcessor
+from hf_thinkingvit.data import ImageSplit, as_image_split, evaluation_batches, load_splits
+from hf_thinkingvit.evaluation import (
+    LabelMap,
+    StageAnswers,
+    collect_stage_answers,
+    evaluate_accuracy,
+    stage_macs,
+    sub_network_macs,
+)
+from hf_thinkingvit.evaluation.calibration import threshold_grid
+from hf_thinkingvit.models.configuration_staged import thinks_in_stages
+from hf_thinkingvit.training import TrainingConfig
+from hf_thinkingvit.training.loop import TrainingRun
+from hf_thinkingvit.training.memory_images import load_in_memory
+
+
+COUNTED_STEPS, COUNTED_IMAGES = 8, 4  # whose multiply-accumulates are counted
+IMPORTANCE_IMAGES = 512  # on which DynaBERT's heads and neurons are ordered
+THRESHOLD_STEPS = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """
+    Attributes:
+        method (`str`), seed (`int`): what is trained.
+        base (`TrainingConfig`): of the run of a ThinkingViT, of which a method changes some fields.
+        output_dir (`Path`): of the comparison.
+        fine_tuning_epochs (`int`): of methods that start from another one.
+        trained (`Path`, *optional*): a model to evaluate instead of training one.
+        threads (`int`): of the CPU.
+    """
+
+    method: str
+    seed: int
+    base: TrainingConfig
+    output_dir: Path
+    fine_tuning_epochs: int
+    trained: Path | None = None
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-seed-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.name
+
+    @property
+    def model(self) -> Path:
+        return self.trained or self.folder / "last"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "points.json"
+
+    @property
+    def start(self) -> "Job | None":
+        start = METHODS[self.method].start
+        return None if start is None else dataclasses.replace(self, method=start, trained=None)
+
+
+def run_config(job: Job, start: Path | None = None) -> TrainingConfig:
+    """The configuration of a job's run, which starts from the model in `start`."""
+    method, base, sizes = METHODS[job.method], job.base, Sizes.of(job.base.model)
+    epochs = base.epochs if start is None else max(1, math.ceil(method.epochs * job.fine_tuning_epochs))
+    share = epochs / base.epochs
+    fields: dict[str, Any] = {
+        "model_type": method.model_type,
+        "model": method.model(sizes),
+        "seed": job.seed,
+        "epochs": epochs,
+        "output_dir": str(job.folder),
+        "resume": "auto",
+        "from_vit": None,
+        "from_pretrained": None,
+        "warmup_epochs": share * base.warmup_epochs,
+        "cooldown_epochs": round(share * base.cooldown_epochs),
+        # The last epoch is reported, and every operating point evaluated afterwards.
+        "eval_epochs": epochs + base.cooldown_epochs,
+        "max_eval_samples": base.eval_batch_size,
+        **{name: value(sizes, epochs) if callable(value) else value for name, value in method.run.items()},
+    }
+    if start is not None:
+        fields["from_vit" if method.start_as == "vit" else "from_pretrained"] = str(start)
+        fields["teacher"] = str(start) if method.teacher else None
+    return dataclasses.replace(base, **fields)
+
+
+def prepare_start(job: Job) -> Path | None:
+    """The folder of the model that a job's run starts from, made from that of the method it names."""
+    method, start = METHODS[job.method], job.start
+    if start is None:
+        return None
+    if method.start_as == "model":
+        return start.model
+    folder = start.folder / "vit"
+    source = AutoModelForImageClassification.from_pretrained(start.model)
+    processor = AutoImageProcessor.from_pretrained(start.model)
+    vit = source.extract_stage(0)
+    if method.start_as == "vit":
+        model = vit
+    else:
+        folder = job.folder / "start"
+        columns = job.base.image_column, job.base.label_column
+        split = as_image_split(load_splits(job.base.dataset)[job.base.train_split], job.base.dataset, *columns)
+        batch = next(iter(evaluation_batches(split.sample(IMPORTANCE_IMAGES), processor, IMPORTANCE_IMAGES)))
+        sub_networks = method.model(Sizes.of(job.base.model))["sub_networks"]
+        model = ElasticViTForImageClassification.from_vit(vit, reorder="importance", **batch, sub_networks=sub_networks)
+    if not (folder / "preprocessor_config.json").exists():
+        partial = folder.with_name(f".{folder.name}-{os.getpid()}")  # several methods may start from one model
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "preprocessor_config.json").exists():
+                raise
+    return folder
+
+
+def count_training_macs(run: TrainingRun) -> float:
+    """
+    Multiply-accumulates in matrix products of a training step for each image, of teachers too: the mean of several
+    steps, because samplers choose what a step computes. Weights and gradients are left as they are.
+    """
+    device, micro_batches = run.accelerator.device, run.config.gradient_accumulation_steps
+    size = run.model_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(COUNTED_IMAGES, 3, height, width, device=device)
+    labels = torch.arange(COUNTED_IMAGES, device=device) % run.model_config.num_labels
+    model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False).train()
+    with FlopCounterMode(display=False) as counter:
+        for step in range(COUNTED_STEPS):
+            arguments = run.loss.model_arguments(step, step % micro_batches)
+            outputs = model(images, labels=labels, **arguments)
+            loss, _ = run.loss(outputs, images, labels, step, step % micro_batches)
+            loss.backward()
+    run.optimizer.zero_grad()
+    return counter.get_total_flops() / 2 / (COUNTED_STEPS * COUNTED_IMAGES)
+
+
+def load_model(folder: Path, fields: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    """A trained model at an operating point."""
+    return AutoModelForImageClassification.from_pretrained(folder, **fields).to(device).eval()
+
+
+def read_images(
+    split: ImageSplit, processor: Any, base: TrainingConfig, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches for evaluation; with `in_memory`, of images that were decoded once for all runs."""
+    if not base.in_memory:
+        for batch in evaluation_batches(split, processor, base.eval_batch_size, base.num_workers):
+            yield {name: entry.to(device) for name, entry in batch.items()}
+        return
+    images = load_in_memory(split)
+    if images.skipped.any():
+        raise ValueError(
+            f"An evaluation image of `{split.name}` cannot be decoded, which would change what is measured."
+        )
+    for pixels, labels in zip(images.pixels.split(base.eval_batch_size), images.labels.split(base.eval_batch_size)):
+        pixels = processor(pixels.permute(0, 2, 1, 3), return_tensors="pt")["pixel_values"]
+        yield {"pixel_values": pixels.to(device), "labels": labels.to(device)}
+
+
+def evaluate_points(job: Job, device: torch.device) -> dict[str, Any]:
+    """Accuracy (%) and mean GMACs of every operating point, from one pass over the images."""
+    method, base = METHODS[job.method], job.base
+    processor = AutoImageProcessor.from_pretrained(job.model)
+    model = load_model(job.model, {}, device)
+    # The run's mixed precision is part of Accelerate's global state, and scores are measured in float32.
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    split = as_image_split(
+        load_splits(base.dataset)[base.eval_split], base.dataset, base.image_column, base.label_column
+    )
+    split = split.sample(base.max_eval_samples)
+    if method.points is None:
+        labels = LabelMap(model.config, split.label_names, name=base.dataset)
+        answers = collect_stage_answers(model, read_images(split, processor, base, device), labels, progress=False)
+        return {"images": len(answers), "points": threshold_points(answers)}
+    overrides = method.points(model.config)
+    models = {index: load_model(job.model, fields, device) for index, fields in enumerate(overrides)}
+    measured = evaluate_accuracy(accelerator, models, read_images(split, processor, base, device))
+    points = [
+        {
+            "fields": fields,
+            "top1": measured[index]["top1"][-1],
+            "gmacs": measured[index].get("macs", own_macs(models[index])) / 1e9,
+        }
+        for index, fields in enumerate(overrides)
+    ]
+    return {"images": measured[0]["images"], "points": points}
+
+
+def threshold_points(answers: StageAnswers) -> list[dict[str, Any]]:
+    rows = [answers.row(threshold) for threshold in threshold_grid(answers, THRESHOLD_STEPS)]
+    return [{"threshold": row["threshold"], "top1": row["top1"], "gmacs": row["gmacs"]} for row in rows]
+
+
+def own_macs(model: PreTrainedModel) -> float:
+    """Of an image, where it does not depend on the image; NaN of an A-ViT, whose outputs have them."""
+    config = model.config
+    if getattr(config, "sub_networks", None):
+        return sub_network_macs(config)[config.default_sub_network]
+    return sum(stage_macs(config)) if thinks_in_stages(config) else math.nan
+
+
+def perform(job: Job) -> None:
+    """Train, evaluate and write `points.json`; what is already there is not repeated. Output goes to `log.txt`."""
+    if job.result.exists():
+        return
+    job.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(job.threads)
+    with (job.folder / "log.txt").open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            _perform(job)
+        except SystemExit:
+            raise
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _perform(job: Job) -> None:
+    facts: dict[str, Any] = {"method": job.method, "seed": job.seed, "device": "cpu"}
+    cuda = torch.cuda.is_available() and not job.base.cpu
+    if job.trained is None:
+        run = TrainingRun(run_config(job, prepare_start(job)))
+        facts["training_macs_per_image"] = count_training_macs(run)
+        facts |= {"epochs": run.num_epochs, "seconds": run.run()["seconds"]}
+        facts["images_seen"] = run.progress.step * run.config.batch_size
+    device = torch.device("cuda" if cuda else "cpu")
+    facts["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    if not METHODS[job.method].is_step:
+        facts |= evaluate_points(job, device)
+    partial = job.result.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial.replace(job.result)

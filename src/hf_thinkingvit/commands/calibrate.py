@@ -1,0 +1,117 @@
+"""
+Choose τ for a limit on the loss of accuracy, or for a budget of compute:
+
+    hf-thinkingvit calibrate --model MODEL --dataset uoft-cs/cifar10 --max-drop 0.01 --delta 0.05
+    hf-thinkingvit calibrate --model MODEL --dataset uoft-cs/cifar10 --gmacs 0.03
+
+A share of the images (`--check`) is held out from the calibration; accuracy and cost at τ are printed for both parts.
+`--output-dir` gets the model with the new τ, in the dtype in which it was measured, and `calibration.json`.
+
+A classifier loses an image that the last stage gets right and its exit wrong; a segmentation model loses shares of an
+image's pixels so. The limit is statistical: it holds only with images that were used neither to train the model nor to
+select its best epoch.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+
+import torch
+from transformers import PreTrainedModel
+
+from ..evaluation import calibrate_budget, calibrate_risk, measure_stage_milliseconds
+from ..evaluation.calibration import Calibration
+from ..evaluation.segmentation import StageConfusions
+from ..evaluation.sweep import StageAnswers
+from ..models.configuration_checks import as_pair
+from . import command
+from .evaluation import add_evaluation, evaluate, load_model, measure_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command.add_model(parser)
+    command.add_output_dir(parser, "outputs/calibrated", "the model with the new τ")
+    parser.add_argument("--dtype", default="float32", choices=command.DTYPES, help="to measure in")
+    goals = parser.add_argument_group("goal, one of")
+    goal = goals.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--max-drop", type=float, help="greatest share of answers that only the last stage gets right")
+    goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
+    goal.add_argument("--gmacs", type=float, help="mean multiply-accumulates per image, in 10^9")
+    goal.add_argument("--milliseconds", type=float, help="mean time per image, on this device in this batch size")
+    parser.add_argument("--delta", type=float, default=0.05, help="probability that the limit on accuracy is exceeded")
+    parser.add_argument("--per-exit", action="store_true", help="one τ per exit")
+    add_evaluation(parser)
+    parser.add_argument("--allow-training-images", action="store_true", help="also on those that chose the epoch")
+    parser.add_argument("--check", type=float, default=0.5, help="share of the images to check on")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of these images")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.check < 1:
+        raise ValueError("`check` must be at least 0 and below 1.")
+    model, processor = load_model(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model.to(command.best_device())
+    command.start(model, dataset=arguments.dataset, saved_to=arguments.output_dir)
+    answers, _ = evaluate(model, processor, arguments)
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed))
+    held_out = round(arguments.check * len(answers))
+    check, calibration = answers.select(order[:held_out]), answers.select(order[held_out:])
+    found = calibrate(arguments, model, calibration)
+    print(f"{answers.dataset}, split {answers.split}, measured in {arguments.dtype}")
+    print(f"τ = {found.threshold}\n{found.statement}")
+    facts = found.to_dict()
+    for name, part in (("calibration", calibration), ("check", check)):
+        if len(part):
+            row = part.row(found.threshold)
+            last = part.stage_rows()[-1]
+            measure, words, value = measure_of(row)
+            facts[f"{name}_images"] = {"images": len(part), f"last_stage_{measure}": last[measure], **row}
+            print(
+                f"{name:>12}: {len(part)} images, {words} {value:.2f} % (last stage {measure_of(last)[2]:.2f} %), "
+                f"{row['gmacs']:.4g} GMACs (last stage {last['gmacs']:.4g})"
+            )
+    found.apply(model)
+    model.save_pretrained(arguments.output_dir)
+    processor.save_pretrained(arguments.output_dir)
+    (arguments.output_dir / "calibration.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    folder = shlex.quote(str(arguments.output_dir))
+    size = ""
+    if isinstance(answers, StageConfusions):
+        size = f" --short-side {arguments.short_side or 'PIXELS (of the images that were measured)'}"
+    command.say(
+        files=f"model and calibration.json in {arguments.output_dir}",
+        next=f"hf-thinkingvit {'segment' if size else 'classify'} --model {folder} --dataset FOLDER{size}",
+    )
+
+
+def calibrate(
+    arguments: argparse.Namespace, model: PreTrainedModel, calibration: StageAnswers | StageConfusions
+) -> Calibration:
+    """τ for the goal that was chosen."""
+    if arguments.gmacs is not None:
+        return calibrate_budget(calibration, gmacs=arguments.gmacs, per_exit=arguments.per_exit)
+    if arguments.milliseconds is not None:
+        batch = torch.randn(arguments.batch_size or 64, model.config.num_channels, *as_pair(model.config.image_size))
+        times = measure_stage_milliseconds(model, batch.to(model.device, model.dtype))
+        return calibrate_budget(
+            calibration, milliseconds=arguments.milliseconds, stage_milliseconds=times, per_exit=arguments.per_exit
+        )
+    risk = calibration.risks[0 if arguments.max_error is None else 1]
+    epsilon = arguments.max_drop if arguments.max_error is None else arguments.max_error
+    return calibrate_risk(
+        calibration,
+        epsilon,
+        arguments.delta,
+        risk,
+        arguments.per_exit,
+        allow_training_images=arguments.allow_training_images,
+    )
+
+
+def main(words: list[str] | None = None, prog: str | None = None) -> None:
+    command.run_command(sys.modules[__name__], words, prog)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""
+Classify many images with full batches at every stage, and write one line per image:
+
+    hf-thinkingvit classify --model MODEL --dataset examples/images
+    hf-thinkingvit classify --model MODEL --dataset uoft-cs/cifar10 --split test --format parquet
+
+`--dataset` is a folder of images, searched with its subfolders, or what `datasets` reads. The output is JSONL or
+Parquet; `OUTPUT.run.json` beside it records model, τ and source. A further run with the same output resumes, with any
+number of processes; with a complete output, it classifies the images of the folder that are new or have changed (by
+names, sizes and modification times). If model, τ or source differ, it is refused. Images that cannot be read are
+lines with an `error`, and further runs try them again. `accelerate launch` splits the images among processes.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from ..data import as_images, decode, find_split, load_splits
+from ..inference import AdaptiveEngine, ResumableOutput
+from ..inference.resumable import fingerprint, model_fingerprint, printable
+from ..public_names import public_name
+from . import command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command.add_model(parser)
+    command.add_dataset(parser, "folder of images, Hub id, Parquet file", "--images")
+    parser.add_argument("--split", help="of a dataset; by default test, else validation, else train")
+    parser.add_argument("--image-column", help="of a dataset; found by its type where not given")
+    command.add_output_dir(parser, "outputs/classified", "the output and the record of the run")
+    parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="of the output")
+    parser.add_argument("--output", type=Path, help="file instead of OUTPUT_DIR/classified.FORMAT: .jsonl or .parquet")
+    parser.add_argument("--batch-size", type=command.positive, default=64, help="images in a forward pass")
+    parser.add_argument("--threshold", type=float, nargs="+", help="τ, one or one per exit; by default the model's")
+    parser.add_argument("--max-stages", type=command.positive, help="run at most this many stages")
+
+
+class ImageSource(NamedTuple):
+    """
+    Attributes:
+        names: of the images, in order.
+        identities: one per image, which changes when the image does.
+        read: from an index in the names to the image.
+    """
+
+    names: list[str]
+    identities: list[str]
+    read: Callable[[int], Any]
+
+
+def find_images(name: str, split: str | None, column: str | None) -> ImageSource:
+    """The images of a folder and its subfolders, or those that `datasets` reads under that name."""
+    folder = Path(name)
+    if folder.is_dir() and (files := command.find_image_files(folder)):
+        names = [path.relative_to(folder).as_posix() for path in files]
+        # Names alone do not identify the images: another folder has the same ones, or a file has changed.
+        identities = [f"{found.st_size} {found.st_mtime_ns}" for found in (path.stat() for path in files)]
+        return ImageSource(names, identities, lambda place: files[place])
+    rows, column = as_images(find_split(load_splits(name), split, name, ("test", "validation", "train")), name, column)
+    # Decoded by the engine, which reports an image that cannot be decoded as it does a broken file.
+    contents = fingerprint([str(getattr(rows, "_fingerprint", None)), column, str(len(rows))])
+    names = [str(place) for place in range(len(rows))]
+    return ImageSource(names, [contents] * len(rows), lambda place: partial(decode_row, rows, place, column))
+
+
+def decode_row(rows: datasets.Dataset, place: int, column: str) -> Image.Image:
+    return decode(rows[place][column])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # Accelerate does not find out by itself that several processes run on CPUs.
+    state = PartialState(cpu=command.best_device().type == "cpu")
+    source = find_images(arguments.dataset, arguments.split, arguments.image_column)
+    path = arguments.output or arguments.output_dir / f"classified.{arguments.format}"
+    model, processor = command.load_model(arguments.model)
+    model.to(state.device)
+    threshold = command.one_or_list(arguments.threshold)
+    engine = AdaptiveEngine(
+        model,
+        processor,
+        batch_size=arguments.batch_size,
+        threshold=threshold,
+        max_stages=arguments.max_stages,
+        on_error="return",
+    )
+    facts = {
+        "model": public_name(arguments.model),
+        "model_fingerprint": model_fingerprint(model, processor),
+        "threshold": getattr(model.config, "threshold", None) if threshold is None else threshold,
+        "max_stages": arguments.max_stages,
+        "source": public_name(arguments.dataset),
+        "split": arguments.split,
+    }
+    output = ResumableOutput(path, facts, source.names, state, source.identities)
+    if state.is_main_process:
+        answered = f", {output.done} of them are classified already" if output.done else ""
+        command.start(model, images=f"{len(source.names)}{answered}", saved_to=printable(str(path)))
+        if output.is_update and not output.places and state.num_processes == 1:
+            print("nothing is new: every image is classified already")
+
+    classify(engine, source, output, state)
+    counts = output.finish()
+    if counts is not None:
+        command.say(
+            classified=f"{counts[0]} images ({counts[0] - output.done} in this run), {counts[1]} could not be read "
+            f"{'(see their `error`)' if counts[1] else ''}".rstrip(),
+            file=printable(str(path)),
+            next=f'python -c "import pandas; print(pandas.read_{"parquet" if path.suffix == ".parquet" else "json"}('
+            f'{str(path)!r}{"" if path.suffix == ".parquet" else ", lines=True"}))"',
+        )
+
+
+def classify(engine: AdaptiveEngine, source: ImageSource, output: ResumableOutput, state: PartialState) -> None:
+    """Write a line for each image that is not classified yet."""
+    id2label = engine.model.config.id2label
+    exits: Counter = Counter()
+    with tqdm(total=len(output.places), unit="image", disable=not (state.is_main_process and output.places)) as bar:
+        for result in engine(source.read(place) for place in output.places):
+            place = output.places[result.index]
+            if result.error is not None:
+                error = printable(str(result.error))
+                bar.write(error, file=sys.stderr)
+                output.write(place, error=error)
+            else:
+                score, label = result.logits.softmax(dim=-1).max(dim=-1)
+                exits[result.exit_stage] += 1
+                output.write(
+                    place,
+                    label=id2label[label.item()],
+                    score=round(score.item(), 6),
+                    exit_stage=result.exit_stage,
+                    entropy=round(result.entropy, 6),
+                )
+            bar.update()
+            shares = ", ".join(f"{stage}: {count / exits.total():.0%}" for stage, count in sorted(exits.items()))
+            bar.set_postfix_str(f"leave at stage {shares}", refresh=False)
+
+
+def main(words: list[str] | None = None, prog: str | None = None) -> None:
+    command.run_command(sys.modules[__name__], words, prog)
+
+
+if __name__ == "__main__":
+    main()

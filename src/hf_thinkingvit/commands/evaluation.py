@@ -1,0 +1,98 @@
+"""What commands that measure a model at any τ share: options of images and masks, and the pass over them."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..auto import auto_class_of
+from ..evaluation import evaluate_segmentation_thresholds, evaluate_thresholds, label_map_argument
+from ..evaluation.segmentation import StageConfusions
+from ..evaluation.sweep import StageAnswers
+from ..masks import read_mask_values
+from . import command
+
+
+# Columns of a table of τ: what a row calls it, its title, its format, and its factor.
+COLUMNS = (
+    ("top1", "top-1 %", "10.2f", 1.0),
+    ("top5", "top-5 %", "10.2f", 1.0),
+    ("mean_iou", "mIoU %", "10.2f", 100.0),
+    ("overall_accuracy", "pixels %", "10.2f", 100.0),
+    ("gmacs", "GMACs", "12.5g", 1.0),
+    ("gmacs_per_window", "a window", "12.5g", 1.0),
+)
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that evaluate a model on labelled images."""
+    images = parser.add_argument_group("images")
+    command.add_dataset(images)
+    images.add_argument(
+        "--split", help="by default validation, else test; first what is new to the model. Slices as test[:50%%] work"
+    )
+    images.add_argument(
+        "--label-map", type=label_map_argument, help="JSON file from the dataset's labels to the model's, or \"index\""
+    )
+    count = command.positive
+    images.add_argument("--max-samples", type=count, help="use this many random images; of a stream, the first ones")
+    images.add_argument(
+        "--batch-size",
+        type=count,
+        help="images in a forward pass (by default 64; of a segmentation model 4, in windows)",
+    )
+    images.add_argument("--num-workers", type=int, default=0, help="processes that read images")
+    masks = parser.add_argument_group("masks, of a segmentation model")
+    masks.add_argument("--mask-values", nargs="+", default=[], help="of each class in the masks, such as 1-150")
+    masks.add_argument("--ignored-mask-values", nargs="+", default=["255"], help="of pixels that do not count")
+    masks.add_argument("--short-side", type=count, help="pixels of the shorter side; by default images as they are")
+    masks.add_argument("--long-side", type=count, help="the most pixels of the longer side")
+
+
+def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A classifier or segmentation model, and its image processor; errors of `command.load_model`."""
+    command.check_folder(name)
+    return command.load_model(name, auto_class_of(AutoConfig.from_pretrained(name)), **options)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    arguments: argparse.Namespace,
+    thresholds: Sequence[float] = (),
+    accelerator: Accelerator | None = None,
+    streaming: bool = False,
+) -> tuple[StageAnswers | StageConfusions, list[dict[str, Any]]]:
+    """One pass by the options of `add_evaluation`: the stages' answers, and a row for each of `thresholds`."""
+    options: dict[str, Any] = {"label_map": arguments.label_map, "streaming": streaming}
+    function, batch_size = evaluate_thresholds, 64
+    if type(model) in AutoModelForSemanticSegmentation._model_mapping.values():
+        if arguments.label_map is not None or streaming:
+            raise ValueError("`label_map` and `streaming` are not for a segmentation model.")
+        function, batch_size = evaluate_segmentation_thresholds, 4
+        options = {
+            "mask_values": read_mask_values(arguments.mask_values),
+            "ignored_mask_values": read_mask_values(arguments.ignored_mask_values),
+            "short_side": arguments.short_side,
+            "long_side": arguments.long_side,
+        }
+    return function(
+        model,
+        arguments.dataset,
+        processor,
+        thresholds,
+        split=arguments.split,
+        max_samples=arguments.max_samples,
+        batch_size=arguments.batch_size or batch_size,
+        num_workers=arguments.num_workers,
+        accelerator=accelerator,
+        **options,
+    )
+
+
+def measure_of(row: dict[str, Any]) -> tuple[str, str, float]:
+    """What a row of a sweep measures first: its name, in words, and its value in per cent."""
+    return ("top1", "top-1", row["top1"]) if "top1" in row else ("mean_iou", "mean IoU", 100 * row["mean_iou"])

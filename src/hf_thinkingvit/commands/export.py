@@ -1,0 +1,71 @@
+"""
+Export a model to ONNX, and compare its predictions under onnxruntime with the PyTorch model's:
+
+    hf-thinkingvit export --model MODEL --dataset FOLDER
+
+`adaptive.onnx` takes one image and runs the stages until it exits; `stage_0.onnx` and so on hold one stage each, for
+batches of any size. Without `--dataset`, nothing is compared. Needs the extra `onnx`.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..inference import export_onnx
+from ..models.exit_rules import ExitRule
+from ..models.image_files import read_image
+from . import command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command.add_model(parser)
+    parser.add_argument("--dataset", "--images", type=Path, help="folder of images to compare the predictions on")
+    command.add_output_dir(parser, "outputs/onnx", "the exported programs")
+    parser.add_argument("--threshold", type=float, nargs="+", help="τ for these images, one or one per exit")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    model, processor = command.load_model(arguments.model, dtype=torch.float32)
+    # Before the export, which is slow.
+    thresholds = ExitRule.from_config(model.config, command.one_or_list(arguments.threshold)).thresholds
+    paths = [] if arguments.dataset is None else command.find_images_or_fail(arguments.dataset)
+    command.start(model, images=len(paths) or None, saved_to=arguments.output_dir)
+    files = export_onnx(model, arguments.output_dir)
+    for path in (files.adaptive, *files.stages):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    if paths:
+        compare(model, processor, files.adaptive, paths, thresholds)
+    command.say(next=f'python -c "import onnxruntime; onnxruntime.InferenceSession({str(files.adaptive)!r})"')
+
+
+@torch.no_grad()
+def compare(model, processor, program: Path, paths: list[Path], thresholds: tuple[float, ...]) -> None:
+    """Print the predictions of the exported program for each image, beside the model's."""
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(program)
+    print("\nimage | label | exit stage | entropy | ms | the model's")
+    for path in paths:
+        pixel_values = processor(read_image(path), return_tensors="pt")["pixel_values"]
+        started = time.perf_counter()
+        feed = {"pixel_values": pixel_values.numpy(), "threshold": np.array(thresholds, dtype=np.float32)}
+        logits, exit_stage, entropy = session.run(None, feed)
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        expected = model(pixel_values, threshold=list(thresholds))
+        label, theirs = (model.config.id2label[int(answer[0].argmax())] for answer in (logits, expected.logits))
+        print(
+            f"{path.name} | {label} | {exit_stage[0]} | {entropy[0]:.4f} | {milliseconds:.1f} | "
+            f"{theirs}, {expected.exit_stage[0]}, {expected.entropy[0]:.4f}"
+        )
+
+
+def main(words: list[str] | None = None, prog: str | None = None) -> None:
+    command.run_command(sys.modules[__name__], words, prog)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""
+Segment the images of a folder in sliding windows, each of which leaves at its own stage:
+
+    hf-thinkingvit segment --model MODEL --dataset FOLDER --output-dir outputs/segmented --threshold 0.5
+
+For each image `NAME` of the folder, three files are written: `NAME.labels.png`, a palette PNG whose values are class
+indices, at the size of the image; `NAME.overlay.png`, the image with its classes in colour; and `NAME.windows.png`, the
+exit stage (from 1) and the entropy of each window. `--scales` and `--flip` average several views, as the papers'
+multi-scale evaluation does; the windows shown are those of the first view. Unreadable images are reported and skipped.
+"""
+
+import argparse
+import colorsys
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoModelForSemanticSegmentation
+
+from ..inference import ImageViews, SlidingResult, SlidingWindowSegmenter, scaled_views
+from ..models.image_files import read_image
+from . import command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command.add_model(parser, "folder or Hub id of a segmentation model")
+    parser.add_argument(
+        "--dataset", "--images", required=True, type=Path, help="folder of images, searched with its subfolders"
+    )
+    parser.add_argument(
+        "--output-dir", "--output", type=Path, default=Path("outputs/segmented"), help="three pictures per image"
+    )
+    parser.add_argument("--threshold", type=float, nargs="+", help="τ, one or one per exit; by default the model's")
+    views = parser.add_argument_group("windows and views")
+    views.add_argument(
+        "--short-side", type=command.positive, help="pixels of the shorter side at scale 1; by default a window"
+    )
+    views.add_argument("--window", type=command.positive, help="pixels; by default the model's image size")
+    views.add_argument("--stride", type=command.positive, help="pixels; by default 32 less than a window")
+    views.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the views that are averaged")
+    views.add_argument("--flip", action="store_true", help="average with the mirror images")
+    views.add_argument("--batch-size", type=command.positive, default=16, help="windows in a forward pass")
+
+
+def palette() -> list[int]:
+    """256 colours as Pillow wants them; the hues of neighbouring classes are far apart."""
+    golden = 0.618034
+    colours = [colorsys.hsv_to_rgb(index * golden % 1.0, 0.65, 1.0 - 0.15 * (index % 4)) for index in range(256)]
+    return [round(255 * channel) for colour in colours for channel in colour]
+
+
+def label_map(result: SlidingResult) -> Image.Image:
+    """The class indices as a palette image."""
+    indices = Image.fromarray(result.labels.to(torch.uint8).numpy())
+    indices.putpalette(palette())
+    return indices
+
+
+def window_picture(image: Image.Image, result: SlidingResult, window_size: int) -> Image.Image:
+    """The windows of the first view, in a colour for each exit stage, with the stage (from 1) and the entropy."""
+    windows = [window for window in result.windows if window.view == 0]
+    # The last windows end at the borders of the view.
+    scale_x = image.width / (max(window.left for window in windows) + window_size)
+    scale_y = image.height / (max(window.top for window in windows) + window_size)
+    picture = image.convert("RGB")
+    draw = ImageDraw.Draw(picture, "RGBA")
+    colours = palette()
+    corners = [(window.left * scale_x, window.top * scale_y) for window in windows]
+    for window, (left, top) in zip(windows, corners):
+        colour = tuple(colours[3 * window.exit_stage : 3 * window.exit_stage + 3])
+        right, bottom = left + window_size * scale_x - 1, top + window_size * scale_y - 1
+        draw.rectangle((left, top, right, bottom), fill=(*colour, 60), outline=(*colour, 255), width=2)
+    for window, (left, top) in zip(windows, corners):  # last, since windows overlap
+        draw.text((left + 4, top + 4), f"{window.exit_stage + 1}: {window.entropy:.2f}", fill=(255, 255, 255, 255))
+    return picture
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output_dir = arguments.output_dir.resolve()
+    files = command.find_images_or_fail(arguments.dataset)
+    files = [path for path in files if output_dir not in path.resolve().parents]  # not what an earlier run has drawn
+    if not files:
+        raise FileNotFoundError(f"All images in `{arguments.dataset}` (--dataset) are in the output folder.")
+    model, processor = command.load_model(arguments.model, AutoModelForSemanticSegmentation)
+    model.to(command.best_device())
+    if model.config.num_labels > 256:
+        raise ValueError(f"A palette PNG holds 256 classes, the model has {model.config.num_labels}.")
+    segmenter = SlidingWindowSegmenter(
+        model,
+        window_size=arguments.window,
+        stride=arguments.stride,
+        batch_size=arguments.batch_size,
+        threshold=command.one_or_list(arguments.threshold),
+        progress=True,
+    )
+    short_side = arguments.short_side or segmenter.window_size
+    command.start(
+        model,
+        images=f"{len(files)} in {arguments.dataset}, shorter side {short_side}, windows {segmenter.window_size}",
+        saved_to=arguments.output_dir,
+    )
+    read: deque[tuple[Path, Image.Image]] = deque()  # the images whose windows run
+    skipped = 0
+
+    def views() -> Iterator[ImageViews]:
+        nonlocal skipped
+        for path in files:
+            try:
+                image = read_image(path).convert("RGB")
+            except Exception as error:  # decoders raise many types
+                print(f"skipped {path}: {error}", file=sys.stderr)
+                skipped += 1
+                continue
+            pixel_values = processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
+            read.append((path, image))
+            yield scaled_views(pixel_values, short_side, arguments.scales, arguments.flip)
+
+    for result in segmenter(views()):
+        path, image = read.popleft()
+        name = arguments.output_dir / path.relative_to(arguments.dataset)
+        name.parent.mkdir(parents=True, exist_ok=True)
+        labels = label_map(result)
+        labels.save(f"{name}.labels.png")
+        Image.blend(image, labels.convert("RGB"), 0.5).save(f"{name}.overlay.png")
+        window_picture(image, result, segmenter.window_size).save(f"{name}.windows.png")
+    exits = segmenter.stats.exits
+    print(f"windows that left at each stage: {exits}; written to {arguments.output_dir}")
+    command.say(segmented=f"{len(files) - skipped} images, {skipped} could not be read")
+
+
+def main(words: list[str] | None = None, prog: str | None = None) -> None:
+    command.run_command(sys.modules[__name__], words, prog)
+
+
+if __name__ == "__main__":
+    main()

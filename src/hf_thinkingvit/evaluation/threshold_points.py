@@ -1,0 +1,55 @@
+"""Chooses the few τ that a table or plot of a sweep shows: where the exits of the measured images change."""
+
+import numpy as np
+import torch
+
+from .calibration import threshold_grid
+from .sweep import StageAnswers
+
+
+POINTS = 12  # as many as a table of a card shows
+
+
+def distinct_thresholds(answers: StageAnswers, count: int = POINTS) -> list[float]:
+    """
+    At most `count` values of τ (one for all exits) at quantiles of the scores, no two of which give the same exits,
+    from one at which no image exits early to one at which all do, if there are such. Each is a decimal number with the
+    fewest digits that give its exits.
+
+    Args:
+        answers (`StageAnswers`): of the images.
+        count (`int`): at least 2.
+
+    Returns:
+        `list[float]`: ordered so that more and more images exit early.
+    """
+    grid = threshold_grid(answers)
+    strict, loose = float(np.float32(grid[0])), float(np.float32(grid[-1]))  # no image exits early, all do
+    scores = answers.scores[:, :-1].flatten()
+    values, counts = scores[scores.isfinite()].unique(return_counts=True)
+    if strict > loose:
+        values, counts = values.flip(0), counts.flip(0)
+    # τ can lie between two different scores; the cumulative counts say which share of all scores is on its one side.
+    below = counts.cumsum(0)
+    goals = torch.linspace(0, 1, count)[1:] * int(counts.sum())
+    steps = (below[:, None] - goals).abs().argmin(dim=0).unique().tolist() if len(below) else []
+    values = [*values.tolist(), loose]
+    between = [_shortest_between(values[step], values[step + 1]) for step in steps]
+    candidates = [strict, *(threshold for threshold in between if threshold is not None)]
+    exits = answers.exit_stages_of_each(candidates)
+    chosen: list[int] = []
+    for index in range(len(candidates)):
+        if not chosen or not torch.equal(exits[index], exits[chosen[-1]]):
+            chosen.append(index)
+    return [candidates[index] for index in chosen]
+
+
+def _shortest_between(one: float, other: float) -> float | None:
+    """A decimal number of few digits strictly between two float32, also as a float32; `None` if there is none."""
+    low, high = min(one, other), max(one, other)
+    for digits in range(1, 12):
+        scale = 10.0**digits
+        middle = round((low + high) / 2 * scale) / scale
+        if low < float(np.float32(middle)) < high:
+            return middle
+    return None

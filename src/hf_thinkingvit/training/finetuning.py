@@ -1,0 +1,292 @@
+"""
+Fine-tuning in one call: from a folder of images and a source to a calibrated adaptive model in a folder.
+
+    from hf_thinkingvit.training import finetune
+
+    done = finetune("photos", "examples/checkpoints/thinkingvit-cifar10", "outputs/photos")
+    print(done.summary)
+
+It is a training run as of `train`, with settings that follow from the number of images instead of a paper's.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..data import ImageSplit, Rows, evaluation_batches, load_splits
+from ..evaluation.accuracy import evaluate_accuracy
+from ..evaluation.calibration import Calibration, calibrate_budget, calibrate_risk, least_images
+from ..evaluation.labels import LabelMap
+from ..evaluation.sweep import StageAnswers, collect_stage_answers
+from ..evaluation.threshold_points import distinct_thresholds
+from ..hub import accuracy_results, model_card
+from ..models.configuration_staged import thinks_in_stages
+from ..public_names import public_name
+from .checkpoints import replace_file
+from .config import TrainingConfig
+from .data import load_data
+from .finetuning_plan import find_source, settings_for
+from .loop import TrainingRun
+from .photographs import with_smaller_photographs
+from .splits import HOLD_OUT_SEED, TrainingData, hold_out
+from .summary import finetuning_summary, start_summary
+
+
+RUN = "training"  # the folder of the training run within the output folder
+SPLITS = "splits.json"
+ONE_HALF = "one half"
+RESERVED = ("task", "dataset", "output_dir", "from_pretrained", "from_vit", "streaming", "validation_fraction")
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """
+    What a fine-tuning run has made; everything is in `folder` as well.
+
+    Attributes:
+        model (`PreTrainedModel`): the last of the run, or an earlier one that is clearly better, with the calibrated τ,
+            in evaluation mode.
+        processor (`BaseImageProcessor`): its image processor.
+        folder (`Path`): the folder that `from_pretrained` and `pipeline` load.
+        results (`dict`): what was measured, as in `results.json`.
+        calibration (`Calibration`, *optional*): of τ; `None` for a model that does not think in stages.
+        summary (`str`): the same in words.
+    """
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    folder: Path
+    results: dict[str, Any]
+    calibration: Calibration | None
+    summary: str
+
+
+def finetune(
+    dataset: str | os.PathLike | datasets.Dataset | Mapping[str, datasets.Dataset],
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike = "outputs/finetuned",
+    *,
+    held_out: float = 0.2,
+    max_drop: float = 0.02,
+    delta: float = 0.1,
+    **overrides: Any,
+) -> FineTuned:
+    """
+    Fine-tune a model for the labels of a few dozen to some ten thousand images, and calibrate its τ.
+
+    Images are held out of the training images (or taken of the validation split, if there is one), the same share of
+    each label and the same ones in every run. One half of them chooses the epoch: the last, unless an earlier one is
+    better by more than the standard error. The other half, which has no part in making the model, measures its stages
+    and calibrates τ: with a promise (see [`~hf_thinkingvit.evaluation.calibrate_risk`]) if there are enough of them,
+    else as the cheapest τ that loses no accuracy on all held-out images, without a promise.
+
+    Args:
+        dataset (`str`, `os.PathLike`, `datasets.Dataset` or a mapping of splits): folder of images (one folder a
+            label), Hub id, Parquet file; or images and labels as `datasets` holds them.
+        source (`str` or `os.PathLike`): folder or Hub id of a plain ViT, DeiT or Swin, of an official checkpoint, or of
+            a model of this package.
+        output_dir (`str` or `os.PathLike`): gets the model with image processor and card, `results.json`,
+            `calibration.json`, `splits.json` (which images were held out), and the training run in `training`.
+        held_out (`float`): share of the training images to hold out where there is no validation split.
+        max_drop (`float`): the greatest share of images that may be right at the last stage and wrong where they exit.
+        delta (`float`): the greatest probability with which that may fail.
+        overrides: fields of [`TrainingConfig`], instead of those that follow from the number of images (`epochs`,
+            `batch_size`, `learning_rate`, `seed`, `horizontal_flip`, `mixed_precision`, `resume`, ...).
+
+    Returns:
+        [`FineTuned`].
+
+    Raises:
+        FileNotFoundError, ValueError: if data or source cannot be found or used, or an override does not exist; before
+            anything is trained.
+    """
+    _check_overrides(overrides)
+    for name, value in (("held_out", held_out), ("max_drop", max_drop), ("delta", delta)):
+        if not 0 < value < 1:
+            raise ValueError(f"`{name}` must be above 0 and below 1, got {value!r}.")
+    output_dir = Path(output_dir)
+    start = find_source(source, output_dir / RUN / "source", overrides.get("model_type"))
+    start["model"] = {**start.get("model", {}), **overrides.pop("model", {})}
+    splits, name = _splits(dataset)
+    config = TrainingConfig(
+        **{**start, "dataset": name, "output_dir": str(output_dir / RUN), "validation_fraction": held_out, **overrides}
+    )
+    data, calibration_images = _divide(load_data(config, splits))
+    num_images = len(data.train.rows)
+    settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides)
+    config = replace(config, **settings)
+    run = TrainingRun(config, data)
+    run.accelerator.print(start_summary(run))
+    run.data = replace(run.data, train=with_smaller_photographs(run.data.train, run.model_config.image_size))
+    run.run()
+    return _finish(run, calibration_images, output_dir, max_drop, delta)
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    known = {entry.name for entry in fields(TrainingConfig)} - set(RESERVED)
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"`finetune` has no argument `{name}`, and it is no field of a training run to override.")
+
+
+def _splits(dataset: Any) -> tuple[Mapping[str, Rows], str]:
+    """The splits of a dataset in any form, and its name."""
+    if isinstance(dataset, (str, os.PathLike)):
+        return load_splits(os.fspath(dataset)), os.fspath(dataset)
+    splits = dataset if isinstance(dataset, Mapping) else {"train": dataset}
+    if not all(isinstance(rows, datasets.Dataset) for rows in splits.values()):
+        raise ValueError(f"`dataset` must be a path, a Hub id, or `datasets.Dataset`s, got a {type(dataset).__name__}.")
+    first = next(iter(splits.values()))
+    return splits, first.info.dataset_name or "dataset"
+
+
+def _divide(data: TrainingData) -> tuple[TrainingData, ImageSplit]:
+    """The data with half of their evaluation images to choose the best epoch by, and the other half."""
+    count = len(data.evaluation.rows)
+    if count < 4:
+        raise ValueError(
+            f"There are {count} images to choose the best epoch by and to calibrate on: it takes 4 at the least, and "
+            "some of each label to be of use. Add images, or hold more of them out (`held_out`)."
+        )
+    calibration, validation = hold_out(data.evaluation, 0.5)
+    selected_on = f"{ONE_HALF} of {_images(data.selected_on)}"
+    split = selected_on if data.test is None else data.split
+    return replace(data, evaluation=validation, selected_on=selected_on, split=split), calibration
+
+
+def _images(selected_on: str) -> str:
+    return f"the images {selected_on}" if selected_on.startswith("held out") else selected_on
+
+
+def _finish(
+    run: TrainingRun, calibration_images: ImageSplit, output_dir: Path, max_drop: float, delta: float
+) -> FineTuned:
+    """Measure and calibrate the model of a finished run, and save it with all reports."""
+    accelerator, data = run.accelerator, run.data
+    chosen = choose_model(run)
+    model = AutoModelForImageClassification.from_pretrained(run.output_dir / chosen, dtype=torch.float32).eval()
+    model.to(accelerator.device)
+    name, calibrated_on = public_name(run.config.dataset), _other_half(data.selected_on)
+    split, images = (calibrated_on, calibration_images) if data.test is None else (data.split, data.test)
+    calibration, remark = None, None
+    if thinks_in_stages(model):
+        measured = _answers(run, model, images, split)
+        calibrating = measured if data.test is None else _answers(run, model, calibration_images, calibrated_on)
+        choosing = _answers(run, model, data.evaluation, data.selected_on)
+        calibration, remark = _calibrate(calibrating, choosing, max_drop, delta)
+        calibration.apply(model)
+        results = measured.results(distinct_thresholds(measured))
+        results |= {"at_threshold": measured.row(calibration.threshold), "calibration": calibration.to_dict()}
+    else:
+        found = evaluate_accuracy(accelerator, {"model": model}, accelerator.prepare(_batches(run, images)))["model"]
+        results = accuracy_results(model, found, name, split=split)
+    results |= {"selected_on": data.selected_on, "training": _training_facts(run)}
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(output_dir)
+        run.processor.save_pretrained(output_dir)
+        license = run.config.model_license
+        title = f"{run.config.model_type}-{name.rpartition('/')[2]}"
+        model_card(model, results, name=title, license=license, datasets=name).save(output_dir / "README.md")
+        replace_file(output_dir / "results.json", json.dumps(results, indent=1))
+        parts = {"selects": data.evaluation, "calibrates": calibration_images}
+        replace_file(output_dir / SPLITS, json.dumps(_record(run.config, data.selected_on, parts), indent=1))
+        if calibration is not None:
+            replace_file(output_dir / "calibration.json", json.dumps(calibration.to_dict(), indent=1))
+    accelerator.wait_for_everyone()
+    summary = finetuning_summary(run, chosen, results, calibration, remark, output_dir)
+    return FineTuned(model, run.processor, output_dir, results, calibration, summary)
+
+
+def choose_model(run: TrainingRun) -> str:
+    """
+    `"last"` or `"best"`: the folder of the model to take. The learning rate has come to its end in the last one, so an
+    earlier one must be better by more than the standard error of its accuracy, which is large on few images.
+    """
+    entries = {entry["step"]: entry["results"][entry["chosen"]] for entry in run.history}
+    last, best = entries[run.history[-1]["step"]], entries.get(run.progress.best_step)
+    if best is None or not (run.output_dir / "best").is_dir():
+        return "last"
+    share = best["top1"][-1] / 100
+    error = 100 * math.sqrt(share * (1 - share) / best["images"])
+    return "best" if best["top1"][-1] > last["top1"][-1] + error else "last"
+
+
+def _batches(run: TrainingRun, images: ImageSplit) -> Any:
+    return evaluation_batches(images, run.processor, run.config.eval_batch_size, run.config.num_workers)
+
+
+def _answers(run: TrainingRun, model: PreTrainedModel, images: ImageSplit, split: str) -> StageAnswers:
+    labels = LabelMap(model.config, images.label_names, name=images.name)
+    batches = run.accelerator.prepare(_batches(run, images))
+    return collect_stage_answers(model, batches, labels, run.accelerator, progress=False, split=split)
+
+
+def _calibrate(
+    calibrating: StageAnswers, choosing: StageAnswers, max_drop: float, delta: float
+) -> tuple[Calibration, str | None]:
+    """τ with a promise; or, if there are too few images for one, without, and a remark that says so."""
+    least = least_images(max_drop, delta)
+    if len(calibrating) >= least:
+        return calibrate_risk(calibrating, max_drop, delta), None
+    both = replace(
+        calibrating,
+        **{
+            name: torch.cat([getattr(calibrating, name), getattr(choosing, name)])
+            for name in ("scores", "top1", "top5")
+        },
+        split="held-out images",
+        seen="half of them chose its best epoch",
+    )
+    # A budget of the whole model excludes no τ, and the cheapest of the most accurate ones is chosen.
+    found = calibrate_budget(both, gmacs=both.macs[-1] / 1e9)
+    return found, (
+        f"τ loses no accuracy on the {len(both)} held-out images, which promises nothing for others: a promise of a "
+        f"drop of at most {max_drop:.1%} takes {least} calibration images, and there are {len(calibrating)}"
+    )
+
+
+def _other_half(selected_on: str) -> str:
+    return selected_on.replace(ONE_HALF, "the other half", 1)
+
+
+def _training_facts(run: TrainingRun) -> dict[str, Any]:
+    """Of the training, for the model card."""
+    config = run.config
+    return {
+        "data": f"`{public_name(config.dataset)}`, split `{config.train_split}`, {run.num_images} images",
+        "started from": public_name(config.from_vit or config.from_pretrained),
+        "epochs": f"{run.progress.epoch} of {run.num_epochs}, {run.progress.step} optimizer steps",
+        "batch size": config.batch_size,
+        "learning rate": f"{config.scaled_learning_rate:g}, times {config.layer_decay:g} for each earlier layer",
+        "seed": config.seed,
+    }
+
+
+def _record(config: TrainingConfig, selected_on: str, parts: Mapping[str, ImageSplit]) -> dict[str, Any]:
+    """Which images were held out: their paths in a folder, or else digests of their files."""
+    folder = Path(config.dataset)
+    return {
+        "dataset": public_name(config.dataset),
+        "held_out_seed": HOLD_OUT_SEED,
+        "selected_on": selected_on,
+        **{role: [_identity(row[part.image_column], folder) for row in part.rows] for role, part in parts.items()},
+    }
+
+
+def _identity(image: Mapping[str, Any], folder: Path) -> str:
+    path = image.get("path")
+    if path and folder.is_dir() and Path(path).is_absolute() and Path(path).is_relative_to(folder.resolve()):
+        return Path(path).relative_to(folder.resolve()).as_posix()
+    content = image["bytes"] if image.get("bytes") is not None else Path(path).read_bytes()
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"

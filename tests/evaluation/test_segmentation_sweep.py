@@ -1,0 +1,92 @@
+"""Sweeps and calibration of segmentation models, whose images consist of windows."""
+
+import math
+
+import pytest
+import torch
+from datasets import load_dataset
+
+from hf_thinkingvit.evaluation import calibrate_budget, calibrate_risk, evaluate_segmentation_thresholds, stage_macs
+from hf_thinkingvit.evaluation.calibration import binomial_p_value, hoeffding_bentkus_p_value
+from hf_thinkingvit.hub import model_card
+from hf_thinkingvit.image_processing import segmentation_image_processor
+from tests.models.segmentation_models import lively_segmenter
+from tests.segmentation_data import write_scenes
+
+
+PROCESSOR = segmentation_image_processor(16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_segmenter(num_labels=3, image_size=16, patch_size=4)
+
+
+@pytest.fixture(scope="module")
+def answers(model, tmp_path_factory):
+    scenes = write_scenes(tmp_path_factory.mktemp("scenes"), {"test": 30})
+    found, _ = evaluate_segmentation_thresholds(model, str(scenes), PROCESSOR, batch_size=4, progress=False)
+    return found
+
+
+def test_costs_are_per_image_and_per_window(model, answers):
+    """24 × 40 pixels in windows of 16 with a stride of 8: 2 rows of 4."""
+    assert len(answers) == 30 and len(answers.scores) == 30 * 8
+    first, *_, last = (sum(stage_macs(model.config)[: stage + 1]) / 1e9 for stage in range(3))
+    for threshold, cost in ((0.0, last), (10.0, first)):
+        row = answers.row(threshold)
+        assert row["gmacs_per_window"] == pytest.approx(cost) and row["gmacs"] == pytest.approx(8 * cost)
+    assert int(answers.confusions[:, 0].sum()) == 30 * 23 * 40  # the first row of each mask does not count
+
+
+def test_losses_of_an_image_are_shares_of_its_pixels(answers):
+    wrong = answers.losses("pixel_error")
+    of_image = torch.zeros(30, 3, dtype=torch.float64).index_add_(0, answers.image, wrong)
+    assert (of_image >= 0).all() and (of_image <= 1).all()
+    for stage, row in enumerate(answers.stage_rows()):
+        assert of_image[:, stage].mean().item() == pytest.approx(1 - row["overall_accuracy"])
+    lost = answers.losses("pixels_lost")
+    assert not lost[:, -1].any() and (lost <= wrong + 1e-12).all() and lost[:, 0].any()
+
+
+def test_selected_images_keep_all_of_their_windows(answers):
+    some = answers.select(torch.tensor([4, 7, 29]))
+    assert len(some) == 3 and some.image.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert torch.equal(some.scores[8:16], answers.scores[56:64])
+
+
+def test_calibration_bounds_the_pixels_that_are_lost(answers):
+    risks = answers.means([10.0], answers.losses("pixels_lost"))
+    found = calibrate_risk(answers, epsilon=0.6, delta=0.1)
+    assert found.prepared == answers.prepared and "windows of 16 × 16 pixels" in found.prepared
+    assert found.target == "pixels_lost" and found.achieved < 0.6 and found.top1 is None and found.mean_iou >= 0
+    assert "60% of an image's pixels are right at the last stage and wrong where" in found.statement
+    assert risks.item() >= 0
+    with pytest.raises(ValueError, match="`risk` must be one of 'pixels_lost' or 'pixel_error'"):
+        calibrate_risk(answers, 0.6, 0.1, risk="error")
+    budget = calibrate_budget(answers, gmacs=answers.row(10.0)["gmacs"])
+    assert budget.mean_iou == pytest.approx(answers.row(10.0)["mean_iou"])
+
+
+def test_the_p_value_of_bounded_losses():
+    """The smaller of both bounds; above the exact one where losses are 0 or 1, which it holds for as well."""
+    for failures, images, epsilon in ((0, 40, 0.1), (3, 100, 0.1), (10, 400, 0.05)):
+        p_value = hoeffding_bentkus_p_value(failures / images, images, epsilon)
+        exact = binomial_p_value(failures, images, epsilon)
+        assert exact - 1e-11 <= p_value <= math.e * exact + 1e-11  # both are rounded to the safe side
+    assert hoeffding_bentkus_p_value(0.0, 40, 0.1) == pytest.approx(0.9**40)
+    assert hoeffding_bentkus_p_value(0.1, 40, 0.1) == 1.0
+    assert hoeffding_bentkus_p_value(0.021, 100, 0.1) > hoeffding_bentkus_p_value(0.02, 100, 0.1)
+
+
+def test_the_card_has_the_sweep(model, answers):
+    card = str(model_card(model, answers.results([0.0, 0.5]), name="scenes"))
+    assert "type: mean_iou" in card and "GMACs per window" in card and "mean IoU (%)" in card
+
+
+def test_rows_of_a_dataset_are_the_same(model, answers, tmp_path):
+    scenes = write_scenes(tmp_path, {"test": 30})
+    rows = load_dataset(str(scenes), split="test")
+    again, _ = evaluate_segmentation_thresholds(model, rows, PROCESSOR, batch_size=7, progress=False)
+    torch.testing.assert_close(again.scores, answers.scores)
+    assert torch.equal(again.confusions, answers.confusions) and torch.equal(again.image, answers.image)

@@ -1,0 +1,79 @@
+"""The methods of `benchmarks.compare`: each one's model and run can be built, and a step of it trains."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+
+pytest.importorskip("timm")
+
+from benchmarks.compare import train_all
+from benchmarks.compare_methods import METHODS, Sizes, model_config, with_starts
+from benchmarks.compare_report import mean_points, shown_points
+from benchmarks.compare_runs import Job, run_config
+from hf_thinkingvit.training import TrainingConfig
+from hf_thinkingvit.training.losses import TrainingLoss
+
+
+MODEL = {"thinking_stages": [2, 4], "hidden_size": 16, "num_hidden_layers": 4, "image_size": 8, "patch_size": 4}
+BASE = TrainingConfig(model=MODEL, epochs=6, warmup_epochs=1, batch_size=4, mixup=0, cutmix=0)
+SIZES = Sizes.of(MODEL)
+
+
+def job(method: str, folder: Path = Path("nowhere"), seed: int = 0) -> Job:
+    return Job(method, seed, BASE, folder, fine_tuning_epochs=3)
+
+
+def build(method: str):
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_config(model_config(method, SIZES, num_labels=3))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_each_method_trains(name):
+    method = METHODS[name]
+    config = run_config(job(name), None if method.start is None else Path("start"))
+    config.check()
+    model, teacher = build(name).train(), None
+    if method.teacher:
+        teacher = build(name if method.start_as == "rewired" else method.start).eval()
+    loss_of = TrainingLoss(config, model.config, teacher)
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    outputs = model(images, labels=labels, **loss_of.model_arguments(0, 0))
+    loss, _ = loss_of(outputs, images, labels, 0)
+    loss.backward()
+    assert loss.isfinite()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_every_operating_point_is_of_the_model():
+    for name, method in METHODS.items():
+        config = model_config(name, SIZES, num_labels=3)
+        for fields in method.points(config) if method.points else ():
+            type(config).from_dict({**config.to_dict(), **fields})
+
+
+def test_fine_tuned_methods_have_their_share_of_the_epochs_and_come_after_their_start():
+    assert with_starts(["dynabert"]) == ["plain_wide", "dynabert_widths", "dynabert"]
+    assert run_config(job("plain_wide")).epochs == 6
+    assert run_config(job("avit"), Path("start")).epochs == 3
+    assert run_config(job("dynabert"), Path("start")).epochs == 2
+    assert run_config(job("dynabert"), Path("start")).teacher == "start"
+
+
+def test_points_are_averaged_over_seeds_and_equal_neighbours_shown_once(tmp_path):
+    jobs = [job("thinkingvit", tmp_path, seed) for seed in (0, 1)]
+    for each in jobs:
+        each.folder.mkdir()
+        tops = [50.0, 50.0, 60.0 + 2 * each.seed]
+        points = [{"threshold": tau, "top1": top, "gmacs": cost} for tau, top, cost in zip((2, 1, 0), tops, (1, 1, 3))]
+        each.result.write_text(json.dumps({"points": points}))
+    points = mean_points(jobs)
+    assert [point["threshold"] for point in points] == [2, 0]
+    assert points[1]["top1"] == 61
+    assert points[1]["top1_se"] == pytest.approx(1.0)
+    assert shown_points(points) == points
+    assert train_all(jobs, at_once=2) == []  # finished ones are not repeated
