@@ -186,7 +186,9 @@ def as_image_split(
     labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [column for column in ("label", "labels", "fine_label") if column in features]
     if not labels and label_column is None and Path(name).is_dir():
-        raise ValueError(f"The images of `{name}` have no labels: put them into folders, one a label.")
+        raise ValueError(
+            f"The images of `{name}` have no labels: put them into folders, one a label, and two of them at the least."
+        )
     label_column = column_of("label_column", label_column, labels, features, name)
     kind = features[label_column]
     names = kind.names if isinstance(kind, datasets.ClassLabel) else None

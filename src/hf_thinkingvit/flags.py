@@ -27,18 +27,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def with_flags(message: str, parser: argparse.ArgumentParser) -> str:
     """A message in which names of arguments between backticks are the parser's flags, where it has such."""
-    flags = {}
+    flags, switches = {}, set()
     for action in parser._actions:
         for flag in reversed([option for option in action.option_strings if option.startswith("--")]):
             flags[flag[2:].replace("-", "_")] = flag
+            if action.nargs == 0:  # given by itself, without a value
+                switches.add(flag[2:].replace("-", "_"))
 
     def spell(found: re.Match) -> str:
-        name = found["name"]
-        return (
-            f"`--{name}{found['value']}`"
-            if name.startswith("model.")
-            else (f"`{flags[name]}{found['value']}`" if name in flags else found[0])
-        )
+        name, value = found["name"], "" if found["name"] in switches else found["value"]
+        if name.startswith("model."):
+            return f"`--{name}{value}`"
+        return f"`{flags[name]}{value}`" if name in flags else found[0]
 
     return re.sub(r"`(?P<name>[a-z][a-z_0-9.]*)(?P<value>(?:=[^`]*)?)`", spell, message)
 

@@ -141,6 +141,8 @@ def test_messages_name_flags():
     parser = LineParser(prog="command")
     parser.add_argument("--output-dir")
     parser.add_argument("--max_steps", "--max-steps")
+    parser.add_argument("--allow-it", action="store_true")
+    assert with_flags("pass `allow_it=True`", parser) == "pass `--allow-it`"
     message = with_flags("`output_dir` and `max_steps=3` and `model.size`, but `other`", parser)
     assert message == "`--output-dir` and `--max_steps=3` and `--model.size`, but `other`"
 
