@@ -215,3 +215,11 @@ def test_scores_are_log_probabilities_in_float32(dtype):
     scores = predictor(torch.randn(2, 5, 8, dtype=dtype))
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.exp().sum(dim=-1), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("before, after", [([1], None), ([1], [2]), (None, [1])])
+def test_pruning_layers_cannot_be_set_on_a_model(before, after):
+    model = lively_model(thinking_stages=[1, 4], num_hidden_layers=3, pruning_layers=before)
+    model.config.pruning_layers = after
+    with pytest.raises(ValueError, match="`config.pruning_layers` is .* now, but the model has"):
+        model(random_images(1))

@@ -141,6 +141,12 @@ class ScorePredictors(nn.ModuleList):
 
     def rates(self, keep_rate: float | Sequence[float] | None = None) -> tuple[float, ...]:
         """The share of patches that remains from each pruning layer on; arguments and errors as of `counts`."""
+        if list(self.config.pruning_layers or ()) != self.pruning_layers:
+            raise ValueError(
+                f"`config.pruning_layers` is {self.config.pruning_layers} now, but the model has score predictors for "
+                f"{self.pruning_layers or None}: set it before the model is made, or on loading, "
+                "`from_pretrained(..., pruning_layers=...)`. To remove no tokens, use `keep_rate=1.0`."
+            )
         if not self.pruning_layers:
             if keep_rate is not None:
                 raise ValueError("`keep_rate` is of models with `pruning_layers`, and this one removes no tokens.")
