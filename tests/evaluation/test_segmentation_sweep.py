@@ -4,12 +4,23 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import load_dataset
 
-from hf_thinkingvit.evaluation import calibrate_budget, calibrate_risk, evaluate_segmentation_thresholds, stage_macs
-from hf_thinkingvit.evaluation.calibration import binomial_p_value, hoeffding_bentkus_p_value
+from hf_thinkingvit.evaluation import (
+    StageConfusions,
+    calibrate_budget,
+    calibrate_risk,
+    evaluate_segmentation,
+    evaluate_segmentation_thresholds,
+    segmentation,
+    stage_macs,
+)
+from hf_thinkingvit.evaluation.calibration import binomial_p_value, hoeffding_bentkus_p_value, threshold_grid
 from hf_thinkingvit.hub import model_card
 from hf_thinkingvit.image_processing import segmentation_image_processor
+from hf_thinkingvit.masks import MaskLabels, as_mask_split
+from hf_thinkingvit.windows import WindowPlan, window_batches
 from tests.models.segmentation_models import lively_segmenter
 from tests.segmentation_data import write_scenes
 
@@ -90,3 +101,49 @@ def test_rows_of_a_dataset_are_the_same(model, answers, tmp_path):
     again, _ = evaluate_segmentation_thresholds(model, rows, PROCESSOR, batch_size=7, progress=False)
     torch.testing.assert_close(again.scores, answers.scores)
     assert torch.equal(again.confusions, answers.confusions) and torch.equal(again.image, answers.image)
+
+
+def forward_sizes(model, run):
+    """Windows in each forward pass while `run()` runs, and the most whose logits became pixels at once."""
+    sizes, enlarged = [], []
+    resize = segmentation.resize_logits
+
+    embeddings = next(module for name, module in model.named_modules() if name.endswith("patch_embeddings"))
+    hook = embeddings.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    segmentation.resize_logits = lambda logits, *rest: enlarged.append(len(logits)) or resize(logits, *rest)
+    try:
+        run()
+    finally:
+        hook.remove()
+        segmentation.resize_logits = resize
+    return sizes, max(enlarged)
+
+
+def test_windows_in_a_forward_pass_are_bounded(model, tmp_path):
+    """Images of 8 windows, of which a batch of 3 images runs 3 at a time; logits become pixels one window at a time."""
+    scenes, found = write_scenes(tmp_path, {"test": 4}), []
+    labels = MaskLabels(names=("a", "b", "c"), values=(0, 1, 2), ignored=(255,), ignore_index=255)
+    split = as_mask_split(load_dataset(str(scenes), split="test"), "scenes", labels)
+    batches = window_batches(split, PROCESSOR, WindowPlan((16, 16)), batch_size=3)
+    for evaluate in (
+        lambda: evaluate_segmentation_thresholds(model, str(scenes), PROCESSOR, batch_size=3, progress=False)[0],
+        lambda: evaluate_segmentation(Accelerator(cpu=True), {"model": model}, batches),
+    ):
+        sizes, enlarged = forward_sizes(model, lambda: found.append(evaluate()))
+        assert max(sizes) == 3 and sum(sizes) % 32 == 0 and enlarged == 1
+    sweep, training = found
+    assert sweep.image.tolist() == [image for image in range(4) for _ in range(8)]
+    assert training["model"]["mean_iou"] == pytest.approx([row["mean_iou"] for row in sweep.stage_rows()])
+
+
+def test_qualities_read_only_windows_that_move(answers, monkeypatch):
+    grid, read, sum_at = threshold_grid(answers), [], StageConfusions._sum_at
+    monkeypatch.setattr(
+        StageConfusions, "_sum_at", lambda self, rows, stages: read.append(len(rows)) or sum_at(self, rows, stages)
+    )
+    found = answers.qualities(grid)
+    assert sum(read) <= len(answers.scores) * (1 + 2 * (answers.num_stages - 1))
+    assert len({*found}) > 3
+    for index in (0, 400, 700, 1001):
+        assert found[index] == answers.row(grid[index])["mean_iou"]
+    assert answers.qualities([grid[900], grid[10], grid[600]]) == [found[900], found[10], found[600]]

@@ -19,7 +19,24 @@ from ..public_names import public_name
 from .conditions import model_conditions
 from .macs import stage_macs
 from .splits import UNKNOWN
-from .stages import StageScores, Threshold, measure_stages
+from .stages import StageScores, Threshold, measure_stages, parts_of
+
+
+def predicted_classes(logits: torch.Tensor, size: Sequence[int], config) -> torch.Tensor:
+    """
+    The most probable class of each pixel. One image after another, because the logits of all pixels of one window of
+    512 × 512 take 157 MB with 150 classes.
+
+    Args:
+        logits (`torch.Tensor` of shape `(images, num_labels, rows, columns)`): of the patches.
+        size (`tuple[int, int]`): (height, width) of the images.
+        config (`PreTrainedConfig`): of the model.
+
+    Returns:
+        `torch.LongTensor` of shape `(images, height, width)`.
+    """
+    patch_size = as_pair(config.patch_size)
+    return torch.cat([resize_logits(image.float(), patch_size, size).argmax(dim=1) for image in logits.split(1)])
 
 
 def confusion_matrices(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
@@ -27,20 +44,19 @@ def confusion_matrices(logits: torch.Tensor, labels: torch.Tensor, config) -> to
     Pixels by true class (rows) and predicted class (columns) of each image.
 
     Args:
-        logits (`torch.Tensor` of shape `(images, num_labels, rows, columns)`): of the patches.
+        logits, config: as of `predicted_classes`.
         labels (`torch.LongTensor` of shape `(images, height, width)`): class indices;
             `config.semantic_loss_ignore_index` does not count.
-        config (`PreTrainedConfig`): of the model.
 
     Returns:
-        `torch.LongTensor` of shape `(images, num_labels, num_labels)`.
+        `torch.IntTensor` of shape `(images, num_labels, num_labels)`.
     """
-    num_images, num_labels = logits.shape[:2]
-    predicted = resize_logits(logits.float(), as_pair(config.patch_size), labels.shape[1:]).argmax(dim=1)
+    num_labels = logits.shape[1]
+    predicted = predicted_classes(logits, labels.shape[1:], config)
     counted = labels != config.semantic_loss_ignore_index
-    image = torch.arange(num_images, device=labels.device).view(-1, 1, 1).expand_as(labels)
-    cells = (image * num_labels + labels) * num_labels + predicted
-    return cells[counted].bincount(minlength=num_images * num_labels**2).view(num_images, num_labels, num_labels)
+    cells = [(label * num_labels + found)[mask] for label, found, mask in zip(labels, predicted, counted)]
+    counts = torch.stack([cell.bincount(minlength=num_labels**2) for cell in cells])
+    return counts.int().view(-1, num_labels, num_labels)
 
 
 def lost_pixels(logits: torch.Tensor, last: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
@@ -48,9 +64,7 @@ def lost_pixels(logits: torch.Tensor, last: torch.Tensor, labels: torch.Tensor, 
     How many pixels of each image are right by the logits `last` and wrong by `logits`, int64 `(images,)`. Arguments as
     of `confusion_matrices`.
     """
-    size = as_pair(config.patch_size)
-    right = (resize_logits(each.float(), size, labels.shape[1:]).argmax(dim=1) == labels for each in (logits, last))
-    here, there = right
+    here, there = (predicted_classes(each, labels.shape[1:], config) == labels for each in (logits, last))
     return (there & ~here & (labels != config.semantic_loss_ignore_index)).sum(dim=(1, 2))
 
 
@@ -106,12 +120,16 @@ def evaluate_segmentation(
         for batch in batches:
             count = int(batch["rows"])
             for name, model in models.items():
-                with accelerator.autocast():
-                    answers = model(batch["pixel_values"], output_stage_logits=True).stage_logits
-                confusions = torch.stack(
-                    [confusion_matrices(logits, batch["labels"], model.config) for logits in answers], dim=1
-                )
-                rows = confusions.new_zeros(count, *confusions.shape[1:]).index_add_(0, batch["image"], confusions)
+                rows = 0
+                for part in parts_of(batch):
+                    with accelerator.autocast():
+                        answers = model(part["pixel_values"], output_stage_logits=True).stage_logits
+                    confusions = torch.stack(
+                        [confusion_matrices(logits, part["labels"], model.config).long() for logits in answers], dim=1
+                    )
+                    rows = rows + confusions.new_zeros(count, *confusions.shape[1:]).index_add_(
+                        0, part["image"], confusions
+                    )
                 rows = accelerator.gather_for_metrics(rows)
                 sums[name] = sums.get(name, 0) + rows.sum(dim=0).cpu()
             images += len(rows)
@@ -134,8 +152,8 @@ class StageConfusions(StageScores):
 
     Attributes:
         scores (`torch.FloatTensor` of shape `(windows, stages)`): of the exit criterion.
-        confusions (`torch.LongTensor` of shape `(windows, stages, num_labels, num_labels)`):
-            Pixels by true and predicted class: 180 KB per window and stage with 150 classes.
+        confusions (`torch.IntTensor` of shape `(windows, stages, num_labels, num_labels)`):
+            Pixels by true and predicted class: 90 KB per window and stage with 150 classes.
         lost (`torch.LongTensor` of shape `(windows, stages)`):
             Pixels that are right at the last stage and wrong at each.
         image (`torch.LongTensor` of shape `(windows,)`): the image that each window is of, from 0, not decreasing.
@@ -188,7 +206,7 @@ class StageConfusions(StageScores):
         """
         threshold = as_plain_numbers(threshold)
         stages = self.exit_stages(threshold)
-        confusion = self.at(self.confusions, stages).sum(dim=0, dtype=torch.float64)
+        confusion = self._sum_at(torch.arange(len(stages)), stages)
         spent = torch.tensor(self.macs)[stages].double().sum().item() / 1e9
         return {
             "threshold": list(threshold) if isinstance(threshold, Sequence) else threshold,
@@ -234,13 +252,29 @@ class StageConfusions(StageScores):
         return counts.double() / of_image[self.image, None]
 
     def qualities(self, thresholds: Sequence[Threshold]) -> list[float]:
-        """The mean IoU under each τ."""
-        cells = self.confusions.flatten(2).double()
-        found = []
-        for stages in self.exit_stages_of_each(thresholds):
-            confusion = self.at(cells, stages).sum(dim=0).view(self.num_labels, self.num_labels)
-            found.append(segmentation_measures(confusion)["mean_iou"] or 0.0)
+        """
+        The mean IoU under each τ. From one τ to the next, only windows that leave elsewhere are read: over a grid in
+        order, each is read at most twice per exit.
+        """
+        found, before, confusion = [], None, None
+        together = max(1, 2**23 // self.scores.numel())  # about 100 MB
+        for start in range(0, len(thresholds), together):
+            for stages in self.exit_stages_of_each(thresholds[start : start + together]):
+                if before is None:
+                    confusion = self._sum_at(torch.arange(len(stages)), stages)
+                else:
+                    moved = (stages != before).nonzero()[:, 0]
+                    confusion = confusion + self._sum_at(moved, stages) - self._sum_at(moved, before)
+                before = stages
+                found.append(segmentation_measures(confusion)["mean_iou"] or 0.0)
         return found
+
+    def _sum_at(self, windows: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
+        """The int64 confusion matrix of `windows` (indices) at their exits; copies those of a few at a time."""
+        total = torch.zeros(self.num_labels, self.num_labels, dtype=torch.long)
+        for some in windows.split(256):
+            total += self.confusions[some, exit_stages[some]].sum(dim=0)
+        return total
 
 
 def collect_stage_confusions(

@@ -1,6 +1,6 @@
 """One pass over images that runs every stage on every image, and records the score and measurements of each answer."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,15 +154,20 @@ def measure_stages(
     try:
         for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not show):
             batch = {name: entry.to(model.device) for name, entry in batch.items() if torch.is_tensor(entry)}
-            pixel_values = batch["pixel_values"].to(model.dtype)
-            image_size = tuple(pixel_values.shape[-2:])
+            image_size = tuple(batch["pixel_values"].shape[-2:])
             sizes = {} if image_size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
-            run = run_stages(model, rule, stages, pixel_values, run_all=True, **sizes)
-            measured = [{"score": step.score, **measure(step.answer, batch)} for step in run.steps]
-            if compare is not None:
-                last = run.steps[-1].answer
-                measured = [{**entry, **compare(step.answer, last, batch)} for entry, step in zip(measured, run.steps)]
-            rows = {name: torch.stack([_plain(entry[name]) for entry in measured], dim=1) for name in measured[0]}
+            measured_parts = []
+            for part in parts_of(batch):
+                run = run_stages(model, rule, stages, part["pixel_values"].to(model.dtype), run_all=True, **sizes)
+                measured = [{"score": step.score, **measure(step.answer, part)} for step in run.steps]
+                if compare is not None:
+                    last = run.steps[-1].answer
+                    pairs = zip(measured, run.steps)
+                    measured = [{**entry, **compare(step.answer, last, part)} for entry, step in pairs]
+                measured_parts.append(
+                    {name: torch.stack([_plain(entry[name]) for entry in measured], dim=1) for name in measured[0]}
+                )
+            rows = {name: torch.cat([part[name] for part in measured_parts]) for name in measured_parts[0]}
             if "image" in batch:
                 rows, image_of_row = _gather_images(rows, batch["image"], accelerator)
                 image.append(image_of_row + num_images)
@@ -184,6 +189,17 @@ def measure_stages(
         image_size,
         torch.cat(image) if image else None,
     )
+
+
+def parts_of(batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """
+    A batch of windows in parts of at most as many windows as it has images (its entry `rows`), so that a forward pass
+    does not grow with the size of the images. Other batches are one part.
+    """
+    count = len(batch["pixel_values"])
+    together = int(batch["rows"]) if "rows" in batch else max(count, 1)
+    for start in range(0, max(count, 1), together):
+        yield {name: entry[start : start + together] if entry.ndim else entry for name, entry in batch.items()}
 
 
 def _gather_images(
