@@ -1,6 +1,7 @@
 """Sweeps and calibration of segmentation models, whose images consist of windows."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,19 @@ def test_calibration_bounds_the_pixels_that_are_lost(answers):
         calibrate_risk(answers, 0.6, 0.1, risk="error")
     budget = calibrate_budget(answers, gmacs=answers.row(10.0)["gmacs"])
     assert budget.mean_iou == pytest.approx(answers.row(10.0)["mean_iou"])
+
+
+def test_images_of_which_no_pixel_counts_promise_nothing(answers):
+    """Their loss would be 0, as if they were segmented rightly."""
+    empty = torch.arange(30) >= 20
+    confusions = answers.confusions.clone()
+    confusions[empty[answers.image]] = 0
+    lost = answers.lost * ~empty[answers.image, None]
+    partly = replace(answers, confusions=confusions, lost=lost)
+    found = calibrate_risk(partly, epsilon=0.6, delta=0.1)
+    assert found.images == 20 and found.to_dict() == calibrate_risk(answers.select(~empty), 0.6, 0.1).to_dict()
+    with pytest.raises(ValueError, match="None of the calibration images has a pixel that counts"):
+        calibrate_risk(replace(answers, confusions=torch.zeros_like(confusions)), epsilon=0.6, delta=0.1)
 
 
 def test_the_p_value_of_bounded_losses():

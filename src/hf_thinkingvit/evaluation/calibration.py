@@ -144,7 +144,8 @@ def calibrate_risk(
             accuracy falls by at most ε, and by less if some early answers are right where the last is wrong.
             `"error"`: an image fails if its answer is wrong. Of segmentation models, the mean over images of the share
             of their pixels that are right at the last stage and wrong where their window exits (`"pixels_lost"`), or
-            wrong (`"pixel_error"`). By default the first that there is.
+            wrong (`"pixel_error"`); images of which no pixel counts are left out, since nothing of them can be lost. By
+            default the first that there is.
         per_exit (`bool`): one τ per exit. Half of the images then choose the order in which thresholds are tested
             (Pareto testing, arXiv 2210.07913), and the promise is tested on the other half.
         candidates (`list`, *optional*): thresholds in the order in which to test them, fixed without looking at these
@@ -178,6 +179,7 @@ def calibrate_risk(
             "on others, so no promise follows. Calibrate on images that it was not trained on; if these are such, name "
             "their `split` otherwise or pass `allow_training_images=True`."
         )
+    answers = answers.judged()
     order, tested = list(candidates or []), answers
     if not order and per_exit and answers.num_stages > 2:
         half = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0)) < len(answers) // 2

@@ -199,6 +199,14 @@ class StageConfusions(StageScores):
             image=numbers[self.image[windows]],
         )
 
+    def judged(self) -> "StageConfusions":
+        """What is recorded of the images of which any pixel counts; `ValueError` if there is none."""
+        pixels = self.confusions[:, 0].sum(dim=(1, 2))
+        counting = torch.zeros(len(self), dtype=torch.long).index_add_(0, self.image, pixels) > 0
+        if not counting.any():
+            raise ValueError("None of the calibration images has a pixel that counts: no promise follows from them.")
+        return self if counting.all() else self.select(counting)
+
     def row(self, threshold: Threshold) -> dict[str, Any]:
         """
         The measures under a τ; the mean cost of an image, that is of all of its windows, and of a window, in GMACs; and

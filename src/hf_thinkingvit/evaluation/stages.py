@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +43,10 @@ class StageScores:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def judged(self) -> Any:
+        """What is recorded of the images whose answers can be right or wrong."""
+        return self
 
     @property
     def num_stages(self) -> int:
