@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from hf_thinkingvit.evaluation import model_conditions
 from hf_thinkingvit.image_processing import segmentation_image_processor
 from hf_thinkingvit.inference import SlidingWindowSegmenter, scaled_views
+from hf_thinkingvit.windows import WindowPlan
 from tests.models.segmentation_models import lively_segmenter
 from tests.test_scripts import run_here
 
@@ -37,6 +39,7 @@ def folders(tmp_path):
 
 def test_label_maps_overlays_and_windows(folders):
     words = ("--images", folders / "images", "--output", folders / "out", "--threshold", 10)
+    words += ("--short-side", 32)
     completed = run("--model", folders / "model", *words)
     assert completed.returncode == 0, completed.stderr
     assert "skipped" in completed.stderr and "broken.png" in completed.stderr
@@ -51,6 +54,27 @@ def test_label_maps_overlays_and_windows(folders):
     for name, size in (("a.png", (90, 60)), ("more/b.jpg", (40, 50))):
         for kind in ("labels", "overlay", "windows"):
             assert Image.open(folders / "out" / f"{name}.{kind}.png").size == size
+
+
+def test_sizes_are_those_of_the_calibration(folders):
+    """By default as they are; with a calibration, as it records, and any other size is said not to be covered."""
+    words = ("--model", folders / "model", "--images", folders / "images", "--output", folders / "out")
+    plain = run(*words)
+    assert "as they are, windows 32" in plain.stdout and "calibration " not in plain.stdout, plain.stderr
+    model = lively_segmenter()
+    plan = WindowPlan((32, 32), short_side=40, long_side=50)
+    conditions = model_conditions(model) | {"preprocessing": plan.facts()}
+    model.config.calibration = {"threshold": model.config.threshold, "conditions": conditions}
+    model.save_pretrained(folders / "model")
+    calibrated = run(*words)
+    assert "shorter side 40, longer at most 50" in calibrated.stdout, calibrated.stderr
+    assert "calibration   holds" in calibrated.stdout
+    other = run(*words, "--short-side", 36)
+    assert "how images are resized and cut (long_side 50, short_side 40 then, long_side None, short_side 36 now)" in (
+        other.stdout
+    ), other.stderr
+    assert "how images are resized and cut" in run(*words, "--flip").stdout
+    assert "give both" in run(*words, "--long-side", 36).stderr
 
 
 def test_pictures_of_an_earlier_run_are_no_input(folders):

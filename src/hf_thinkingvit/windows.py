@@ -3,7 +3,6 @@ Images with masks cut into windows of a model's size, for evaluation. Each pixel
 windows overlap: in that in whose inner part it lies. So the windows' confusion matrices add up to that of the image.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,20 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .data import ImageCollator, ImageSplit
-from .inference.sliding import OVERLAP, window_anchors
-
-
-def fitted_size(
-    size: Sequence[int], short_side: int | None, long_side: int | None = None, ratio: float = 1.0
-) -> tuple[int, int]:
-    """
-    (height, width) of an image of `size`, resized in proportion so that the shorter side has `short_side` pixels, or
-    fewer where the longer one would exceed `long_side`; then times `ratio`. Without `short_side`, `size` times `ratio`.
-    """
-    scale = 1.0 if short_side is None else short_side / min(size)
-    if short_side is not None and long_side is not None:
-        scale = min(scale, long_side / max(size))
-    return tuple(max(round(side * scale * ratio), 1) for side in size)
+from .image_sizes import fitted_size
+from .inference.sliding import default_stride, window_anchors
 
 
 @dataclass(frozen=True)
@@ -37,7 +24,7 @@ class WindowPlan:
 
     Attributes:
         size (`tuple[int, int]`): (height, width) of the windows. Smaller images are enlarged.
-        short_side, long_side (`int`, *optional*): see `fitted_size`.
+        short_side, long_side (`int`, *optional*): see [`~hf_thinkingvit.image_sizes.fitted_size`].
         stride (`tuple[int, int]`, *optional*): from window to window; by default 32 pixels less than `size`, or half
             of windows of 64 pixels or fewer.
     """
@@ -56,8 +43,19 @@ class WindowPlan:
         )
         most = f", the longer at most {self.long_side}" if self.short_side and self.long_side else ""
         return (
-            f"in windows of {height} × {width} pixels, each by itself, of {size}{most}; each pixel counts in one window"
+            f"in windows of {height} × {width} pixels, each by itself, of {size}{most}; masks are resized with them, "
+            "and each pixel counts in one window"
         )
+
+    def facts(self) -> dict[str, Any]:
+        """The plan as plain data, which a calibration records as its condition `preprocessing`."""
+        stride = [self._stride(axis) for axis in range(2)]
+        return {
+            "window": list(self.size),
+            "stride": stride,
+            "short_side": self.short_side,
+            "long_side": self.long_side if self.short_side else None,
+        }
 
     def cut(
         self, pixel_values: torch.Tensor, mask: torch.Tensor, ignore_index: int
@@ -96,10 +94,12 @@ class WindowPlan:
     def _spans(self, length: int, axis: int) -> list[tuple[int, int, int]]:
         """For each window along an axis: where it begins, and from where to where pixels count in it."""
         window = self.size[axis]
-        stride = self.stride[axis] if self.stride else window - OVERLAP if window > 2 * OVERLAP else max(window // 2, 1)
-        begins = window_anchors(length, window, stride)
+        begins = window_anchors(length, window, self._stride(axis))
         borders = [0, *((one + window + other) // 2 for one, other in pairwise(begins)), length]
         return list(zip(begins, borders, borders[1:]))
+
+    def _stride(self, axis: int) -> int:
+        return self.stride[axis] if self.stride else default_stride(self.size[axis])
 
 
 @dataclass

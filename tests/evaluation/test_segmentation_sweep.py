@@ -1,5 +1,7 @@
 """Sweeps and calibration of segmentation models, whose images consist of windows."""
 
+import argparse
+import copy
 import math
 from dataclasses import replace
 
@@ -8,10 +10,12 @@ import torch
 from accelerate import Accelerator
 from datasets import load_dataset
 
+from hf_thinkingvit.commands.evaluation import add_sides, sides_of
 from hf_thinkingvit.evaluation import (
     StageConfusions,
     calibrate_budget,
     calibrate_risk,
+    calibration_status,
     evaluate_segmentation,
     evaluate_segmentation_thresholds,
     segmentation,
@@ -20,6 +24,7 @@ from hf_thinkingvit.evaluation import (
 from hf_thinkingvit.evaluation.calibration import binomial_p_value, hoeffding_bentkus_p_value, threshold_grid
 from hf_thinkingvit.hub import model_card
 from hf_thinkingvit.image_processing import segmentation_image_processor
+from hf_thinkingvit.image_sizes import recorded_sides
 from hf_thinkingvit.masks import MaskLabels, as_mask_split
 from hf_thinkingvit.windows import WindowPlan, window_batches
 from tests.models.segmentation_models import lively_segmenter
@@ -107,6 +112,50 @@ def test_the_p_value_of_bounded_losses():
 def test_the_card_has_the_sweep(model, answers):
     card = str(model_card(model, answers.results([0.0, 0.5]), name="scenes"))
     assert "type: mean_iou" in card and "GMACs per window" in card and "mean IoU (%)" in card
+
+
+def test_a_promise_is_of_one_size_of_images(model, tmp_path):
+    """The card claims it beside figures of that size only; the configuration records the size."""
+    scenes = str(write_scenes(tmp_path, {"test": 30}))
+    model = copy.deepcopy(model)
+
+    def sweep(**sides):
+        return evaluate_segmentation_thresholds(model, scenes, PROCESSOR, batch_size=8, progress=False, **sides)[0]
+
+    measured, larger = sweep(short_side=20, long_side=36), sweep()
+    calibrate_risk(measured, epsilon=0.6, delta=0.1).apply(model)
+    expected = {"window": [16, 16], "stride": [8, 8], "short_side": 20, "long_side": 36}
+    assert measured.results([0.5])["preprocessing"] == expected
+    assert model.config.calibration["conditions"]["preprocessing"] == expected
+    assert recorded_sides(model.config) == (20, 36)
+    same, other = (str(model_card(model, each.results([0.5]), name="scenes")) for each in (measured, larger))
+    assert "With probability at least" in same and "hf-thinkingvit segment --model" in same
+    assert (
+        "With probability at least" not in other
+        and "how images are resized and cut (long_side 36, short_side 20 then" in other
+    )
+    assert calibration_status(model, model.config.calibration).holds
+    without = {**model.config.calibration, "conditions": dict(model.config.calibration["conditions"])}
+    del without["conditions"]["preprocessing"]
+    assert "cannot be verified" in str(calibration_status(model, without, expected))
+
+
+def test_commands_read_the_same_size(model):
+    config = copy.deepcopy(model.config)
+    parser = argparse.ArgumentParser()
+    add_sides(parser)
+
+    def sides(*words):
+        return sides_of(parser.parse_args(words), config)
+
+    assert sides() == (None, None)
+    config.training_data = {"dataset": "scenes", "preprocessing": {"short_side": 64, "long_side": None}}
+    assert sides() == (64, None) and sides("--short-side", "0") == (None, None)
+    config.calibration = {"conditions": {"preprocessing": {"short_side": 20, "long_side": 36}}}
+    assert sides() == (20, 36) and sides("--short-side", "30") == (30, None)
+    for words in (("--long-side", "30"), ("--short-side", "-1")):
+        with pytest.raises(ValueError, match="_side`"):
+            sides(*words)
 
 
 def test_rows_of_a_dataset_are_the_same(model, answers, tmp_path):

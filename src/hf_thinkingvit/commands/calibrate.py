@@ -26,7 +26,7 @@ from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
 from ..models.configuration_checks import as_pair
 from . import command
-from .evaluation import add_evaluation, evaluate, load_model, measure_of
+from .evaluation import add_evaluation, batch_size_of, evaluate, load_model, measure_of, segments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
     processor.save_pretrained(arguments.output_dir)
     (arguments.output_dir / "calibration.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     folder = shlex.quote(str(arguments.output_dir))
-    size = ""
-    if isinstance(answers, StageConfusions):
-        size = f" --short-side {arguments.short_side or 'PIXELS (of the images that were measured)'}"
     command.say(
         files=f"model and calibration.json in {arguments.output_dir}",
-        next=f"hf-thinkingvit {'segment' if size else 'classify'} --model {folder} --dataset FOLDER{size}",
+        # `segment` reads the size of the images from the calibration.
+        next=f"hf-thinkingvit {'segment' if segments(model) else 'classify'} --model {folder} --dataset FOLDER",
     )
 
 
@@ -92,7 +90,9 @@ def calibrate(
     if arguments.gmacs is not None:
         return calibrate_budget(calibration, gmacs=arguments.gmacs, per_exit=arguments.per_exit)
     if arguments.milliseconds is not None:
-        batch = torch.randn(arguments.batch_size or 64, model.config.num_channels, *as_pair(model.config.image_size))
+        batch = torch.randn(
+            batch_size_of(arguments, model), model.config.num_channels, *as_pair(model.config.image_size)
+        )
         times = measure_stage_milliseconds(model, batch.to(model.device, model.dtype))
         return calibrate_budget(
             calibration, milliseconds=arguments.milliseconds, stage_milliseconds=times, per_exit=arguments.per_exit

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..auto import auto_class_of
 from ..evaluation import evaluate_segmentation_thresholds, evaluate_thresholds, label_map_argument
 from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
+from ..image_sizes import recorded_sides
 from ..masks import read_mask_values
 from . import command
 
@@ -42,20 +43,54 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--batch-size",
         type=count,
-        help="images in a forward pass (by default 64; of a segmentation model 4, in windows)",
+        help="images in a forward pass, by default 64; windows of a segmentation model, by default 16",
     )
     images.add_argument("--num-workers", type=int, default=0, help="processes that read images")
     masks = parser.add_argument_group("masks, of a segmentation model")
     masks.add_argument("--mask-values", nargs="+", default=[], help="of each class in the masks, such as 1-150")
     masks.add_argument("--ignored-mask-values", nargs="+", default=["255"], help="of pixels that do not count")
-    masks.add_argument("--short-side", type=count, help="pixels of the shorter side; by default images as they are")
-    masks.add_argument("--long-side", type=count, help="the most pixels of the longer side")
+    add_sides(masks)
+
+
+def add_sides(parser: argparse._ActionsContainer) -> None:
+    """Options of the size of images, whose default is the same in every command: see `sides_of`."""
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        help="pixels of the shorter side, 0 for images as they are; by default (with the longer side) as the model was "
+        "calibrated, or else trained, if that is recorded, else images as they are",
+    )
+    parser.add_argument("--long-side", type=command.positive, help="the most pixels of the longer side")
+
+
+def sides_of(arguments: argparse.Namespace, config: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """The `short_side` and `long_side` that the options of `add_sides` ask for; `ValueError` if they cannot be."""
+    if arguments.short_side is None:
+        if arguments.long_side is not None:
+            raise ValueError("`long_side` limits what `short_side` asks for: give both.")
+        return recorded_sides(config)
+    if arguments.short_side < 0:
+        raise ValueError(f"`short_side` must be at least 0, got {arguments.short_side}.")
+    return (arguments.short_side, arguments.long_side) if arguments.short_side else (None, None)
+
+
+def size_words(short_side: int | None, long_side: int | None) -> str:
+    """The sides as options of a command."""
+    return f"--short-side {short_side or 0}" + (f" --long-side {long_side}" if short_side and long_side else "")
 
 
 def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A classifier or segmentation model, and its image processor; errors of `command.load_model`."""
     command.check_folder(name)
     return command.load_model(name, auto_class_of(AutoConfig.from_pretrained(name)), **options)
+
+
+def segments(model: PreTrainedModel) -> bool:
+    return type(model) in AutoModelForSemanticSegmentation._model_mapping.values()
+
+
+def batch_size_of(arguments: argparse.Namespace, model: PreTrainedModel) -> int:
+    return arguments.batch_size or (16 if segments(model) else 64)
 
 
 def evaluate(
@@ -68,16 +103,17 @@ def evaluate(
 ) -> tuple[StageAnswers | StageConfusions, list[dict[str, Any]]]:
     """One pass by the options of `add_evaluation`: the stages' answers, and a row for each of `thresholds`."""
     options: dict[str, Any] = {"label_map": arguments.label_map, "streaming": streaming}
-    function, batch_size = evaluate_thresholds, 64
-    if type(model) in AutoModelForSemanticSegmentation._model_mapping.values():
+    function = evaluate_thresholds
+    if segments(model):
         if arguments.label_map is not None or streaming:
             raise ValueError("`label_map` and `streaming` are not for a segmentation model.")
-        function, batch_size = evaluate_segmentation_thresholds, 4
+        function = evaluate_segmentation_thresholds
+        short_side, long_side = sides_of(arguments, model.config)
         options = {
             "mask_values": read_mask_values(arguments.mask_values),
             "ignored_mask_values": read_mask_values(arguments.ignored_mask_values),
-            "short_side": arguments.short_side,
-            "long_side": arguments.long_side,
+            "short_side": short_side,
+            "long_side": long_side,
         }
     return function(
         model,
@@ -86,7 +122,7 @@ def evaluate(
         thresholds,
         split=arguments.split,
         max_samples=arguments.max_samples,
-        batch_size=arguments.batch_size or batch_size,
+        batch_size=batch_size_of(arguments, model),
         num_workers=arguments.num_workers,
         accelerator=accelerator,
         **options,

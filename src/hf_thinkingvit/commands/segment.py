@@ -18,11 +18,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
+from ..evaluation import calibration_status
 from ..inference import ImageViews, SlidingResult, SlidingWindowSegmenter, scaled_views
 from ..models.image_files import read_image
+from ..windows import WindowPlan
 from . import command
+from .evaluation import add_sides, sides_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threshold", type=float, nargs="+", help="τ, one or one per exit; by default the model's")
     views = parser.add_argument_group("windows and views")
-    views.add_argument(
-        "--short-side", type=command.positive, help="pixels of the shorter side at scale 1; by default a window"
-    )
+    add_sides(views)
     views.add_argument("--window", type=command.positive, help="pixels; by default the model's image size")
     views.add_argument("--stride", type=command.positive, help="pixels; by default 32 less than a window")
     views.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the views that are averaged")
@@ -78,6 +79,23 @@ def window_picture(image: Image.Image, result: SlidingResult, window_size: int) 
     return picture
 
 
+def _size(plan: WindowPlan) -> str:
+    if plan.short_side is None:
+        return "as they are"
+    return f"shorter side {plan.short_side}" + (f", longer at most {plan.long_side}" if plan.long_side else "")
+
+
+def _calibration(arguments: argparse.Namespace, model: PreTrainedModel, plan: WindowPlan) -> str | None:
+    """Whether the calibration of the model's τ holds for these windows; `None` if it has none, or another τ is used."""
+    calibration = getattr(model.config, "calibration", None)
+    if not calibration or arguments.threshold is not None:
+        return None
+    preprocessing = plan.facts() | {"scales": arguments.scales, "flip": arguments.flip}
+    if arguments.scales == [1.0] and not arguments.flip:
+        preprocessing = plan.facts()
+    return str(calibration_status(model, calibration, preprocessing))
+
+
 def run(arguments: argparse.Namespace) -> None:
     output_dir = arguments.output_dir.resolve()
     files = command.find_images_or_fail(arguments.dataset)
@@ -96,10 +114,12 @@ def run(arguments: argparse.Namespace) -> None:
         threshold=command.one_or_list(arguments.threshold),
         progress=True,
     )
-    short_side = arguments.short_side or segmenter.window_size
+    short_side, long_side = sides_of(arguments, model.config)
+    plan = WindowPlan((segmenter.window_size,) * 2, short_side, long_side, (segmenter.stride,) * 2)
     command.start(
         model,
-        images=f"{len(files)} in {arguments.dataset}, shorter side {short_side}, windows {segmenter.window_size}",
+        images=f"{len(files)} in {arguments.dataset}, {_size(plan)}, windows {segmenter.window_size}",
+        calibration=_calibration(arguments, model, plan),
         saved_to=arguments.output_dir,
     )
     read: deque[tuple[Path, Image.Image]] = deque()  # the images whose windows run
@@ -116,7 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             pixel_values = processor(image, do_resize=False, return_tensors="pt")["pixel_values"][0]
             read.append((path, image))
-            yield scaled_views(pixel_values, short_side, arguments.scales, arguments.flip)
+            yield scaled_views(pixel_values, short_side, arguments.scales, arguments.flip, long_side)
 
     for result in segmenter(views()):
         path, image = read.popleft()

@@ -21,7 +21,7 @@ from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
 from ..evaluation.threshold_points import POINTS, distinct_thresholds
 from . import command
-from .evaluation import COLUMNS, add_evaluation, evaluate, load_model, measure_of
+from .evaluation import COLUMNS, add_evaluation, evaluate, load_model, measure_of, segments, sides_of, size_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
         best=f"τ = {one_threshold(best['threshold'])}: {words} {value:.2f} % at {best['gmacs']:.4g} GMACs",
         files=f"results.json and plots in {arguments.output_dir}",
         next=f"hf-thinkingvit calibrate --model {shlex.quote(arguments.model)} "
-        f"--dataset {shlex.quote(arguments.dataset)} --max-drop 0.01",
+        f"--dataset {shlex.quote(arguments.dataset)} --max-drop 0.01"
+        + (f" {size_words(*sides_of(arguments, model.config))}" if segments(model) else ""),
     )
 
 

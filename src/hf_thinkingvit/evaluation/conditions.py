@@ -24,7 +24,13 @@ from ..models.exit_rules import resolve_thresholds
 
 # Configuration fields that do not affect answers in evaluation mode; and τ, which is compared separately.
 NO_CONDITION = TRAINING_FIELDS | {"threshold", "stage_loss_weights"}
-WORDS = {"exit_criterion": "the exit criterion", "dtype": "the dtype", "num_labels": "the number of labels"}
+WORDS = {
+    "exit_criterion": "the exit criterion",
+    "dtype": "the dtype",
+    "num_labels": "the number of labels",
+    "preprocessing": "how images are resized and cut",
+}
+NOT_OF_MODEL = ("dtype", "preprocessing")  # conditions that a configuration does not record
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
@@ -103,7 +109,9 @@ class CalibrationStatus:
         return "holds"
 
 
-def calibration_status(model: PreTrainedModel, calibration: Any) -> CalibrationStatus:
+def calibration_status(
+    model: PreTrainedModel, calibration: Any, preprocessing: Mapping[str, Any] | None = None
+) -> CalibrationStatus:
     """
     Compare a model with the one that was calibrated: τ, exit rule, labels, dtype, weights, and every other field of the
     configuration that the answers depend on. Nothing is cached, so the next call notices weights edited in place.
@@ -111,10 +119,13 @@ def calibration_status(model: PreTrainedModel, calibration: Any) -> CalibrationS
     Args:
         model (`PreTrainedModel`): a model that thinks in stages.
         calibration ([`Calibration`] or its `dict`): for instance `model.config.calibration`.
+        preprocessing (`dict`, *optional*): how images are resized and cut for the model, where that is to be compared
+            as well: the `facts` of a [`~hf_thinkingvit.windows.WindowPlan`].
 
     Returns:
         [`CalibrationStatus`]; its `holds` is true only if everything could be compared and is equal. It does not cover
-        a τ passed to `forward`, a pipeline or an engine instead of the configuration's, nor other preprocessing.
+        a τ passed to `forward`, a pipeline or an engine instead of the configuration's, nor, without `preprocessing`,
+        images that are prepared otherwise.
     """
     calibration = calibration if isinstance(calibration, Mapping) else calibration.to_dict()
     model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -130,6 +141,10 @@ def calibration_status(model: PreTrainedModel, calibration: Any) -> CalibrationS
         unverified.append("which weights, dtype and exit criterion it was measured with was not recorded")
     else:
         now = model_conditions(model)
+        if preprocessing is not None:
+            now["preprocessing"] = dict(preprocessing)
+            if "preprocessing" not in conditions:
+                unverified.append("how images were resized and cut was not recorded")
         changed += differences(with_present_names(conditions, model.config), now)
         if conditions.get("weights") is None or now["weights"] is None:
             unverified.append("the weights cannot be compared (sharded, quantized, or not loaded)")
@@ -160,10 +175,19 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             if now.get(name, value) != value:
                 found.append("the labels")
         elif name in now and now[name] != value:
-            found.append(f"{WORDS.get(name, f'`{name}`')} ({value} then, {now[name]} now)")
-        elif name not in now and name != "dtype":
+            before, after = _unequal(value, now[name])
+            found.append(f"{WORDS.get(name, f'`{name}`')} ({before} then, {after} now)")
+        elif name not in now and name not in NOT_OF_MODEL:
             found.append(f"`{name}` ({value} then, no such field now)")
     return found
+
+
+def _unequal(then: Any, now: Any) -> tuple[Any, Any]:
+    """Of two mappings, the entries that differ; other values as they are."""
+    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
+        return then, now
+    names = [name for name in sorted({**then, **now}) if then.get(name) != now.get(name)]
+    return tuple(", ".join(f"{name} {facts.get(name)}" for name in names) for facts in (then, now))
 
 
 def check_same_model(conditions: Mapping[str, Any], model_or_config: PreTrainedModel | PreTrainedConfig) -> None:

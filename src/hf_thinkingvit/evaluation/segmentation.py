@@ -241,6 +241,7 @@ class StageConfusions(StageScores):
             "windows": len(self.scores),
             **({"dtype": self.conditions["dtype"]} if self.conditions else {}),
             **({"prepared": self.prepared} if self.prepared else {}),
+            **{name: fact for name, fact in (self.conditions or {}).items() if name == "preprocessing"},
             "criterion": self.criterion,
             "stages": self.stage_rows(),
             "sweep": [self.row(threshold) for threshold in thresholds],
@@ -290,6 +291,7 @@ def collect_stage_confusions(
     batches: Iterable[dict[str, torch.Tensor]],
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    preprocessing: Mapping[str, Any] | None = None,
     **facts: Any,
 ) -> StageConfusions:
     """
@@ -304,6 +306,7 @@ def collect_stage_confusions(
             `accelerator` where there is one; of windows, with `image`.
         accelerator (`Accelerator`, *optional*): gathers what several processes compute.
         progress (`bool`): show a progress bar, on the main process.
+        preprocessing (`dict`, *optional*): how the images were resized and cut, recorded as a condition.
         facts: `dataset`, `split`, `seen` and `prepared` of [`StageConfusions`].
 
     Raises:
@@ -328,7 +331,7 @@ def collect_stage_confusions(
         lost=measured.measures["lost"],
         image=torch.arange(len(measured)) if measured.image is None else measured.image,
         num_labels=model.config.num_labels,
-        conditions=model_conditions(model),
+        conditions=model_conditions(model) | ({"preprocessing": dict(preprocessing)} if preprocessing else {}),
         **facts,
         macs=tuple(torch.tensor(stage_macs(model.config, measured.image_size)).cumsum(0).tolist()),
         criterion=model.config.exit_criterion,

@@ -74,6 +74,6 @@ def evaluate_segmentation_thresholds(
     model.to(accelerator.device)
     plan = WindowPlan(as_pair(config.image_size), short_side, long_side)
     batches = accelerator.prepare(window_batches(images, processor, plan, batch_size, num_workers))
-    facts = {"dataset": name, "split": split, "seen": seen, "prepared": str(plan)}
+    facts = {"dataset": name, "split": split, "seen": seen, "prepared": str(plan), "preprocessing": plan.facts()}
     answers = collect_stage_confusions(model, batches, accelerator, progress, **facts)
     return answers, [answers.row(threshold) for threshold in thresholds]

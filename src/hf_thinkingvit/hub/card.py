@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
@@ -16,13 +15,13 @@ from ..evaluation.macs import stage_macs
 from ..evaluation.splits import ALL, UNKNOWN, same_data, why_not_new
 from ..evaluation.statements import calibration_statement
 from ..families import FAMILIES, family_of, task_of
-from ..families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_criteria import EXIT_CRITERIA
 from ..models.exit_rules import resolve_thresholds
 from ..public_names import public_name
 from .results import read_results
+from .task_texts import TASK_TEXTS
 
 
 SWEEP_ROWS = 12  # more would hide the table's message; the results file has every row
@@ -56,56 +55,6 @@ CALIBRATION_FACTS = {
     "prepared": "read",
     "dtype": "measured in",
     "achieved": "achieved on them",
-}
-
-
-@dataclass(frozen=True)
-class TaskText:
-    """
-    What a card says of a task.
-
-    Attributes:
-        name (`str`): of the pipeline.
-        auto_class (`str`): that loads such models.
-        call (`str`): the variable of a pipeline.
-        verb (`str`): what the model does, up to the number of classes.
-        adaptive_pipeline (`str`, *optional*): this package's own pipeline.
-        measure (`str`): by which the best epoch is chosen.
-        unit (`str`): what runs through the stages.
-        note (`str`, *optional*): on the pipeline.
-    """
-
-    name: str
-    auto_class: str
-    call: str
-    verb: str
-    measure: str
-    adaptive_pipeline: str | None = None
-    unit: str = "an image"
-    note: str | None = None
-
-
-TASK_TEXTS = {
-    IMAGE_CLASSIFICATION: TaskText(
-        name=IMAGE_CLASSIFICATION,
-        auto_class="AutoModelForImageClassification",
-        call="classifier",
-        verb="classifies images of {size} pixels into",
-        measure="accuracy",
-        adaptive_pipeline="adaptive-image-classification",
-    ),
-    IMAGE_SEGMENTATION: TaskText(
-        name=IMAGE_SEGMENTATION,
-        auto_class="AutoModelForSemanticSegmentation",
-        call="segmenter",
-        verb="segments images, in windows of {size} pixels, into",
-        measure="mean IoU",
-        unit="a window",
-        note=(
-            "The pipeline squeezes each image into one window. Whole images are segmented in windows, which leave at "
-            "their own stages, by `hf-thinkingvit segment` and `hf_thinkingvit.inference.SlidingWindowSegmenter`."
-        ),
-    ),
 }
 
 
@@ -240,7 +189,8 @@ def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[
 def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str, Any]:
     """The first given calibration that applies to this model; else the first one, and why it does not apply."""
     found = [results.get("calibration"), getattr(model.config, "calibration", None)]
-    judged = [(calibration, calibration_status(model, calibration)) for calibration in found if calibration]
+    measured = results.get("preprocessing")  # figures of other images would stand beside the promise
+    judged = [(calibration, calibration_status(model, calibration, measured)) for calibration in found if calibration]
     if not judged:
         return {"calibration": {}}
     calibration, status = next((pair for pair in judged if pair[1].holds), judged[0])

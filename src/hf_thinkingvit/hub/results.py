@@ -143,7 +143,13 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
             raise ValueError(f"`{name}` of the results must be a text, got {results[name]!r}.")
     if results.get("images") is not None:
         check_integer("images", results["images"], minimum=1)
-    for name, kind in (("stages", Sequence), ("sweep", Sequence), ("calibration", Mapping), ("training", Mapping)):
+    for name, kind in (
+        ("stages", Sequence),
+        ("sweep", Sequence),
+        ("calibration", Mapping),
+        ("training", Mapping),
+        ("preprocessing", Mapping),
+    ):
         if results.get(name) is not None and (not isinstance(results[name], kind) or isinstance(results[name], str)):
             raise ValueError(f"`{name}` of the results must be a {kind.__name__.lower()}, got {results[name]!r}.")
     _check_figures("results", results)

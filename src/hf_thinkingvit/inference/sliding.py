@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..image_sizes import fitted_size
 from ..models.configuration_checks import as_pair, check_integer
 from .engine import AdaptiveEngine
 from .stream import EngineResult, EngineStats
@@ -86,17 +87,21 @@ class SlidingResult:
 
 
 def scaled_views(
-    pixel_values: torch.Tensor, short_side: int, ratios: Sequence[float] = (1.0,), flip: bool = False
+    pixel_values: torch.Tensor,
+    short_side: int | None,
+    ratios: Sequence[float] = (1.0,),
+    flip: bool = False,
+    long_side: int | None = None,
 ) -> ImageViews:
     """
     Views of an image `(channels, height, width)`, preprocessed: for each of `ratios`, resized bilinearly so that the
-    shorter side has `ratio * short_side` pixels; with `flip`, each of them mirrored as well. The answer has the size of
-    the image. Ratios of 0.5, 0.75, 1, 1.25, 1.5 and 1.75 with `flip` are the papers' multi-scale evaluation.
+    shorter side has `ratio * short_side` pixels (see [`~hf_thinkingvit.image_sizes.fitted_size`]); with `flip`, each of
+    them mirrored as well. The answer has the size of the image. Ratios of 0.5, 0.75, 1, 1.25, 1.5 and 1.75 with `flip`
+    are the papers' multi-scale evaluation.
     """
     size, views = tuple(pixel_values.shape[1:]), []
     for ratio in ratios:
-        scale = ratio * short_side / min(size)
-        scaled = tuple(max(round(side * scale), 1) for side in size)
+        scaled = fitted_size(size, short_side, long_side, ratio)
         resized = F.interpolate(pixel_values[None], size=scaled, mode="bilinear", align_corners=False)[0]
         views += [ImageView(resized)] + ([ImageView(resized.flip(-1), True)] if flip else [])
     return ImageViews(views, size)
@@ -105,6 +110,11 @@ def scaled_views(
 def window_anchors(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along an axis of `length` pixels: every `stride`, and the last one at the end."""
     return [*range(0, length - window, stride), length - window]
+
+
+def default_stride(window: int) -> int:
+    """From window to window: `OVERLAP` pixels less than a window, or half of windows of 64 pixels or fewer."""
+    return window - OVERLAP if window > 2 * OVERLAP else max(window // 2, 1)
 
 
 class SlidingWindowSegmenter:
@@ -159,7 +169,7 @@ class SlidingWindowSegmenter:
                 f"`window_size` must be a multiple of the patch size {self.patch_size}, got {window_size}."
             )
         if stride is None:
-            stride = window_size - OVERLAP if window_size > 2 * OVERLAP else max(window_size // 2, 1)
+            stride = default_stride(window_size)
         check_integer("stride", stride, minimum=1)
         if stride > window_size:
             raise ValueError(

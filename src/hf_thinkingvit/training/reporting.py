@@ -42,6 +42,7 @@ def save_model(
         "dataset": public_name(setup.config.dataset),
         "split": setup.config.train_split,
         "selected_on": setup.data.selected_on,
+        **setup.task.record(setup.config),
     }
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)

@@ -85,6 +85,10 @@ class TrainingTask:
         """Measures of each model, by name, with one entry per stage."""
         raise NotImplementedError
 
+    def record(self, config: "TrainingConfig") -> dict[str, Any]:
+        """What saved models record of how their images were prepared, beside the image processor."""
+        return {}
+
     def label_loss(self, config: "TrainingConfig", model_config: PreTrainedConfig) -> Any:
         """The loss of answers from the labels: see `answer_losses.py`."""
         raise NotImplementedError
@@ -179,6 +183,9 @@ class SegmentationTask(TrainingTask):
 
     def evaluate(self, accelerator, models, batches):
         return evaluate_segmentation(accelerator, models, batches)
+
+    def record(self, config):
+        return {"preprocessing": {"short_side": config.short_side, "long_side": config.long_side}}
 
     def label_loss(self, config, model_config):
         from .answer_losses import MaskLoss
