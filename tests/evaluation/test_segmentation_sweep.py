@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import load_dataset
+from PIL import Image
 
+from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.commands.evaluation import add_sides, sides_of
 from hf_thinkingvit.evaluation import (
     StageConfusions,
@@ -28,7 +31,7 @@ from hf_thinkingvit.image_sizes import recorded_sides
 from hf_thinkingvit.masks import MaskLabels, as_mask_split
 from hf_thinkingvit.windows import WindowPlan, window_batches
 from tests.models.segmentation_models import lively_segmenter
-from tests.segmentation_data import write_scenes
+from tests.segmentation_data import picture, write_scenes
 
 
 PROCESSOR = segmentation_image_processor(16)
@@ -138,6 +141,28 @@ def test_a_promise_is_of_one_size_of_images(model, tmp_path):
     without = {**model.config.calibration, "conditions": dict(model.config.calibration["conditions"])}
     del without["conditions"]["preprocessing"]
     assert "cannot be verified" in str(calibration_status(model, without, expected))
+
+
+def test_sweep_calibrate_and_segment_follow_each_other(model, tmp_path, capsys):
+    """Each command says the next one, which resizes images as it did."""
+    scenes = write_scenes(tmp_path, {"test": 30})
+    Image.fromarray(picture(0)[0]).save(tmp_path / "a.png")
+    model.save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    words = ["--dataset", str(scenes / "test.parquet"), "--batch-size", "30"]
+    sides = ["--short-side", "20", "--long-side", "36"]
+    out = ["--output-dir", str(tmp_path / "sweep")]
+    main(["sweep", "--model", str(tmp_path / "model"), *words, *sides, *out, "--points", "3"])
+    assert "--max-drop 0.01 --short-side 20 --long-side 36" in capsys.readouterr().out
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert results["preprocessing"]["short_side"] == 20
+    out = ["--output-dir", str(tmp_path / "calibrated")]
+    main(["calibrate", "--model", str(tmp_path / "model"), *words, *sides, *out, "--gmacs", "1", "--check", "0"])
+    assert f"hf-thinkingvit segment --model {tmp_path / 'calibrated'} --dataset FOLDER\n" in capsys.readouterr().out
+    out = ["--output-dir", str(tmp_path / "segmented")]
+    main(["segment", "--model", str(tmp_path / "calibrated"), "--dataset", str(tmp_path), *out])
+    said = capsys.readouterr().out
+    assert "shorter side 20, longer at most 36" in said and "calibration   holds" in said
 
 
 def test_commands_read_the_same_size(model):

@@ -89,6 +89,8 @@ class TestOutcome:
         measured = results["test"]["best"]["mean_iou"][-1]
         assert f"| {100 * measured:.2f} |" in card
         segment = pipeline("image-segmentation", model=str(folder / "best"))
+        sides = segment.model.config.training_data["preprocessing"]  # commands resize images alike by default
+        assert sides == {"short_side": None, "long_side": None}
         image = datasets.load_dataset(str(scenes), split="test")[0]["image"]
         assert {entry["label"] for entry in segment(image)} <= set(CLASSES)
 
