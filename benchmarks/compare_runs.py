@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
@@ -36,7 +37,7 @@ from hf_thinkingvit.training.loop import TrainingRun
 from hf_thinkingvit.training.memory_images import load_in_memory
 
 
-COUNTED_STEPS, COUNTED_IMAGES = 8, 4  # whose multiply-accumulates are counted
+COUNTED_IMAGES = 4  # of a batch whose multiply-accumulates are counted
 IMPORTANCE_IMAGES = 512  # on which DynaBERT's heads and neurons are ordered
 THRESHOLD_STEPS = 48
 
@@ -144,8 +145,9 @@ def prepare_start(job: Job) -> Path | None:
 
 def count_training_macs(run: TrainingRun) -> float:
     """
-    Multiply-accumulates in matrix products of a training step for each image, of teachers too: the mean of several
-    steps, because samplers choose what a step computes. Weights and gradients are left as they are.
+    Multiply-accumulates in matrix products of a training step for each image, of teachers too: the mean over the steps
+    of the whole run, each of which computes what its sampler draws. Attention runs as plain products, because the
+    counter knows only some of the fused kernels. Weights and gradients are left as they are.
     """
     device, micro_batches = run.accelerator.device, run.config.gradient_accumulation_steps
     size = run.model_config.image_size
@@ -153,14 +155,20 @@ def count_training_macs(run: TrainingRun) -> float:
     images = torch.randn(COUNTED_IMAGES, 3, height, width, device=device)
     labels = torch.arange(COUNTED_IMAGES, device=device) % run.model_config.num_labels
     model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False).train()
-    with FlopCounterMode(display=False) as counter:
-        for step in range(COUNTED_STEPS):
-            arguments = run.loss.model_arguments(step, step % micro_batches)
-            outputs = model(images, labels=labels, **arguments)
-            loss, _ = run.loss(outputs, images, labels, step, step % micro_batches)
-            loss.backward()
+    steps = [(step, part) for step in range(run.num_steps) for part in range(micro_batches)]
+    counted: dict[str, int] = {}  # by the arguments that a step's sampler draws
+    total = 0
+    for step, part in steps:
+        arguments = run.loss.model_arguments(step, part)
+        if repr(arguments) not in counted:
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                outputs = model(images, labels=labels, **arguments)
+                loss, _ = run.loss(outputs, images, labels, step, part)
+                loss.backward()
+            counted[repr(arguments)] = counter.get_total_flops()
+        total += counted[repr(arguments)]
     run.optimizer.zero_grad()
-    return counter.get_total_flops() / 2 / (COUNTED_STEPS * COUNTED_IMAGES)
+    return total / 2 / (len(steps) * COUNTED_IMAGES)
 
 
 def load_model(folder: Path, fields: dict[str, Any], device: torch.device) -> PreTrainedModel:

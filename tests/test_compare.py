@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ pytest.importorskip("timm")
 from benchmarks.compare import train_all
 from benchmarks.compare_methods import METHODS, Sizes, model_config, with_starts
 from benchmarks.compare_report import mean_points, shown_points
-from benchmarks.compare_runs import Job, run_config
+from benchmarks.compare_runs import Job, count_training_macs, run_config
+from hf_thinkingvit import ElasticViTConfig, ElasticViTForImageClassification
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.losses import TrainingLoss
 
@@ -30,6 +32,36 @@ def job(method: str, folder: Path = Path("nowhere"), seed: int = 0) -> Job:
 def build(method: str):
     torch.manual_seed(0)
     return AutoModelForImageClassification.from_config(model_config(method, SIZES, num_labels=3))
+
+
+class Drawn:
+    """What the counting of multiply-accumulates reads of a run, whose steps compute the sub-networks that are given."""
+
+    def __init__(self, draws, attn_implementation="eager"):
+        config = ElasticViTConfig.hydravit(heads=[1, 4], num_attention_heads=4, hidden_size=16, **DRAWN_SIZES)
+        self.model = ElasticViTForImageClassification(config)
+        self.model.set_attn_implementation(attn_implementation)
+        self.draws, self.num_steps, self.model_config = draws, len(draws), config
+        self.config = SimpleNamespace(gradient_accumulation_steps=1)
+        self.accelerator = SimpleNamespace(device=torch.device("cpu"), unwrap_model=lambda model, **options: model)
+        self.optimizer = torch.optim.SGD(self.model.parameters())
+        self.loss = self
+
+    def model_arguments(self, step, micro_batch):
+        return {"sub_network": [self.draws[step]]}
+
+    def __call__(self, outputs, pixel_values, targets, step, micro_batch):
+        return outputs.loss, {}
+
+
+DRAWN_SIZES = {"num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+
+
+def test_training_macs_have_attention_and_are_of_the_draws():
+    assert count_training_macs(Drawn([1], "sdpa")) == count_training_macs(Drawn([1], "eager"))
+    narrow, wide = (count_training_macs(Drawn([index])) for index in (0, 1))
+    assert narrow < wide
+    assert count_training_macs(Drawn([0, 0, 1])) == pytest.approx((2 * narrow + wide) / 3)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_thinkingvit.training import TrainingConfig
+from hf_thinkingvit.training import TrainingConfig, TrainingRun, parse_config
 from hf_thinkingvit.training.batch_augmentation import (
     CROP,
     NUM_DRAWS,
@@ -172,6 +172,12 @@ class TestLimits:
     def test_other_augmentation(self, overrides, message):
         with pytest.raises(ValueError, match=message):
             BatchAugmentation(config(**overrides), 16)
+
+
+def test_an_epoch_longer_than_the_images_is_refused(images, tmp_path):
+    words = flags(images, tmp_path, in_memory=True, auto_augment="none", color_jitter=0, images_per_epoch=48)
+    with pytest.raises(ValueError, match=r"one pass over the \d+ images: `images_per_epoch` \(48\) must not be more"):
+        TrainingRun(parse_config(words))
 
 
 def test_columns_of_random_numbers_do_not_overlap():

@@ -43,8 +43,9 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         halting_seed (`int`, *optional*, defaults to 0):
             Of the number that PonderNet's sampled halting takes for each image; it depends on this and the pixels.
         self_distillation (`bool`, *optional*, defaults to `False`):
-            Whether exits learn from the last answer instead of the labels (FastBERT, arXiv 2004.02178). Nothing else
-            is trained then: see `EarlyExitViTForImageClassification.freeze_backbone`.
+            Whether exits learn from the last answer instead of the labels (FastBERT, arXiv 2004.02178). The
+            labels train nothing then, and what is not frozen follows the exits: freeze the backbone, by
+            `EarlyExitViTForImageClassification.freeze_backbone` or `freeze` in a training run.
         threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`]. With `halting`, `exit_criterion` is the criterion of that
             name by default, with a `threshold` of 0.99 (`"act"`, which is 1 - ε) or 1 (`"pondernet"`, its sampling).

@@ -129,8 +129,8 @@ def interpolation_weights(
 
 class BatchAugmentation:
     """
-    The augmentation of a run whose images are kept in memory: what `train_transform` does, up to rounding and with
-    other random numbers.
+    The augmentation of a run whose images are kept in memory: what `train_transform` does, with other
+    random numbers, up to rounding and to where a bicubic overshoot is clipped: Pillow clips between its two passes too.
 
     Args:
         config (`TrainingConfig`): with `image_mean`, `image_std` and `interpolation` filled in.
@@ -175,7 +175,7 @@ class BatchAugmentation:
         never = torch.zeros(count, dtype=torch.bool, device=device)
         rows = interpolation_weights(top, crop_height, full_height, height, config.interpolation, never)
         columns = interpolation_weights(left, crop_width, full_width, width, config.interpolation, flips > 0)
-        # In float32 also under autocast or TF32, since these are the pixels.
+        # In float32, since these are the pixels.
         images = torch.bmm(rows, pixels.reshape(count, full_height, channels * full_width).float())
         images = torch.bmm(images.view(count, height * channels, full_width), columns.transpose(1, 2))
         images = images.view(count, height, channels, width).permute(0, 2, 1, 3)

@@ -125,6 +125,11 @@ class TrainingSetup:
         if config.in_memory:
             with self.accelerator.local_main_process_first():
                 self.memory_images = load_in_memory(self.data.train)
+            if self.num_images > len(self.memory_images.labels):
+                raise ValueError(
+                    f"`in_memory` makes epochs of one pass over the {len(self.memory_images.labels)} images: "
+                    f"`images_per_epoch` ({config.images_per_epoch}) must not be more."
+                )
         self.evaluation = self.batches_to_evaluate(self.data.evaluation)
 
     def batches_to_evaluate(self, split: ImageSplit) -> DataLoader:
