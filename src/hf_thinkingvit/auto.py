@@ -29,18 +29,13 @@ TASKS = {
 }
 
 
-def auto_class_of(config: PreTrainedConfig) -> type:
+def saved_task(config: PreTrainedConfig) -> str | None:
     """
-    The Auto class for the task of a saved model, by the `architectures` of its configuration.
-
-    Raises:
-        ValueError: if they are of no model of this package with a head.
+    The task of a saved model, by the `architectures` of its configuration; `None` if they are of no model of this
+    package with a head.
     """
     tasks = {head.__name__: task for family in FAMILIES.values() for task, head in family.heads.items()}
-    for name in config.architectures or ():
-        if name in tasks:
-            return TASKS[tasks[name]][0]
-    raise ValueError(f"Expected a saved model of one of the classes {', '.join(tasks)}, got {config.architectures}.")
+    return next((tasks[name] for name in config.architectures or () if name in tasks), None)
 
 
 def register_models() -> None:

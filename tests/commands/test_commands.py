@@ -4,13 +4,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import hf_thinkingvit.commands as commands
 from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.flags import LineParser, with_flags
-from hf_thinkingvit.image_processing import evaluation_image_processor
+from hf_thinkingvit.image_processing import evaluation_image_processor, segmentation_image_processor
+from tests.conversion.segmenter_files import write_official
+from tests.models.segmentation_models import lively_segmenter
 from tests.training.tiny_runs import encoded_image
-from tests.utils import lively_model
+from tests.utils import FIXTURES, lively_model
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,6 +56,38 @@ def test_every_command_has_help(capsys):
             main([name, "--help"])
         help_text = capsys.readouterr().out
         assert f"hf-thinkingvit {name}" in help_text and "None" not in help_text.partition("fields of the model's")[0]
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """One stage, of which no exit rule would notice that the decoder is missing."""
+    folder = tmp_path_factory.mktemp("segmenter")
+    lively_segmenter(thinking_stages=[4]).save_pretrained(folder)
+    segmentation_image_processor(32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["classify", "export"])
+def test_a_model_for_another_task_is_refused(name, folder, segmenter, capsys):
+    """Transformers would load it with a classifier of random weights."""
+    message = refused(capsys, name, "--model", segmenter, "--dataset", folder / "pictures")
+    assert "is a model for image-segmentation, and this command is for image-classification" in message
+    message = refused(capsys, "segment", "--model", folder / "model", "--dataset", folder / "pictures")
+    assert "is a model for image-classification, and this command is for image-segmentation" in message
+
+
+def test_a_segmentation_model_is_pushed_as_it_is(segmenter, tmp_path, capsys):
+    main(["push", "--model", str(segmenter), "--repo-id", "org/name", "--dry-run", str(tmp_path / "card")])
+    saved, pushed = (load_file(path / "model.safetensors") for path in (segmenter, tmp_path / "card"))
+    assert saved.keys() == pushed.keys() and all(torch.equal(saved[name], pushed[name]) for name in saved)
+    assert "AutoModelForSemanticSegmentation" in (tmp_path / "card" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("golden, following", [("seg_linear", "segment"), ("thinkingvit_2stage", "classify")])
+def test_convert_names_the_next_command(golden, following, tmp_path, capsys):
+    source = write_official(golden, tmp_path / "official") if golden == "seg_linear" else FIXTURES / golden
+    main(["convert", str(source), str(tmp_path / "converted")])
+    assert f"hf-thinkingvit {following} --model" in capsys.readouterr().out
 
 
 def test_unknown_commands_and_flags(capsys):

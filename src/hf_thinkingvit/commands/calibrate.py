@@ -26,7 +26,7 @@ from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
 from ..models.configuration_checks import as_pair
 from . import command
-from .evaluation import add_evaluation, batch_size_of, evaluate, load_model, measure_of, segments
+from .evaluation import add_evaluation, batch_size_of, evaluate, measure_of, segments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.check < 1:
         raise ValueError("`check` must be at least 0 and below 1.")
-    model, processor = load_model(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model, processor = command.load_model(arguments.model, task=None, dtype=getattr(torch, arguments.dtype))
     model.to(command.best_device())
     command.start(model, dataset=arguments.dataset, saved_to=arguments.output_dir)
     answers, _ = evaluate(model, processor, arguments)

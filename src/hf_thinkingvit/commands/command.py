@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from ..auto import AutoImageProcessor
+from ..auto import TASKS, AutoImageProcessor, saved_task
 from ..data import is_missing_path
+from ..families.record import IMAGE_CLASSIFICATION
 from ..flags import HelpFormatter, LineParser, with_flags
 
 
@@ -96,8 +97,8 @@ def one_or_list(values: list[float] | None) -> float | list[float] | None:
     return values[0] if values and len(values) == 1 else values
 
 
-def check_folder(name: str, processor: bool = True) -> None:
-    """That a local folder has a model and, if asked for, an image processor; errors of `load_model`."""
+def _check_folder(name: str) -> None:
+    """That a local folder has a model and an image processor; errors of `load_model`."""
     if is_missing_path(name):
         raise FileNotFoundError(f"There is no folder `{name}` (--model).")
     path = Path(name)
@@ -106,7 +107,7 @@ def check_folder(name: str, processor: bool = True) -> None:
             f"`{name}` is a file: --model takes the folder of a model. `convert` makes one of a checkpoint."
         )
     if path.is_dir():
-        for file, what in (("config.json", "model"), *([("preprocessor_config.json", "image processor")] * processor)):
+        for file, what in (("config.json", "model"), ("preprocessor_config.json", "image processor")):
             if not (path / file).is_file():
                 inside = [other for other in ("best", "last") if (path / other / file).is_file()]
                 hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
@@ -114,27 +115,32 @@ def check_folder(name: str, processor: bool = True) -> None:
 
 
 def load_model(
-    name: str, auto_class: Any = AutoModelForImageClassification, processor: bool = True, **options: Any
-) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
+    name: str, task: str | None = IMAGE_CLASSIFICATION, **options: Any
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
     A model in evaluation mode, and its image processor.
 
     Args:
         name (`str`): folder or Hub id.
-        auto_class: one of Transformers' or of this package.
-        processor (`bool`): load that as well.
+        task (`str`, *optional*): that the model must be for; `None` for any, which its configuration says.
         options: of `from_pretrained`.
 
     Raises:
-        OSError, ValueError: if there is none; the message says what is missing.
+        OSError, ValueError: if there is none, or it is for another task (another head would get random weights); the
+            message says what is missing.
     """
-    check_folder(name, processor)
-    path = Path(name)
+    _check_folder(name)
     try:
-        model = auto_class.from_pretrained(name, **options).eval()
-        return model, AutoImageProcessor.from_pretrained(name) if processor else None
+        config = AutoConfig.from_pretrained(name)
+        saved = saved_task(config)
+        if task is None and saved is None:
+            raise ValueError(f"`{name}` is no model of this package with a head: its class is {config.architectures}.")
+        if task is not None and saved not in (task, None):
+            raise ValueError(f"`{name}` is a model for {saved}, and this command is for {task}.")
+        model = TASKS[saved or task][0].from_pretrained(name, **options).eval()
+        return model, AutoImageProcessor.from_pretrained(name)
     except OSError as error:
-        if path.exists():
+        if Path(name).exists():
             raise
         raise OSError(
             f"`{name}` is no folder here, and cannot be loaded from the Hub: it is not there, or needs "
@@ -164,10 +170,10 @@ def find_images_or_fail(folder: Path) -> list[Path]:
     return files
 
 
-def start(model: PreTrainedModel, dtype: str | None = None, **facts: Any) -> None:
+def start(model: PreTrainedModel, **facts: Any) -> None:
     """Print what a command is about to do: device, precision and model, then `facts`."""
     device = next(model.parameters()).device
-    dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     stages = getattr(model.config, "num_stages", None)
     size = f"{model.num_parameters() / 1e6:.2f} M parameters, {model.config.num_labels} classes"
     say(

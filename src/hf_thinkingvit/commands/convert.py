@@ -10,6 +10,7 @@ import sys
 
 from ..conversion import convert_checkpoint
 from . import command
+from .evaluation import segments
 
 
 # Fields that some official checkpoints do not state.
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
         overrides["threshold"] = command.one_or_list(arguments.threshold)
     model = convert_checkpoint(arguments.source, arguments.output_dir, **overrides)
     print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, written to {arguments.output_dir}")
-    command.say(next=f"hf-thinkingvit classify --model {shlex.quote(arguments.output_dir)} --dataset FOLDER")
+    following = "segment" if segments(model) else "classify"
+    command.say(next=f"hf-thinkingvit {following} --model {shlex.quote(arguments.output_dir)} --dataset FOLDER")
 
 
 def main(words: list[str] | None = None, prog: str | None = None) -> None:

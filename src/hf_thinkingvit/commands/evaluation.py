@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..auto import auto_class_of
 from ..evaluation import evaluate_segmentation_thresholds, evaluate_thresholds, label_map_argument
 from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
+from ..families import task_of
+from ..families.record import IMAGE_SEGMENTATION
 from ..image_sizes import recorded_sides
 from ..masks import read_mask_values
 from . import command
@@ -79,14 +80,8 @@ def size_words(short_side: int | None, long_side: int | None) -> str:
     return f"--short-side {short_side or 0}" + (f" --long-side {long_side}" if short_side and long_side else "")
 
 
-def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A classifier or segmentation model, and its image processor; errors of `command.load_model`."""
-    command.check_folder(name)
-    return command.load_model(name, auto_class_of(AutoConfig.from_pretrained(name)), **options)
-
-
 def segments(model: PreTrainedModel) -> bool:
-    return type(model) in AutoModelForSemanticSegmentation._model_mapping.values()
+    return task_of(model) == IMAGE_SEGMENTATION
 
 
 def batch_size_of(arguments: argparse.Namespace, model: PreTrainedModel) -> int:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model, processor = command.load_model(arguments.model)
+    model, processor = command.load_model(arguments.model, task=None)
     place = arguments.dry_run or f"https://huggingface.co/{arguments.repo_id}"
     command.start(model, results=arguments.results or "none: the card has no figures", saved_to=place)
     done = push(

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..evaluation import calibration_status
+from ..families.record import IMAGE_SEGMENTATION
 from ..inference import ImageViews, SlidingResult, SlidingWindowSegmenter, scaled_views
 from ..models.image_files import read_image
 from ..windows import WindowPlan
@@ -102,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     files = [path for path in files if output_dir not in path.resolve().parents]  # not what an earlier run has drawn
     if not files:
         raise FileNotFoundError(f"All images in `{arguments.dataset}` (--dataset) are in the output folder.")
-    model, processor = command.load_model(arguments.model, AutoModelForSemanticSegmentation)
+    model, processor = command.load_model(arguments.model, IMAGE_SEGMENTATION)
     model.to(command.best_device())
     if model.config.num_labels > 256:
         raise ValueError(f"A palette PNG holds 256 classes, the model has {model.config.num_labels}.")

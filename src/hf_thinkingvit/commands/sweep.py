@@ -21,7 +21,7 @@ from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
 from ..evaluation.threshold_points import POINTS, distinct_thresholds
 from . import command
-from .evaluation import COLUMNS, add_evaluation, evaluate, load_model, measure_of, segments, sides_of, size_words
+from .evaluation import COLUMNS, add_evaluation, evaluate, measure_of, segments, sides_of, size_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     # Accelerate does not find out by itself that several processes run on CPUs.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    model, processor = load_model(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model, processor = command.load_model(arguments.model, task=None, dtype=getattr(torch, arguments.dtype))
     model.to(accelerator.device)
     if accelerator.is_main_process:
         command.start(model, dataset=arguments.dataset, saved_to=arguments.output_dir)
@@ -80,9 +80,8 @@ def save(answers: StageAnswers | StageConfusions, rows: list[dict], folder) -> N
     """Results and plots of the same points as the table."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"sweep": plot_accuracy_against_macs(answers, rows), "exit_shares": plot_exit_shares(answers, rows)}
-    for stage in range(
-        answers.num_stages - 1 if isinstance(answers, StageAnswers) else 0
-    ):  # of right and wrong answers
+    # Of right and wrong answers, which windows are not.
+    for stage in range(answers.num_stages - 1) if isinstance(answers, StageAnswers) else ():
         figures[f"scores_stage_{stage}"] = plot_score_histogram(answers, stage)
     for name, figure in figures.items():
         save_figure(figure, folder / name)
