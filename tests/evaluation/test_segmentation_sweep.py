@@ -235,3 +235,9 @@ def test_qualities_read_only_windows_that_move(answers, monkeypatch):
     for index in (0, 400, 700, 1001):
         assert found[index] == answers.row(grid[index])["mean_iou"]
     assert answers.qualities([grid[900], grid[10], grid[600]]) == [found[900], found[10], found[600]]
+
+
+def test_images_that_are_not_new_are_warned_of(model, tmp_path, caplog):
+    scenes = write_scenes(tmp_path)
+    evaluate_segmentation_thresholds(model, str(scenes), PROCESSOR, split="train", max_samples=1, progress=False)
+    assert "are not new to the model (they are called training images)" in caplog.text

@@ -11,7 +11,7 @@ from ..models.configuration_checks import as_pair
 from ..models.exit_rules import ExitRule
 from ..windows import WindowPlan, window_batches
 from .segmentation import StageConfusions, collect_stage_confusions
-from .splits import evaluation_rows, why_not_new
+from .splits import evaluation_rows, warn_if_not_new
 from .stages import Threshold
 
 
@@ -63,7 +63,7 @@ def evaluate_segmentation_thresholds(
     name = dataset if isinstance(dataset, str) else "the dataset"
     trained_on, config = getattr(model.config, "training_data", None), model.config
     rows, split = evaluation_rows(dataset, split, False, trained_on)
-    seen = why_not_new(trained_on, dataset, split)
+    seen = warn_if_not_new(trained_on, dataset, split)
     labels = MaskLabels(
         names=tuple(config.id2label[index] for index in range(config.num_labels)),
         values=tuple(mask_values) or tuple(range(config.num_labels)),

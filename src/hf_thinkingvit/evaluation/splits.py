@@ -1,5 +1,6 @@
 """Which split of a dataset to evaluate on, and whether a model may have been trained on it."""
 
+import logging
 import os
 import re
 import unicodedata
@@ -11,6 +12,8 @@ from typing import Any
 from ..data import Rows, find_split, load_splits
 from ..public_names import UNNAMED, public_name
 
+
+logger = logging.getLogger(__name__)
 
 ALL = "all"  # data without splits
 UNKNOWN = "unknown"  # a `datasets.Dataset` without `split`
@@ -112,6 +115,18 @@ def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) 
     if selected.lower() in parts:
         return f"the best epoch of the model was chosen by split {selected!r} of data called `{trained_on['dataset']}`"
     return None
+
+
+def warn_if_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) -> str | None:
+    """The same, and a warning of such images, and of those that are called training images."""
+    seen = why_not_new(trained_on, dataset, split)
+    if seen or is_training_split(split):
+        logger.warning(
+            "The images of split %r are not new to the model (%s): on them it does better than on others.",
+            split,
+            seen or "they are called training images",
+        )
+    return seen
 
 
 def same_data(recorded: str | None, dataset: Any) -> bool:

@@ -3,7 +3,6 @@ Evaluates any number of τ from one pass: every stage runs once per image, and i
 determine, for any τ, at which stage the image exits and whether its answer is right.
 """
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +19,8 @@ from ..public_names import public_name
 from .conditions import model_conditions
 from .labels import LabelMap
 from .macs import stage_macs
-from .splits import UNKNOWN, evaluation_rows, is_training_split, why_not_new
+from .splits import UNKNOWN, evaluation_rows, warn_if_not_new
 from .stages import StageScores, Threshold, measure_stages
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -214,13 +210,7 @@ def evaluate_thresholds(
     name = dataset if isinstance(dataset, str) else "the dataset"
     trained_on = getattr(model.config, "training_data", None)
     rows, split = evaluation_rows(dataset, split, streaming, trained_on)
-    seen = why_not_new(trained_on, dataset, split)
-    if seen or is_training_split(split):
-        logger.warning(
-            "The images of split %r are not new to the model (%s): on them it does better than on others.",
-            split,
-            seen or "they are called training images",
-        )
+    seen = warn_if_not_new(trained_on, dataset, split)
     images = as_image_split(rows, name, image_column, label_column).sample(max_samples)
     labels = LabelMap(model.config, images.label_names, label_map, restrict, name)
     model.to(accelerator.device)
