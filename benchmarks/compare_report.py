@@ -181,6 +181,7 @@ def _markdown(results: dict[str, dict], device: str) -> str:
 
 def _picture(results: dict[str, dict]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(13, 6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -198,6 +199,9 @@ def _picture(results: dict[str, dict]) -> Any:
     panels[0].set(xlabel="mean MMACs per image", ylabel="top-1 accuracy (%)", xscale="log")
     panels[1].set(xlabel="images per second", xscale="log")
     for axes in panels:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())  # beside those, its labels would cover each other
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)

@@ -1,15 +1,9 @@
 """Says what a checkpoint is that is not an official one, and which call takes it instead."""
 
-from ..families import FAMILIES
+from ..families import FAMILIES, FAMILY_OF_PLAIN
 from ..families.official import Checkpoint
 
 
-# By the `model_type` of a plain model of Transformers, the class of this package that starts from one, and how.
-STARTS = {
-    "vit": ("ThinkingViTForImageClassification", "from_vit"),
-    "deit": ("ThinkingViTForImageClassification", "from_vit"),
-    "swin": ("ThinkingSwinForImageClassification", "from_swin"),
-}
 TIMM_VIT, TIMM_SWIN = "blocks.0.attn.qkv.weight", "layers.0.blocks.0.attn.qkv.weight"
 EXAMPLES = {"vit": "facebook/deit-small-patch16-224", "swin": "microsoft/swin-small-patch4-window7-224"}
 
@@ -34,23 +28,27 @@ def describe_unofficial(checkpoint: Checkpoint) -> str | None:
             "the folder that `save_pretrained` or a training run (`best`, `last`) has written, with `from_pretrained`."
         )
     if model_type is None:  # weights of Transformers alone
-        model_type = next((name for name in STARTS if any(key.startswith(f"{name}.") for key in names)), None)
-    if model_type in STARTS:
-        name, constructor = STARTS[model_type]
+        model_type = next((name for name in FAMILY_OF_PLAIN if any(key.startswith(f"{name}.") for key in names)), None)
+    if model_type in FAMILY_OF_PLAIN:
         return (
             f"It is a plain Transformers model of type {model_type!r}, which is a start to train from: "
-            f'`{name}.{constructor}("{folder}")`, or `hf-thinkingvit finetune DATASET --source {folder}`.'
+            f'`{_start(model_type)}("{folder}")`, or `hf-thinkingvit finetune DATASET --source {folder}`.'
         )
     if model_type is not None:
         return f"It is a Transformers model of type {model_type!r}, for which there is no conversion."
     for kind, key in (("vit", TIMM_VIT), ("swin", TIMM_SWIN)):
         if key in names:
-            name, constructor = STARTS[kind]
             architecture = checkpoint.config.get("architecture")
             known_as = f" ({architecture})" if architecture else ""
             return (
                 f"It is a plain timm {'ViT or DeiT' if kind == 'vit' else 'Swin'}{known_as}, which does not think in "
                 "stages. Training starts from the same model in Transformers' format: "
-                f'`{name}.{constructor}("{EXAMPLES[kind]}")`.'
+                f'`{_start(kind)}("{EXAMPLES[kind]}")`.'
             )
     return None
+
+
+def _start(model_type: str) -> str:
+    """The constructor by which a class of this package starts from a plain model of Transformers of this type."""
+    family = FAMILIES[FAMILY_OF_PLAIN[model_type]]
+    return f"{family.classifier.__name__}.{family.plain.constructor}"

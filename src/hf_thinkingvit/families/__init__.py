@@ -14,6 +14,9 @@ FAMILIES: dict[str, Family] = {
     for family in (thinkingvit.FAMILY, thinking_swin.FAMILY, avit.FAMILY, early_exit_vit.FAMILY, elastic_vit.FAMILY)
 }
 
+# The family that a plain model of Transformers becomes, by its `model_type`.
+FAMILY_OF_PLAIN = {"vit": "thinkingvit", "deit": "thinkingvit", "swin": "thinking_swin"}
+
 
 def family_of(model_or_config: nn.Module | PreTrainedConfig) -> Family:
     """
@@ -51,4 +54,4 @@ def task_of(model: nn.Module) -> str:
     raise ValueError(f"`model` must be one of {', '.join(heads)}, unwrapped, got {type(model).__name__}.")
 
 
-__all__ = ["FAMILIES", "Family", "family_of", "task_of"]
+__all__ = ["FAMILIES", "FAMILY_OF_PLAIN", "Family", "family_of", "task_of"]

@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..windows import fitted_size
+from ..image_sizes import fitted_size
 
 
 if TYPE_CHECKING:

@@ -9,11 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..conversion import convert_checkpoint
-from ..families import FAMILIES
-
-
-# Families that a plain model of Transformers becomes, by its `model_type`.
-FAMILY_OF_PLAIN = {"vit": "thinkingvit", "deit": "thinkingvit", "swin": "thinking_swin"}
+from ..families import FAMILIES, FAMILY_OF_PLAIN
 
 
 def find_source(source: str | os.PathLike, converted: Path, model_type: str | None = None) -> dict[str, Any]:
