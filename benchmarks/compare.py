@@ -6,10 +6,13 @@ table (Markdown, CSV, JSON) and a picture: accuracy against mean multiply-accumu
     python -m benchmarks.compare --config examples/configs/thinkingvit_3_6_imagenet.yaml --output-dir outputs/imagenet
 
 Small by default: CIFAR-10, in the sizes of `thinkingvit_cifar10.yaml`, whose first and last stage are the two plain
-nets. All flags that are not listed here are those of a training run (`examples/train.py --help`). Methods that are
-published as fine-tuning start from the wide plain net of their seed and train `--fine-tuning-epochs` more; the table
-declares the images that each has seen, with those of its start. Finished methods are not repeated, and an interrupted
-one resumes from its last checkpoint. The last epoch is reported, and nothing is chosen by the images that are reported.
+nets. All flags that are not listed here are those of a training run (`examples/train.py --help`), and common to all
+methods; what is a method's own (sampling of sub-networks, micro-batches, clipping, distillation, frozen weights) is
+as in its shipped configuration: that for ImageNet where the name of `--config` ends so, and else that for CIFAR-10.
+Methods that are published as fine-tuning start from the wide plain net of their seed and train `--fine-tuning-epochs`
+more; the table declares the images that each has seen, with those of its start. Finished methods are not repeated, and
+an interrupted one resumes from its last checkpoint. The last epoch is reported, and nothing is chosen by the images
+that are reported.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare_methods import METHODS, with_starts
+from benchmarks.compare_methods import CONFIGS, DATA, METHODS, with_starts
 from benchmarks.compare_report import measure_speed, write_report
 from benchmarks.compare_runs import Job, perform
 from hf_thinkingvit.data import load_splits
@@ -32,8 +35,7 @@ from hf_thinkingvit.training.data import load_data
 from hf_thinkingvit.training.memory_images import load_in_memory
 
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "examples" / "configs" / "thinkingvit_cifar10.yaml"
+CONFIG = CONFIGS / "thinkingvit_cifar10.yaml"
 
 
 def base_config(config: Path, flags: list[str]) -> TrainingConfig:
@@ -128,6 +130,7 @@ def main() -> None:
             arguments.fine_tuning_epochs or -(-base.epochs // 2),
             Path(given[name]) if name in given else None,
             threads,
+            next((name for name in DATA if arguments.config.stem.endswith(name)), DATA[0]),
         )
         for name in names
         for seed in arguments.seeds

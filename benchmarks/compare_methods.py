@@ -1,13 +1,39 @@
-"""The methods that `benchmarks.compare` trains, as data: what each adds to the configuration of a run."""
+"""
+The methods that `benchmarks.compare` trains, as data: what each adds to the configuration of a run.
+
+How a method trains is read from its shipped configuration in `examples/configs`; data, augmentation, optimizer and
+schedule are the comparison's, the same for all.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from hf_thinkingvit import AViTConfig, EarlyExitViTConfig, ElasticViTConfig, ThinkingViTConfig
+from hf_thinkingvit.training import TrainingConfig, parse_config
+
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+DATA = ("cifar10", "imagenet")  # for which configurations are shipped
+COMMON = ("thinkingvit_cifar10.yaml", "thinkingvit_3_6_imagenet.yaml")  # those of all methods
+# The fields of a run that can be a method's own. `frozen_backbone_epochs` is one too, as a share of the epochs.
+METHOD_FIELDS = (
+    "stage_sampling",
+    "gradient_accumulation_steps",
+    "clip_grad",
+    "freeze",
+    "distillation",
+    "distillation_weight",
+    "distillation_temperature",
+    "hidden_states_weight",
+    "teacher_sub_network",
+    "backbone_learning_rate",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +89,9 @@ class Method:
         title (`str`): for the table and the picture.
         model_type (`str`): of the model.
         model (`Callable`): from `Sizes` to the fields of the model's configuration.
-        run (`dict`): fields of the run's configuration. A function is called with `Sizes` and the number of epochs.
+        settings (`tuple[str, str]`, *optional*): its shipped configurations for CIFAR-10 and for ImageNet, in
+            `examples/configs`, which say the run's `METHOD_FIELDS`.
+        run (`dict`): further fields of the run's configuration.
         start (`str`, *optional*): the method, of the same seed, whose model this one starts from: it is fine-tuned.
         start_as (`str`): "vit", that model as a plain ViT; "model", the model itself; "rewired", an elastic model with
             the plain ViT's heads and neurons in the order of their importance.
@@ -77,6 +105,7 @@ class Method:
     title: str
     model_type: str
     model: Callable[[Sizes], dict[str, Any]]
+    settings: tuple[str, str] | None = None
     run: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     start_as: str = "vit"
@@ -107,7 +136,29 @@ def quarters(sizes: Sizes) -> list[int]:
     return sorted({max(1, round(sizes.num_layers * part / 4)) for part in (1, 2, 3)} - {sizes.num_layers})
 
 
-FROZEN = {"freeze": ["early_exit_vit.*", "classifier.*"]}
+def baseline(name: str) -> tuple[str, str]:
+    return f"baselines/{name}_cifar10.yaml", f"baselines/{name}_imagenet.yaml"
+
+
+@cache
+def shipped_config(file: str) -> TrainingConfig:
+    """A configuration of `examples/configs`."""
+    return parse_config(["--config", str(CONFIGS / file)])
+
+
+def method_fields(name: str, data: str, epochs: int) -> dict[str, Any]:
+    """The fields of a run of `epochs` in which its method's shipped configuration for `data` is not a ThinkingViT's."""
+    method = METHODS[name]
+    if method.settings is None:
+        return dict(method.run)
+    shipped, common = (shipped_config(files[DATA.index(data)]) for files in (method.settings, COMMON))
+    fields = {field: getattr(shipped, field) for field in METHOD_FIELDS}
+    fields = {field: value for field, value in fields.items() if value != getattr(common, field)}
+    if shipped.frozen_backbone_epochs:
+        fields["frozen_backbone_epochs"] = shipped.frozen_backbone_epochs / shipped.epochs * epochs
+    return {**fields, **method.run}
+
+
 ELASTIC, EXITS = "elastic_vit", "early_exit_vit"
 
 METHODS: dict[str, Method] = {
@@ -128,28 +179,28 @@ METHODS: dict[str, Method] = {
         "HydraViT",
         ELASTIC,
         lambda s: preset(ElasticViTConfig.hydravit, s, heads=[s.narrow, s.wide]),
-        {"stage_sampling": "one"},
+        baseline("hydravit"),
         points=every_sub_network,
     ),
     "matformer": Method(
         "MatFormer",
         ELASTIC,
         lambda s: preset(ElasticViTConfig.matformer, s),
-        {"clip_grad": 1.0},
+        baseline("matformer"),
         points=every_sub_network,
     ),
     "sortednet": Method(
         "SortedNet",
         ELASTIC,
         lambda s: preset(ElasticViTConfig.sortednet, s),
-        {"stage_sampling": "accumulate", "gradient_accumulation_steps": 2},
+        baseline("sortednet"),
         points=every_sub_network,
     ),
     "dynabert_widths": Method(
         "DynaBERT, widths",
         ELASTIC,
         lambda s: preset(ElasticViTConfig.dynabert, s, depths=[1.0]),
-        {"distillation": "hidden_states", "distillation_weight": 1.0, "distillation_temperature": 1.0},
+        baseline("dynabert_widths"),
         start="plain_wide",
         start_as="rewired",
         teacher=True,
@@ -160,42 +211,39 @@ METHODS: dict[str, Method] = {
         "DynaBERT",
         ELASTIC,
         lambda s: preset(ElasticViTConfig.dynabert, s),
-        {
-            "distillation": "hidden_states",
-            "distillation_weight": 1.0,
-            "distillation_temperature": 1.0,
-            "hidden_states_weight": 1.0,
-            "teacher_sub_network": "same_width",
-        },
+        baseline("dynabert_depths"),
         start="dynabert_widths",
         start_as="model",
         teacher=True,
         epochs=0.5,
         points=every_sub_network,
     ),
-    "branchynet": Method("BranchyNet", EXITS, lambda s: preset(EarlyExitViTConfig.branchynet, s)),
-    "vit_ee": Method("ViT-EE", EXITS, lambda s: preset(EarlyExitViTConfig.vit_ee, s), FROZEN, start="plain_wide"),
+    "branchynet": Method(
+        "BranchyNet", EXITS, lambda s: preset(EarlyExitViTConfig.branchynet, s), baseline("branchynet")
+    ),
+    "vit_ee": Method(
+        "ViT-EE", EXITS, lambda s: preset(EarlyExitViTConfig.vit_ee, s), baseline("vit_ee"), start="plain_wide"
+    ),
     "confidence": Method(
-        "confidence (FastBERT)", EXITS, lambda s: preset(EarlyExitViTConfig.fastbert, s), FROZEN, start="plain_wide"
+        "confidence (FastBERT)",
+        EXITS,
+        lambda s: preset(EarlyExitViTConfig.fastbert, s),
+        baseline("fastbert"),
+        start="plain_wide",
     ),
     "similarity": Method(
         "similarity",
         EXITS,
         lambda s: {**s.full, "exit_head": "shared", "exit_criterion": "similarity", "threshold": 0.1},
     ),
-    "pabee": Method("PABEE", EXITS, lambda s: preset(EarlyExitViTConfig.pabee, s)),
-    "act": Method("ACT", EXITS, lambda s: preset(EarlyExitViTConfig.act, s)),
-    "pondernet": Method("PonderNet", EXITS, lambda s: preset(EarlyExitViTConfig.pondernet, s)),
+    "pabee": Method("PABEE", EXITS, lambda s: preset(EarlyExitViTConfig.pabee, s), baseline("pabee")),
+    "act": Method("ACT", EXITS, lambda s: preset(EarlyExitViTConfig.act, s), baseline("act")),
+    "pondernet": Method("PonderNet", EXITS, lambda s: preset(EarlyExitViTConfig.pondernet, s), baseline("pondernet")),
     "dynamicvit": Method(
         "DynamicViT",
         "thinkingvit",
         lambda s: {**s.thinking(s.wide), "pruning_layers": quarters(s), "pruning_keep_rate": 0.7},
-        {
-            "distillation": "tokens",
-            "distillation_weight": 0.5,
-            "backbone_learning_rate": 0.01,
-            "frozen_backbone_epochs": lambda sizes, epochs: epochs / 6,
-        },
+        ("thinkingvit_cifar10_pruned.yaml", "dynamicvit_small_imagenet.yaml"),
         start="plain_wide",
         start_as="model",
         teacher=True,
@@ -205,7 +253,8 @@ METHODS: dict[str, Method] = {
         "A-ViT",
         "avit",
         lambda s: {**s.full, "gate_scale": 5, "gate_center": 5, "target_depth": round(2 * s.num_layers / 3)},
-        {"mixup": 0.0, "cutmix": 0.0},
+        ("avit_cifar10.yaml", "avit_small_imagenet.yaml"),
+        {"mixup": 0.0, "cutmix": 0.0},  # as in both files
         start="plain_wide",
         points=halting_epsilons,
     ),

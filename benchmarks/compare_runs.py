@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from benchmarks.compare_methods import METHODS, Sizes
+from benchmarks.compare_methods import METHODS, Sizes, method_fields
 from hf_thinkingvit import ElasticViTForImageClassification
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.data import ImageSplit, as_image_split, evaluation_batches, load_splits
@@ -52,6 +52,7 @@ class Job:
         fine_tuning_epochs (`int`): of methods that start from another one.
         trained (`Path`, *optional*): a model to evaluate instead of training one.
         threads (`int`): of the CPU.
+        data (`str`): "cifar10" or "imagenet", for which the methods' shipped configurations are taken.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Job:
     fine_tuning_epochs: int
     trained: Path | None = None
     threads: int = 1
+    data: str = "cifar10"
 
     @property
     def name(self) -> str:
@@ -103,7 +105,7 @@ def run_config(job: Job, start: Path | None = None) -> TrainingConfig:
         # The last epoch is reported, and every operating point evaluated afterwards.
         "eval_epochs": epochs + base.cooldown_epochs,
         "max_eval_samples": base.eval_batch_size,
-        **{name: value(sizes, epochs) if callable(value) else value for name, value in method.run.items()},
+        **method_fields(job.method, job.data, epochs),
     }
     if start is not None:
         fields["from_vit" if method.start_as == "vit" else "from_pretrained"] = str(start)
