@@ -29,6 +29,7 @@ import torch
 from benchmarks.compare_methods import CONFIGS, DATA, METHODS, with_starts
 from benchmarks.compare_report import measure_speed, write_report
 from benchmarks.compare_runs import Job, perform
+from benchmarks.compare_settings import check_given, prepare, record
 from hf_thinkingvit.data import load_splits
 from hf_thinkingvit.training import TrainingConfig, parse_config
 from hf_thinkingvit.training.data import load_data
@@ -38,8 +39,11 @@ from hf_thinkingvit.training.memory_images import load_in_memory
 CONFIG = CONFIGS / "thinkingvit_cifar10.yaml"
 
 
-def base_config(config: Path, flags: list[str]) -> TrainingConfig:
-    """The configuration that all methods share. Its evaluation split is the one that is reported."""
+def base_config(config: Path, flags: list[str]) -> tuple[TrainingConfig, dict[str, int]]:
+    """
+    The configuration that all methods share, and the images of each split, where they are known. Its evaluation split
+    is the one that is reported.
+    """
     base = parse_config(["--config", str(config), *flags])
     splits = load_splits(base.dataset, base.streaming)
     if base.eval_split is None:
@@ -48,7 +52,7 @@ def base_config(config: Path, flags: list[str]) -> TrainingConfig:
         data = load_data(dataclasses.replace(base, max_eval_samples=None))
         load_in_memory(data.train)  # once, into the cache that all runs read
         load_in_memory(data.evaluation.sample(base.max_eval_samples))
-    return base
+    return base, {} if base.streaming else {name: len(rows) for name, rows in splits.items()}
 
 
 def train_all(jobs: list[Job], at_once: int, seconds: float | None = None) -> list[Job]:
@@ -70,6 +74,8 @@ def train_all(jobs: list[Job], at_once: int, seconds: float | None = None) -> li
                     failed.append(job)
                 elif len(running) < at_once and (job.start is None or is_done(job.start, jobs)):
                     waiting.remove(job)
+                    job.folder.mkdir(parents=True, exist_ok=True)
+                    record(job)
                     process = context.Process(target=perform, args=(job,))
                     process.start()
                     running[process.sentinel] = process, job
@@ -94,7 +100,7 @@ def train_all(jobs: list[Job], at_once: int, seconds: float | None = None) -> li
 
 
 def is_done(start: Job, jobs: list[Job]) -> bool:
-    return next(job for job in jobs if job.name == start.name).result.exists()
+    return start.trained is not None or next(job for job in jobs if job.name == start.name).result.exists()
 
 
 def main() -> None:
@@ -106,7 +112,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--fine-tuning-epochs", type=int, help="half of the epochs by default")
-    parser.add_argument("--trained", nargs="*", default=[], metavar="METHOD=FOLDER", help="models to evaluate as given")
+    parser.add_argument(
+        "--trained", nargs="*", default=[], metavar="METHOD=FOLDER", help="models to evaluate, and start from, as given"
+    )
+    parser.add_argument("--redo", action="store_true", help="delete runs with other settings, and train them anew")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, on the same device")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of training; report what is done by then")
     parser.add_argument("--threads", type=int, help="of the CPU for each run; shared evenly by default")
@@ -114,13 +123,13 @@ def main() -> None:
     parser.add_argument("--speed-batch-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5, help="of each timing")
     arguments, flags = parser.parse_known_args()
-    given = dict(word.split("=", 1) for word in arguments.trained)
+    given = {name: Path(folder) for name, _, folder in (word.partition("=") for word in arguments.trained)}
     if unknown := given.keys() - METHODS.keys():
         parser.error(f"--trained: there is no method {sorted(unknown)}, but {list(METHODS)}")
-    base = base_config(arguments.config, flags)
+    base, rows = base_config(arguments.config, flags)
     threads = arguments.threads or max(1, torch.get_num_threads() // arguments.jobs)
-    names = with_starts(arguments.methods)
-    starts = [METHODS[name].start for name in names]
+    names = with_starts(arguments.methods, given)
+    starts = [METHODS[name].start for name in names if name not in given]
     jobs = [
         Job(
             name,
@@ -128,15 +137,23 @@ def main() -> None:
             base,
             arguments.output_dir,
             arguments.fine_tuning_epochs or -(-base.epochs // 2),
-            Path(given[name]) if name in given else None,
+            given,
             threads,
             next((name for name in DATA if arguments.config.stem.endswith(name)), DATA[0]),
+            rows,
         )
         for name in names
-        for seed in arguments.seeds
+        for seed in (arguments.seeds[:1] if name in given else arguments.seeds)
     ]
     # First those that others wait for, and then one seed after the other.
     jobs.sort(key=lambda job: (job.method not in starts, job.seed))
+    try:
+        for job in jobs:
+            if job.trained is not None:
+                check_given(job, job.method in starts)
+        prepare(jobs, arguments.redo)
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmarks.compare: {error}")
     failed = train_all(jobs, arguments.jobs, arguments.time_limit)
     done = [job for job in jobs if job.result.exists()]
     speeds = {}

@@ -6,7 +6,7 @@ schedule are the comparison's, the same for all.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -268,11 +268,11 @@ def model_config(name: str, sizes: Sizes, **labels: Any) -> PreTrainedConfig:
     return _CLASSES[method.model_type](**method.model(sizes), **labels)
 
 
-def with_starts(names: list[str]) -> list[str]:
-    """The methods, and before each those that it starts from."""
+def with_starts(names: Iterable[str], given: Iterable[str] = ()) -> list[str]:
+    """The methods, and before each those that it starts from; a `given` one starts from none."""
     ordered: dict[str, None] = {}
     for name in names:
-        if METHODS[name].start is not None:
-            ordered |= dict.fromkeys(with_starts([METHODS[name].start]))
+        if METHODS[name].start is not None and name not in given:
+            ordered |= dict.fromkeys(with_starts([METHODS[name].start], given))
         ordered[name] = None
     return list(ordered)

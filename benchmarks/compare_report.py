@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from benchmarks.compare_methods import METHODS
-from benchmarks.compare_runs import Job, load_model
+from benchmarks.compare_runs import Job, load_model, points_of_seeds
 from benchmarks.measure import describe_run, measure
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.data import as_image_split, evaluation_batches, load_splits
 from hf_thinkingvit.evaluation.plots import STYLES, save_figure
 
 
-SHOWN = 5  # operating points of a method in the table, and that are timed
+SHOWN = 6  # operating points of a method in the table, and that are timed
 
 
 def by_method(jobs: Sequence[Job]) -> dict[str, list[Job]]:
@@ -46,7 +46,7 @@ def mean_points(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     image tells apart (thresholds between which there is no score), the first.
     """
     points, seen = [], set()
-    for same in zip(*(read(job)["points"] for job in jobs), strict=True):
+    for same in zip(*points_of_seeds(jobs), strict=True):
         costs, accuracies = [point["gmacs"] for point in same], [point["top1"] for point in same]
         if (key := (*costs, *accuracies)) in seen:
             continue
@@ -84,7 +84,9 @@ def measure_speed(
     for name, found in by_method(jobs).items():
         job = found[0]
         if batches is None:  # one data set and one image processor for all
-            split = as_image_split(load_splits(job.base.dataset)[job.base.eval_split], job.base.dataset)
+            base = job.base
+            columns = base.image_column, base.label_column
+            split = as_image_split(load_splits(base.dataset)[base.eval_split], base.dataset, *columns)
             processor = AutoImageProcessor.from_pretrained(job.model)
             read_batches = evaluation_batches(split.sample(images), processor, batch_size)
             batches = [batch["pixel_values"].to(device) for batch in islice(read_batches, images)]
@@ -104,27 +106,32 @@ def _over(batches: list[torch.Tensor], model: Any, arguments: dict[str, Any]) ->
     return lambda: [model(batch, **arguments) for batch in batches]
 
 
-def declaration(jobs: Sequence[Job], all_jobs: Sequence[Job]) -> dict[str, Any]:
-    """Images seen and multiply-accumulates of training of one seed, its own and those of what it starts from."""
-    job = jobs[0]
-    spent, images = cost_of(job)
-    before_spent, before_images, start = 0.0, 0, job.start
+def declaration(jobs: Sequence[Job]) -> dict[str, Any]:
+    """
+    Images seen and multiply-accumulates of training of one seed, its own and those of what it starts from; `None` of a
+    model that was given.
+    """
+    images, spent = cost_of(jobs[0])
+    before: tuple[int | None, float | None] = (0, 0.0) if images is not None else (None, None)
+    start = jobs[0].start
     while start is not None:
-        found = next((other for other in all_jobs if other.name == start.name), None)
-        macs, seen = (float("nan"), 0) if found is None else cost_of(found)
-        before_spent, before_images, start = before_spent + macs, before_images + seen, start.start
+        cost = cost_of(start)
+        before = tuple(None if None in pair else sum(pair) for pair in zip(before, cost))
+        start = start.start
     return {
         "images": images,
-        "training_tmacs": spent / 1e12,
-        "pretraining_images": before_images,
-        "pretraining_tmacs": before_spent / 1e12,
+        "training_tmacs": spent,
+        "pretraining_images": before[0],
+        "pretraining_tmacs": before[1],
     }
 
 
-def cost_of(job: Job) -> tuple[float, int]:
+def cost_of(job: Job) -> tuple[int | None, float | None]:
+    """Images seen, and 10¹² multiply-accumulates; of a model that was given, nothing is known."""
+    if job.trained is not None:
+        return None, None
     facts = read(job)
-    images = facts.get("images_seen", 0)  # of a model that was given, nothing is known
-    return facts.get("training_macs_per_image", float("nan")) * images, images
+    return facts["images_seen"], facts["training_macs_per_image"] * facts["images_seen"] / 1e12
 
 
 def write_report(jobs: Sequence[Job], speeds: dict[str, dict[str, float]], output_dir: Path) -> str:
@@ -134,7 +141,7 @@ def write_report(jobs: Sequence[Job], speeds: dict[str, dict[str, float]], outpu
         points = mean_points(found)
         for point in points:
             point["images_per_second"] = speeds.get(name, {}).get(setting(point))
-        facts = {"title": METHODS[name].title, "seeds": [job.seed for job in found], **declaration(found, jobs)}
+        facts = {"title": METHODS[name].title, "seeds": [job.seed for job in found], **declaration(found)}
         facts["evaluated_images"] = read(found[0])["images"]
         results[name] = {**facts, "points": points}
     (output_dir / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -144,7 +151,7 @@ def write_report(jobs: Sequence[Job], speeds: dict[str, dict[str, float]], outpu
         writer.writerow(["method", "setting", *columns])
         for name, result in results.items():
             writer.writerows([name, setting(p), *(p[column] for column in columns)] for p in result["points"])
-    text = _markdown(results, read(jobs[0])["device"] if jobs else "-")
+    text = _markdown(results, ", ".join({read(job)["device"]: None for job in jobs if not job.trained}) or "-")
     (output_dir / "compare.md").write_text(text + "\n", encoding="utf-8")
     if results:
         save_figure(_picture(results), output_dir / "compare.png")
@@ -164,9 +171,12 @@ def _markdown(results: dict[str, dict], device: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for result in results.values():
-        before = f"{result['pretraining_images']} | {result['pretraining_tmacs']:.3g}"
-        own = f"{len(result['seeds'])} | {result['images']} | {result['training_tmacs']:.3g}"
-        lines.append(f"| {result['title']} | {own} | {before} |")
+        names = ("images", "training_tmacs", "pretraining_images", "pretraining_tmacs")
+        costs = [result[name] for name in names]
+        costs = [
+            "unknown" if cost is None else f"{cost:.3g}" if isinstance(cost, float) else str(cost) for cost in costs
+        ]
+        lines.append(f"| {result['title']} | {len(result['seeds'])} | {' | '.join(costs)} |")
     lines += ["", "| method | setting | mean MMACs | top-1 (%) | images/s |", "|---|---|---|---|---|"]
     for result in results.values():
         for point in shown_points(result["points"]):

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from hf_thinkingvit.evaluation import (
     sub_network_macs,
 )
 from hf_thinkingvit.evaluation.calibration import threshold_grid
+from hf_thinkingvit.evaluation.threshold_points import distinct_thresholds
 from hf_thinkingvit.models.configuration_staged import thinks_in_stages
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.loop import TrainingRun
@@ -50,9 +51,10 @@ class Job:
         base (`TrainingConfig`): of the run of a ThinkingViT, of which a method changes some fields.
         output_dir (`Path`): of the comparison.
         fine_tuning_epochs (`int`): of methods that start from another one.
-        trained (`Path`, *optional*): a model to evaluate instead of training one.
+        given (`dict`): folders of models, by method, that are evaluated and started from instead of training them.
         threads (`int`): of the CPU.
         data (`str`): "cifar10" or "imagenet", for which the methods' shipped configurations are taken.
+        rows (`dict`): images of each split of the data set.
     """
 
     method: str
@@ -60,9 +62,10 @@ class Job:
     base: TrainingConfig
     output_dir: Path
     fine_tuning_epochs: int
-    trained: Path | None = None
+    given: dict[str, Path] = dataclasses.field(default_factory=dict)
     threads: int = 1
     data: str = "cifar10"
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -73,17 +76,38 @@ class Job:
         return self.output_dir / self.name
 
     @property
+    def trained(self) -> Path | None:
+        return self.given.get(self.method)
+
+    @property
     def model(self) -> Path:
         return self.trained or self.folder / "last"
+
+    @property
+    def settings(self) -> Path:
+        return self.folder / "settings.json"
+
+    @property
+    def training(self) -> Path:
+        return self.folder / "training.json"
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "answers.pt"
 
     @property
     def result(self) -> Path:
         return self.folder / "points.json"
 
     @property
+    def begun(self) -> bool:
+        """Whether there is anything that training or evaluation has left."""
+        return any((self.folder / name).exists() for name in ("points.json", "training.json", "checkpoints"))
+
+    @property
     def start(self) -> "Job | None":
-        start = METHODS[self.method].start
-        return None if start is None else dataclasses.replace(self, method=start, trained=None)
+        start = None if self.trained else METHODS[self.method].start
+        return None if start is None else dataclasses.replace(self, method=start)
 
 
 def run_config(job: Job, start: Path | None = None) -> TrainingConfig:
@@ -120,28 +144,18 @@ def prepare_start(job: Job) -> Path | None:
         return None
     if method.start_as == "model":
         return start.model
-    folder = start.folder / "vit"
-    source = AutoModelForImageClassification.from_pretrained(start.model)
     processor = AutoImageProcessor.from_pretrained(start.model)
-    vit = source.extract_stage(0)
-    if method.start_as == "vit":
-        model = vit
-    else:
-        folder = job.folder / "start"
+    model = AutoModelForImageClassification.from_pretrained(start.model).extract_stage(0)
+    if method.start_as == "rewired":
         columns = job.base.image_column, job.base.label_column
         split = as_image_split(load_splits(job.base.dataset)[job.base.train_split], job.base.dataset, *columns)
         batch = next(iter(evaluation_batches(split.sample(IMPORTANCE_IMAGES), processor, IMPORTANCE_IMAGES)))
         sub_networks = method.model(Sizes.of(job.base.model))["sub_networks"]
-        model = ElasticViTForImageClassification.from_vit(vit, reorder="importance", **batch, sub_networks=sub_networks)
-    if not (folder / "preprocessor_config.json").exists():
-        partial = folder.with_name(f".{folder.name}-{os.getpid()}")  # several methods may start from one model
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            if not (folder / "preprocessor_config.json").exists():
-                raise
+        options = {"reorder": "importance", "sub_networks": sub_networks}
+        model = ElasticViTForImageClassification.from_vit(model, **batch, **options)
+    folder = job.folder / "start"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -211,7 +225,9 @@ def evaluate_points(job: Job, device: torch.device) -> dict[str, Any]:
     if method.points is None:
         labels = LabelMap(model.config, split.label_names, name=base.dataset)
         answers = collect_stage_answers(model, read_images(split, processor, base, device), labels, progress=False)
-        return {"images": len(answers), "points": threshold_points(answers)}
+        fields = {field.name: getattr(answers, field.name) for field in dataclasses.fields(answers)}
+        torch.save({**fields, "conditions": None}, job.answers)
+        return {"images": len(answers)}
     overrides = method.points(model.config)
     models = {index: load_model(job.model, fields, device) for index, fields in enumerate(overrides)}
     measured = evaluate_accuracy(accelerator, models, read_images(split, processor, base, device))
@@ -226,9 +242,40 @@ def evaluate_points(job: Job, device: torch.device) -> dict[str, Any]:
     return {"images": measured[0]["images"], "points": points}
 
 
-def threshold_points(answers: StageAnswers) -> list[dict[str, Any]]:
-    rows = [answers.row(threshold) for threshold in threshold_grid(answers, THRESHOLD_STEPS)]
-    return [{"threshold": row["threshold"], "top1": row["top1"], "gmacs": row["gmacs"]} for row in rows]
+def read_answers(job: Job) -> StageAnswers:
+    """Scores and hits of every stage, of which any τ can be evaluated."""
+    return StageAnswers(**torch.load(job.answers, weights_only=True))
+
+
+def operating_thresholds(answers: StageAnswers) -> list[float]:
+    """
+    Every τ that gives other exits, where there are at most `THRESHOLD_STEPS` different scores (as of patience, which
+    counts layers), and else those at so many of their quantiles.
+    """
+    scores = answers.scores[:, :-1]
+    values = scores[scores.isfinite()].unique()
+    if len(values) > THRESHOLD_STEPS:
+        return distinct_thresholds(answers, THRESHOLD_STEPS)
+    grid = threshold_grid(answers)
+    candidates = [grid[0], *sorted(values.tolist(), reverse=grid[0] > grid[-1]), grid[-1]]
+    exits = answers.exit_stages_of_each(candidates)
+    # Of equal neighbours the second, which is a score or lies beyond all of them.
+    following = [torch.equal(*pair) for pair in pairwise(exits)]
+    return [value for value, same in zip(candidates, [*following, False]) if not same]
+
+
+def points_of_seeds(jobs: Sequence[Job]) -> list[list[dict[str, Any]]]:
+    """
+    The operating points of each seed of one method, the same ones in the same order: `top1` (%) and `gmacs` (mean of
+    an image), with the `threshold` or the `fields` that are overridden.
+    """
+    if METHODS[jobs[0].method].points is not None:
+        return [json.loads(job.result.read_text(encoding="utf-8"))["points"] for job in jobs]
+    answers = [read_answers(job) for job in jobs]
+    columns = {name: torch.cat([getattr(each, name) for each in answers]) for name in ("scores", "top1", "top5")}
+    thresholds = operating_thresholds(dataclasses.replace(answers[0], **columns))
+    rows = [[each.row(threshold) for threshold in thresholds] for each in answers]
+    return [[{name: row[name] for name in ("threshold", "top1", "gmacs")} for row in seed] for seed in rows]
 
 
 def own_macs(model: PreTrainedModel) -> float:
@@ -256,17 +303,22 @@ def perform(job: Job) -> None:
 
 
 def _perform(job: Job) -> None:
-    facts: dict[str, Any] = {"method": job.method, "seed": job.seed, "device": "cpu"}
     cuda = torch.cuda.is_available() and not job.base.cpu
-    if job.trained is None:
+    device = torch.device("cuda" if cuda else "cpu")
+    if job.trained is None and not job.training.exists():
         run = TrainingRun(run_config(job, prepare_start(job)))
-        facts["training_macs_per_image"] = count_training_macs(run)
+        facts = {"training_macs_per_image": count_training_macs(run)}
         facts |= {"epochs": run.num_epochs, "seconds": run.run()["seconds"]}
         facts["images_seen"] = run.progress.step * run.config.batch_size
-    device = torch.device("cuda" if cuda else "cpu")
-    facts["device"] = torch.cuda.get_device_name() if cuda else "cpu"
-    if not METHODS[job.method].is_step:
-        facts |= evaluate_points(job, device)
-    partial = job.result.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    partial.replace(job.result)
+        facts["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+        write_json(job.training, facts)
+    trained = {} if job.trained else json.loads(job.training.read_text(encoding="utf-8"))
+    measured = {} if METHODS[job.method].is_step else evaluate_points(job, device)
+    write_json(job.result, {"method": job.method, "seed": job.seed, **trained, **measured})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Written whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(path)

@@ -140,14 +140,16 @@ def test_fine_tuned_methods_have_their_share_of_the_epochs_and_come_after_their_
 
 
 def test_points_are_averaged_over_seeds_and_equal_neighbours_shown_once(tmp_path):
-    jobs = [job("thinkingvit", tmp_path, seed) for seed in (0, 1)]
+    jobs = [job("matformer", tmp_path, seed) for seed in (0, 1)]
     for each in jobs:
-        each.folder.mkdir()
         tops = [50.0, 50.0, 60.0 + 2 * each.seed]
-        points = [{"threshold": tau, "top1": top, "gmacs": cost} for tau, top, cost in zip((2, 1, 0), tops, (1, 1, 3))]
+        points = [
+            {"fields": {"at": at}, "top1": top, "gmacs": cost} for at, top, cost in zip((2, 1, 0), tops, (1, 1, 3))
+        ]
+        each.folder.mkdir()
         each.result.write_text(json.dumps({"points": points}))
     points = mean_points(jobs)
-    assert [point["threshold"] for point in points] == [2, 0]
+    assert [point["fields"]["at"] for point in points] == [2, 0]
     assert points[1]["top1"] == 61
     assert points[1]["top1_se"] == pytest.approx(1.0)
     assert shown_points(points) == points
