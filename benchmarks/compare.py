@@ -154,6 +154,8 @@ def main() -> None:
         prepare(jobs, arguments.redo)
     except (ValueError, OSError) as error:
         sys.exit(f"benchmarks.compare: {error}")
+    if unused := given.keys() - set(names):
+        parser.error(f"--trained: {sorted(unused)} are neither among --methods nor the start of one")
     failed = train_all(jobs, arguments.jobs, arguments.time_limit)
     done = [job for job in jobs if job.result.exists()]
     speeds = {}

@@ -259,6 +259,12 @@ METHODS: dict[str, Method] = {
         points=halting_epsilons,
     ),
 }
+# What a picture shows beside each other, in front of the plain nets and ThinkingViT.
+GROUPS = {
+    "sub-networks of one ViT": ("hydravit", "matformer", "sortednet", "dynabert"),
+    "answers after chosen layers": ("branchynet", "vit_ee", "confidence", "similarity", "pabee", "act", "pondernet"),
+    "fewer patches": ("dynamicvit", "avit"),
+}
 _CLASSES = {"thinkingvit": ThinkingViTConfig, ELASTIC: ElasticViTConfig, EXITS: EarlyExitViTConfig, "avit": AViTConfig}
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks.compare_methods import METHODS
+from benchmarks.compare_picture import draw
 from benchmarks.compare_runs import Job, load_model, points_of_seeds
 from benchmarks.measure import describe_run, measure
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.data import as_image_split, evaluation_batches, load_splits
-from hf_thinkingvit.evaluation.plots import STYLES, save_figure
+from hf_thinkingvit.evaluation.plots import save_figure
 
 
 SHOWN = 6  # operating points of a method in the table, and that are timed
@@ -154,7 +155,7 @@ def write_report(jobs: Sequence[Job], speeds: dict[str, dict[str, float]], outpu
     text = _markdown(results, ", ".join({read(job)["device"]: None for job in jobs if not job.trained}) or "-")
     (output_dir / "compare.md").write_text(text + "\n", encoding="utf-8")
     if results:
-        save_figure(_picture(results), output_dir / "compare.png")
+        save_figure(draw(results), output_dir / "compare.png")
     return text
 
 
@@ -187,32 +188,3 @@ def _markdown(results: dict[str, dict], device: str) -> str:
         "\nMean over the seeds ± standard error. The settings of a method are those nearest to even steps in cost."
     )
     return "\n".join(lines)
-
-
-def _picture(results: dict[str, dict]) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for index, result in enumerate(results.values()):
-        color, marker = STYLES[index % len(STYLES)][0], "osv^D<>pPX"[index // len(STYLES) % 10]
-        line = STYLES[index // len(STYLES) % len(STYLES)][1]
-        timed = [point for point in result["points"] if point["images_per_second"] is not None]
-        for axes, points, horizontal in (
-            (panels[0], result["points"], lambda point: 1e3 * point["gmacs"]),
-            (panels[1], timed, lambda point: point["images_per_second"]),
-        ):
-            across, errors = [horizontal(p) for p in points], [p["top1_se"] or 0.0 for p in points]
-            style = {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.2}
-            axes.errorbar(across, [p["top1"] for p in points], errors, label=result["title"], elinewidth=0.6, **style)
-    panels[0].set(xlabel="mean MMACs per image", ylabel="top-1 accuracy (%)", xscale="log")
-    panels[1].set(xlabel="images per second", xscale="log")
-    for axes in panels:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())  # beside those, its labels would cover each other
-        axes.grid(color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    return figure

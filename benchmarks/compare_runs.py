@@ -249,17 +249,19 @@ def read_answers(job: Job) -> StageAnswers:
 
 def operating_thresholds(answers: StageAnswers) -> list[float]:
     """
-    Every τ that gives other exits, where there are at most `THRESHOLD_STEPS` different scores (as of patience, which
-    counts layers), and else those at so many of their quantiles.
+    A τ for every way in which the images can exit, where there are at most `THRESHOLD_STEPS` different scores (as of
+    patience, which counts layers), and else at so many of their quantiles.
     """
     scores = answers.scores[:, :-1]
     values = scores[scores.isfinite()].unique()
     if len(values) > THRESHOLD_STEPS:
         return distinct_thresholds(answers, THRESHOLD_STEPS)
+    if not torch.equal(values, values.round()):  # counts are exact; near other scores rounding would decide
+        values = (values[1:].double() + values[:-1].double()) / 2
     grid = threshold_grid(answers)
     candidates = [grid[0], *sorted(values.tolist(), reverse=grid[0] > grid[-1]), grid[-1]]
     exits = answers.exit_stages_of_each(candidates)
-    # Of equal neighbours the second, which is a score or lies beyond all of them.
+    # Of equal neighbours the second, which is a count or lies beyond all of them.
     following = [torch.equal(*pair) for pair in pairwise(exits)]
     return [value for value, same in zip(candidates, [*following, False]) if not same]
 

@@ -1,38 +1,22 @@
-"""The methods of `benchmarks.compare`: each one's model and run can be built, and a step of it trains."""
+"""The methods of `benchmarks.compare`: a step of each trains, as its shipped configuration says."""
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 
 
 pytest.importorskip("timm")
 
-from benchmarks.compare import train_all
 from benchmarks.compare_methods import COMMON, DATA, METHODS, Sizes, model_config, shipped_config, with_starts
-from benchmarks.compare_report import mean_points, shown_points
 from benchmarks.compare_runs import Job, count_training_macs, run_config
 from hf_thinkingvit import ElasticViTConfig, ElasticViTForImageClassification
 from hf_thinkingvit.training import TrainingConfig
 from hf_thinkingvit.training.losses import TrainingLoss
-
-
-MODEL = {"thinking_stages": [2, 4], "hidden_size": 16, "num_hidden_layers": 4, "image_size": 8, "patch_size": 4}
-BASE = TrainingConfig(model=MODEL, epochs=6, warmup_epochs=1, batch_size=4, mixup=0, cutmix=0)
-SIZES = Sizes.of(MODEL)
-
-
-def job(method: str, folder: Path = Path("nowhere"), seed: int = 0) -> Job:
-    return Job(method, seed, BASE, folder, fine_tuning_epochs=3)
-
-
-def build(method: str):
-    torch.manual_seed(0)
-    return AutoModelForImageClassification.from_config(model_config(method, SIZES, num_labels=3))
+from tests.compare_jobs import SIZES, build, job
 
 
 class Drawn:
@@ -137,20 +121,3 @@ def test_fine_tuned_methods_have_their_share_of_the_epochs_and_come_after_their_
     assert run_config(job("avit"), Path("start")).epochs == 3
     assert run_config(job("dynabert"), Path("start")).epochs == 2
     assert run_config(job("dynabert"), Path("start")).teacher == "start"
-
-
-def test_points_are_averaged_over_seeds_and_equal_neighbours_shown_once(tmp_path):
-    jobs = [job("matformer", tmp_path, seed) for seed in (0, 1)]
-    for each in jobs:
-        tops = [50.0, 50.0, 60.0 + 2 * each.seed]
-        points = [
-            {"fields": {"at": at}, "top1": top, "gmacs": cost} for at, top, cost in zip((2, 1, 0), tops, (1, 1, 3))
-        ]
-        each.folder.mkdir()
-        each.result.write_text(json.dumps({"points": points}))
-    points = mean_points(jobs)
-    assert [point["fields"]["at"] for point in points] == [2, 0]
-    assert points[1]["top1"] == 61
-    assert points[1]["top1_se"] == pytest.approx(1.0)
-    assert shown_points(points) == points
-    assert train_all(jobs, at_once=2) == []  # finished ones are not repeated
