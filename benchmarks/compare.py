@@ -10,9 +10,13 @@ nets. All flags that are not listed here are those of a training run (`examples/
 methods; what is a method's own (sampling of sub-networks, micro-batches, clipping, distillation, frozen weights) is
 as in its shipped configuration: that for ImageNet where the name of `--config` ends so, and else that for CIFAR-10.
 Methods that are published as fine-tuning start from the wide plain net of their seed and train `--fine-tuning-epochs`
-more; the table declares the images that each has seen, with those of its start. Finished methods are not repeated, and
-an interrupted one resumes from its last checkpoint. The last epoch is reported, and nothing is chosen by the images
-that are reported.
+more; the table declares the images that each has seen, with those of its start. `--trained plain_wide=FOLDER` evaluates
+and starts from a model that is there.
+
+Finished methods are not repeated, and an interrupted one resumes from its last checkpoint. Each run records its
+settings: in the same folder, a comparison with others is refused (with `--redo` it trains those runs anew), and one
+with other images to evaluate on evaluates anew. The last epoch is reported, and nothing is chosen by the images that
+are reported.
 """
 
 import argparse
@@ -103,7 +107,14 @@ def is_done(start: Job, jobs: list[Job]) -> bool:
     return start.trained is not None or next(job for job in jobs if job.name == start.name).result.exists()
 
 
-def main() -> None:
+def comparison(words: list[str] | None = None) -> tuple[argparse.Namespace, list[Job]]:
+    """
+    The flags of a command line that are not of a training run, and its jobs: first those that others wait for, and then
+    one seed after the other. A given model is evaluated once, whatever the seeds.
+
+    Raises:
+        SystemExit: with code 2, for flags that do not exist, and given models that do not suit.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -122,14 +133,16 @@ def main() -> None:
     parser.add_argument("--speed-images", type=int, default=1024, help="whose classification is timed; 0 for none")
     parser.add_argument("--speed-batch-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5, help="of each timing")
-    arguments, flags = parser.parse_known_args()
+    arguments, flags = parser.parse_known_args(words)
     given = {name: Path(folder) for name, _, folder in (word.partition("=") for word in arguments.trained)}
     if unknown := given.keys() - METHODS.keys():
         parser.error(f"--trained: there is no method {sorted(unknown)}, but {list(METHODS)}")
-    base, rows = base_config(arguments.config, flags)
-    threads = arguments.threads or max(1, torch.get_num_threads() // arguments.jobs)
     names = with_starts(arguments.methods, given)
     starts = [METHODS[name].start for name in names if name not in given]
+    if unused := given.keys() - set(names):
+        parser.error(f"--trained: {sorted(unused)} are neither among --methods nor the start of one")
+    base, rows = base_config(arguments.config, flags)
+    threads = arguments.threads or max(1, torch.get_num_threads() // arguments.jobs)
     jobs = [
         Job(
             name,
@@ -145,22 +158,26 @@ def main() -> None:
         for name in names
         for seed in (arguments.seeds[:1] if name in given else arguments.seeds)
     ]
-    # First those that others wait for, and then one seed after the other.
-    jobs.sort(key=lambda job: (job.method not in starts, job.seed))
     try:
         for job in jobs:
             if job.trained is not None:
                 check_given(job, job.method in starts)
-        prepare(jobs, arguments.redo)
     except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return arguments, sorted(jobs, key=lambda job: (job.method not in starts, job.seed))
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments, jobs = comparison(words)
+    try:
+        prepare(jobs, arguments.redo)
+    except ValueError as error:
         sys.exit(f"benchmarks.compare: {error}")
-    if unused := given.keys() - set(names):
-        parser.error(f"--trained: {sorted(unused)} are neither among --methods nor the start of one")
     failed = train_all(jobs, arguments.jobs, arguments.time_limit)
     done = [job for job in jobs if job.result.exists()]
     speeds = {}
     if arguments.speed_images:
-        device = torch.device("cuda" if torch.cuda.is_available() and not base.cpu else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() and not jobs[0].base.cpu else "cpu")
         speeds = measure_speed(done, arguments.speed_images, arguments.speed_batch_size, arguments.repeats, device)
     print(write_report(done, speeds, arguments.output_dir))
     if failed:

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification
 pytest.importorskip("timm")
 
 from benchmarks import compare_runs
-from benchmarks.compare import train_all
+from benchmarks.compare import comparison, main, train_all
 from benchmarks.compare_methods import GROUPS, METHODS, with_starts
 from benchmarks.compare_picture import draw
 from benchmarks.compare_report import mean_points, measure_speed, shown_points, write_report
@@ -179,6 +179,38 @@ def test_runs_without_a_record_of_their_settings_are_refused(tmp_path, pictures)
     job.settings.unlink()
     with pytest.raises(ValueError, match="there is no record of its settings"):
         prepare([job])
+
+
+def command_line(job: Job, tmp_path: Path, *words: str) -> list[str]:
+    job.base.save(tmp_path / "base.yaml")
+    return ["--config", str(tmp_path / "base.yaml"), "--output-dir", str(job.output_dir), *words]
+
+
+def test_command_makes_the_jobs_in_the_order_of_their_starts(tmp_path, pictures):
+    job = tiny_job("plain_wide", tmp_path, pictures, given=("plain_wide",))
+    words = command_line(job, tmp_path, "--methods", "avit", "dynabert", "--seeds", "0", "1")
+    _, jobs = comparison(words)
+    widths = ["dynabert_widths-seed-0", "dynabert_widths-seed-1"]
+    names = [each.name for each in jobs]
+    assert names[:4] == ["plain_wide-seed-0", widths[0], "plain_wide-seed-1", widths[1]]
+    assert names[4:] == ["avit-seed-0", "dynabert-seed-0", "avit-seed-1", "dynabert-seed-1"]
+    assert jobs[0].rows == {"train": 8, "test": 8}
+    _, jobs = comparison([*words, "--trained", f"plain_wide={job.trained}"])
+    assert [each.name for each in jobs if each.method == "plain_wide"] == ["plain_wide-seed-0"]
+    assert {each.start.model for each in jobs if each.method == "avit"} == {job.trained}
+
+
+def test_command_refuses_what_it_cannot_compare(tmp_path, pictures, capsys):
+    job = tiny_job("plain_wide", tmp_path, pictures, given=("plain_narrow",))
+    begin(replace(job, given={}))
+    words = command_line(job, tmp_path, "--methods", "plain_wide", "avit")
+    with pytest.raises(SystemExit, match="plain_wide-seed-0: epochs: 1 then, 2 now"):
+        main([*words, "--epochs", "2"])
+    folder = tmp_path / "given" / "plain_narrow"
+    for given, message in ((f"plain_wide={folder}", "`hidden_size` is 8"), (f"matformer={folder}", "neither among")):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--trained", given])
+        assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def report_jobs(tmp_path: Path, pictures: Path) -> list[Job]:
