@@ -8,7 +8,7 @@ from hf_thinkingvit.evaluation.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE
 
 GREY = "0.5"
 # In every column: the methods of no group. Plain nets are points, which have no line.
-REFERENCES = [(GREY, "v", "-"), (GREY, "^", "-"), (GREY, "s", "-"), (BLACK, "o", "-"), (BLACK, "o", ":")]
+REFERENCES = [(GREY, "v", ""), (GREY, "^", ""), (GREY, "s", ""), (BLACK, "o", "-"), (BLACK, "o", ":")]
 # In a column, each method has a colour, a marker and a line of its own; the last three colours are Okabe and Ito's too,
 # or dark enough beside them.
 STYLES = [
@@ -67,7 +67,8 @@ def _line(axes: Any, result: dict[str, Any], measure: str, style: tuple[str, str
     across = [point[measure] * (1e3 if measure == "gmacs" else 1) for point in points]
     top1, errors = [point["top1"] for point in points], [point["top1_se"] or 0.0 for point in points]
     every = max(1, round(len(points) / MARKED)) if points and "threshold" in points[0] else 1
-    look = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.4}
+    look = {"color": color, "marker": marker, "linestyle": line, "linewidth": 1.4}
+    look |= {"markersize": 5 if line else 8, "zorder": 2 if line else 3}  # single points stay visible
     if any(errors):
         axes.errorbar(across, top1, errors, fmt="none", ecolor=color, elinewidth=0.6, errorevery=every)
     axes.plot(across, top1, markevery=every, label=result["title"], **look)
