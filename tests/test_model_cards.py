@@ -99,7 +99,7 @@ class TestCard:
         rows = re.findall(r"^\| ([\d.]+) \| \d+\.00 \|", text, re.MULTILINE)
         assert (len(rows), rows[0], rows[-1]) == (12, "0", "7.9")
         text = str(model_card(staged(threshold=[0.5]), results(sweep=sweep(80)), name="animals"))
-        assert "13 of 80 thresholds" in text and "| 0.5 | 75.00 |" in text
+        assert "13 of 80 thresholds" in text and "| **0.5** (as configured) | 75.00 |" in text
 
     def test_of_what_training_evaluates(self):
         model = staged()

@@ -6,6 +6,7 @@ Images stay encoded until they are used, so that the error for a broken one can 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,26 @@ def load_digits() -> datasets.DatasetDict:
 def decode(image: dict[str, Any]) -> Image.Image:
     """An encoded image of `datasets` as RGB (see `as_rgb`)."""
     return as_rgb(datasets.Image().decode_example(image), image.get("path"))
+
+
+def without_unreadable(split: ImageSplit) -> tuple[ImageSplit, list[str]]:
+    """
+    A split, not a stream, without the images that cannot be decoded, and the names of those. Decodes every image once.
+    """
+
+    def unreadable(index: int) -> str | None:
+        image = split.rows[index][split.image_column]
+        try:
+            decode(image)
+        except Exception as error:  # Pillow's decoders raise many types
+            return f"{(image or {}).get('path') or f'image {index}'} ({error})"
+
+    with ThreadPool() as threads:  # decoders leave the interpreter to other threads
+        found = threads.map(unreadable, range(len(split.rows)))
+    if not any(found):
+        return split, []
+    whole = [index for index, problem in enumerate(found) if problem is None]
+    return replace(split, rows=split.rows.select(whole)), [problem for problem in found if problem is not None]
 
 
 @dataclass

@@ -20,6 +20,7 @@ from ..evaluation.plots import plot_accuracy_against_macs, plot_exit_shares, plo
 from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
 from ..evaluation.threshold_points import POINTS, distinct_thresholds
+from ..evaluation.wording import distinct_labels
 from . import command
 from .evaluation import COLUMNS, add_evaluation, evaluate, measure_of, segments, sides_of, size_words
 
@@ -44,14 +45,16 @@ def run(arguments: argparse.Namespace) -> None:
     answers, rows = evaluate(model, processor, arguments, arguments.thresholds or (), accelerator, arguments.streaming)
     if not accelerator.is_main_process:
         return
-    rows = rows or [answers.row(threshold) for threshold in distinct_thresholds(answers, max(2, arguments.points))]
+    if not rows:
+        own = model.config.threshold  # None after `exit_criterion` was changed
+        rows = [answers.row(each) for each in distinct_thresholds(answers, max(2, arguments.points), own)]
     print(f"{answers.dataset}, split {answers.split}, {len(answers)} images, measured in {arguments.dtype}")
     print(table(rows))
     save(answers, rows, arguments.output_dir)
     best = max(rows, key=lambda row: (measure_of(row)[2], -row["gmacs"]))
     _, words, value = measure_of(best)
     command.say(
-        best=f"τ = {one_threshold(best['threshold'])}: {words} {value:.2f} % at {best['gmacs']:.4g} GMACs",
+        best=f"τ = {distinct_labels([best['threshold']])[0]}: {words} {value:.2f} % at {best['gmacs']:.4g} GMACs",
         files=f"results.json and plots in {arguments.output_dir}",
         next=f"hf-thinkingvit calibrate --model {shlex.quote(arguments.model)} "
         f"--dataset {shlex.quote(arguments.dataset)} --max-drop 0.01"
@@ -59,20 +62,18 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def one_threshold(threshold: float | list[float]) -> str:
-    return f"{threshold:.4g}" if not isinstance(threshold, list) else ", ".join(f"{each:.4g}" for each in threshold)
-
-
 def table(rows: list[dict]) -> str:
     num_stages = len(rows[0]["exit_shares"])
     shares = "".join(f"{f'stage {stage}':>10}" for stage in range(num_stages))
     columns = [column for column in COLUMNS if column[0] in rows[0]]
     titles = "".join(f"{title:>{form.split('.')[0]}}" for _, title, form, _ in columns)
-    lines = [f"{'τ':>8}{titles}{shares}"]
-    for row in rows:
+    labels = distinct_labels([row["threshold"] for row in rows])
+    width = max(8, *map(len, labels))
+    lines = [f"{'τ':>{width}}{titles}{shares}"]
+    for label, row in zip(labels, rows):
         shares = "".join(f"{share:>10.1%}" for share in row["exit_shares"])
         cells = "".join(f"{factor * row[name]:>{form}}" for name, _, form, factor in columns)
-        lines.append(f"{one_threshold(row['threshold']):>8}{cells}{shares}")
+        lines.append(f"{label:>{width}}{cells}{shares}")
     return "\n".join(lines)
 
 

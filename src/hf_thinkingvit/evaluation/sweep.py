@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ..accelerate_state import released_afterwards
 from ..data import as_image_split, evaluation_batches
 from ..models.configuration_checks import as_plain_numbers
 from ..models.exit_rules import ExitRule
@@ -158,6 +159,7 @@ def collect_stage_answers(
     )
 
 
+@released_afterwards()
 def evaluate_thresholds(
     model: PreTrainedModel,
     dataset: Any,

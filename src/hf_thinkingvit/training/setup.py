@@ -7,6 +7,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from torch.utils.data import DataLoader
 
+from ..accelerate_state import check_precision
 from ..data import ImageSplit
 from .checkpoints import list_checkpoints, recover_checkpoints, recover_folder
 from .config import TrainingConfig
@@ -37,6 +38,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     for variable, name in UNSUPPORTED.items():
         if parse_flag_from_env(variable):
             raise _unsupported(name)
+    check_precision(config.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number.

@@ -61,10 +61,16 @@ def _from_plain(
     """From a plain ViT, DeiT or Swin. Fields that its weights were trained with must not change."""
     fixed = family.plain.fixed_fields - family.free_fields - task.resizes
     free = {name: value for name, value in config.model.items() if name not in fixed}
-    labels = {} if task.keeps_source_labels else _labels(id2label)
+    labels = {} if task.keeps_source_labels and _has_classifier(config.from_vit) else _labels(id2label)
     model = family.from_plain(config.from_vit, task.name, **free, **labels)
     _check_unchanged(config.from_vit, model.config, {name: config.model[name] for name in config.model.keys() & fixed})
     return model
+
+
+def _has_classifier(source: str) -> bool:
+    """Whether a plain model was saved with a classifier, by its class; a bare `ViTModel` has none."""
+    names = AutoConfig.from_pretrained(source).architectures
+    return not names or any("ForImageClassification" in name for name in names)
 
 
 def _from_pretrained(

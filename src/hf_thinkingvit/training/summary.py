@@ -1,11 +1,16 @@
 """What a run is about to do, and what came of it, in words for the console."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data import ImageSplit
 from ..evaluation.calibration import Calibration
+from ..evaluation.splits import may_share_images
+from ..evaluation.wording import distinct_labels
 from .setup import TrainingSetup
+from .splits import other_half
 
 
 if TYPE_CHECKING:
@@ -15,8 +20,13 @@ if TYPE_CHECKING:
 PRECISIONS = {"no": "float32", "fp16": "float16 (mixed)", "bf16": "bfloat16 (mixed)"}
 
 
-def start_summary(setup: TrainingSetup) -> str:
-    """Device, precision, data, model, length and place of a run that is about to start."""
+def start_summary(
+    setup: TrainingSetup, calibration_images: ImageSplit | None = None, unreadable: Sequence[str] = ()
+) -> str:
+    """
+    Device, precision, data, model, length and place of a run that is about to start, with the images that τ is
+    calibrated on, and those that are left out because they cannot be decoded.
+    """
     config, data, accelerator = setup.config, setup.data, setup.accelerator
     model = accelerator.unwrap_model(setup.model, keep_torch_compile=False)
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
@@ -26,6 +36,8 @@ def start_summary(setup: TrainingSetup) -> str:
         ("device", f"{accelerator.device}{processes}, {PRECISIONS[config.mixed_precision]}"),
         ("data", f"{config.dataset}, {setup.num_images} images to train on, {len(data.id2label)} classes"),
         ("chosen by", f"{data.selected_on}{_count(data.evaluation.rows)}"),
+        *([("τ by", f"{other_half(data.selected_on)}{_count(calibration_images.rows)}")] if calibration_images else []),
+        *([("left out", _unreadable(unreadable))] if unreadable else []),
         ("model", f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, {_stages(model.config)}"),
         ("starts from", begins or "new weights"),
         (
@@ -69,11 +81,15 @@ def finetuning_summary(
         lines.append(
             (
                 "τ",
-                f"{calibration.threshold:.4g}: top-1 {row['top1']:.2f} % at {row['gmacs']:.4g} GMACs, "
+                f"{distinct_labels([calibration.threshold])[0]}: top-1 {row['top1']:.2f} % at {row['gmacs']:.4g} GMACs, "
                 f"images that leave at each stage: {shares}",
             )
         )
+        if may_share_images(results["split"], calibration.split):
+            lines.append(("", "τ was chosen on these images: at this τ, expect less on others"))
         lines.append(("", remark or calibration.statement))
+    if left_out := results["training"].get("left out"):
+        lines.append(("left out", left_out))
     lines.append(("files", f"model, card and results in {folder}; which images were held out in splits.json"))
     return as_table([*lines, ("next", f"hf-thinkingvit classify --model {shlex.quote(str(folder))} --dataset FOLDER")])
 
@@ -99,6 +115,11 @@ def _accuracies(run: "TrainingRun", results: dict[str, Any]) -> list[tuple[str, 
 
 def _count(rows: Any) -> str:
     return f" ({len(rows)} images)" if hasattr(rows, "__len__") else ""
+
+
+def _unreadable(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} images that cannot be decoded: {'; '.join(names[:3])}{more}"
 
 
 def _stages(config: Any) -> str:
