@@ -180,7 +180,7 @@ def test_messages_name_flags():
     parser.add_argument("--allow-it", action="store_true")
     assert with_flags("pass `allow_it=True`", parser) == "pass `--allow-it`"
     message = with_flags("`output_dir` and `max_steps=3` and `model.size`, but `other`", parser)
-    assert message == "`--output-dir` and `--max_steps=3` and `--model.size`, but `other`"
+    assert message == "`--output-dir` and `--max-steps=3` and `--model.size`, but `other`"
 
 
 def test_version(capsys):

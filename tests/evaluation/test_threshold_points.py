@@ -55,7 +55,7 @@ def test_labels_do_not_repeat():
 
 def test_the_models_own_threshold_is_one_of_the_points():
     """In its place, and instead of one that gives the same exits."""
-    measured = answers([[score, 0.0] for score in np.linspace(0.05, 1.95, 39)])
+    measured = answers([[score, 0.0] for score in torch.linspace(0.05, 1.95, 39).tolist()])
     points = distinct_thresholds(measured, 12)
     for own in (0.0, 0.777, [1.234], 2.2):
         shown = distinct_thresholds(measured, 12, own)

@@ -4,10 +4,12 @@ import difflib
 import sys
 from importlib import import_module
 
+from ..flags import quiet_pipe
 from ..version import __version__
 from . import COMMANDS
 
 
+@quiet_pipe()
 def main(words: list[str] | None = None) -> None:
     """Run the command that the first word names; without one, list them."""
     words = sys.argv[1:] if words is None else words

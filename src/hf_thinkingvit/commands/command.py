@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..auto import TASKS, AutoImageProcessor, saved_task
 from ..data import is_missing_path
 from ..families.record import IMAGE_CLASSIFICATION
-from ..flags import HelpFormatter, LineParser, with_flags
+from ..flags import HelpFormatter, LineParser, quiet_pipe, with_flags
 
 
 DEBUG_HELP = "show where an error was raised"
@@ -25,6 +25,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 USER_ERRORS = (OSError, ValueError, ImportError)  # what the package raises for wrong arguments, files and data
 
 
+@quiet_pipe()
 def run_command(module: ModuleType, words: list[str] | None = None, prog: str | None = None) -> None:
     """
     Parse the words of a command line and run a command.
@@ -59,6 +60,8 @@ def user_errors(parser: argparse.ArgumentParser, debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise
     except USER_ERRORS as error:
         if debug:
             raise

@@ -6,7 +6,7 @@ From a folder of images to a calibrated adaptive model, card and reports in one 
 `photos/` holds one folder of images a label; any dataset that `datasets` reads will do. The source is a plain ViT, DeiT
 or Swin, an official checkpoint, or a model of this package. Epochs, batch, learning rates, augmentation and the rest
 follow from the number of images; each can be given as a flag of `hf-thinkingvit train`, such as `--epochs 20`,
-`--learning_rate 5e-4`, `--horizontal_flip 0`, `--mixed_precision bf16`, `--seed 1` or `--model.threshold 0.5`.
+`--learning-rate 5e-4`, `--horizontal-flip 0`, `--mixed-precision bf16`, `--seed 1` or `--model.threshold 0.5`.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def run(parser: RunParser, arguments: argparse.Namespace, rest: list[str]) -> No
         print(done.summary)
 
 
+@command.quiet_pipe()
 def main(words: list[str] | None = None, prog: str | None = None) -> None:
     parser = build_parser(prog)
     arguments, rest = parser.parse_known_args(sys.argv[1:] if words is None else words)

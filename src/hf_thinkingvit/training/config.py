@@ -1,7 +1,7 @@
 """
 One training run as data: read from a YAML file, every field also a command-line flag.
 
-    python examples/train.py --config examples/configs/thinkingvit_cifar10.yaml --epochs 5 --model.patch_size 2
+    python examples/train.py --config examples/configs/thinkingvit_cifar10.yaml --epochs 5 --model.patch-size 2
 
 `config_parsing.py` reads it. Fields of the model's own configuration stand under `model` in the file, and are flags
 with `model.` in front.

@@ -1,4 +1,4 @@
-"""The record of which images a fine-tuning run holds out, by which a run that goes on notices that they have changed."""
+"""The record of which images a fine-tuning run holds out, by which a run that goes on notices other ones."""
 
 import hashlib
 import json

@@ -173,7 +173,7 @@ def with_labels(
             why = f"it has {len(own)} labels, the data {len(names)}"
         else:
             index, name, other = first_difference(names, own)
-            why = f"label {index} is {other!r} there and {name!r} in the data; `--label_map index` would keep it"
+            why = f"label {index} is {other!r} there and {name!r} in the data; `--label-map index` would keep it"
         report(f"the classifier is freshly initialised: {why}")
         fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **_labels(id2label)}))
         heads = tuple(f"{head}." for head in task.heads)

@@ -81,8 +81,8 @@ def finetuning_summary(
         lines.append(
             (
                 "τ",
-                f"{distinct_labels([calibration.threshold])[0]}: top-1 {row['top1']:.2f} % at {row['gmacs']:.4g} GMACs, "
-                f"images that leave at each stage: {shares}",
+                f"{distinct_labels([calibration.threshold])[0]}: top-1 {row['top1']:.2f} % at {row['gmacs']:.4g} "
+                f"GMACs, images that leave at each stage: {shares}",
             )
         )
         if may_share_images(results["split"], calibration.split):
