@@ -44,7 +44,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from hf_thinkingvit import AViTConfig
-from hf_thinkingvit.commands.command import DEBUG_HELP, find_image_files, positive, user_errors
+from hf_thinkingvit.commands.command import DEBUG_HELP, find_image_files, user_errors
+from hf_thinkingvit.commands.options import positive
 from hf_thinkingvit.data import decode
 from hf_thinkingvit.flags import HelpFormatter, LineParser
 from hf_thinkingvit.models.configuration_avit import check_halting_epsilon

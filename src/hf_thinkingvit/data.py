@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from .models.image_files import as_rgb
+from .public_names import is_missing_path
 
 
 DIGITS = "sklearn-digits"
@@ -118,12 +119,6 @@ def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:
             f"There is no dataset `{dataset}`: it must be a Hub id, a folder of images (one folder a label) or "
             f"of Parquet files, a Parquet file, or {DIGITS!r}. If it is private, log in with `hf auth login`."
         ) from error
-
-
-def is_missing_path(name: str) -> bool:
-    """Whether `name` is written as a path, which no Hub id can be, and there is nothing under it."""
-    written_so = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
-    return written_so and "://" not in name and not Path(name).exists()
 
 
 def find_split(splits: Mapping[str, Rows], name: str | None, dataset: str, candidates: Sequence[str] = ()) -> Rows:

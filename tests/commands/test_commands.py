@@ -1,8 +1,10 @@
 """Messages and exit codes of the commands, called in this process."""
 
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +17,14 @@ from tests.conversion.segmenter_files import write_official
 from tests.models.segmentation_models import lively_segmenter
 from tests.training.tiny_runs import encoded_image
 from tests.utils import FIXTURES, lively_model
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Images with the labels that a model of three classes has by default."""
+    images = [{"bytes": encoded_image(index), "path": None} for index in range(count)]
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"LABEL_{index}" for index in range(3)])}
+    rows = {"image": images, "label": [index % 3 for index in range(count)]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(path)
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -171,6 +181,68 @@ def test_classify_skips_hidden_files_and_says_what_is_new(folder, tmp_path, caps
     assert "3 images (1 in this run), 0 could not be read" in capsys.readouterr().out
     (folder / "pictures" / "c.png").unlink()
     assert "other facts: threshold was" in refused(capsys, *words, "--threshold", "0.5")
+
+
+def test_flags_may_be_spelled_with_underscores(folder, tmp_path, capsys):
+    names = ["--batch_size", "1", "--image_column=pictures", "--output_dir", str(tmp_path)]
+    main(["classify", "--model", str(folder / "model"), "--dataset", str(folder / "pictures"), *names])
+    assert (tmp_path / "classified.jsonl").is_file()
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["classify", "--help"])
+    assert "_" not in "".join(word for word in capsys.readouterr().out.split() if word.startswith("--"))
+
+
+@TRAINS
+def test_fields_of_a_run_have_one_spelling_in_help_and_messages(capsys, tmp_path):
+    for name in ("train", "finetune"):
+        with pytest.raises(SystemExit, match="^0$"):
+            main([name, "--help"])
+        flags = [word for word in capsys.readouterr().out.split() if word.startswith("--")]
+        assert "--mixed-precision" in flags and "--model.thinking-stages" in flags
+        assert not [flag for flag in flags if "_" in flag]
+    for spelling in ("--batch_size", "--batch-size"):
+        assert "`--batch-size` must be above 0" in refused(capsys, "train", spelling, "0")
+    for spelling in ("--model.patch_sise", "--model.patch-sise"):
+        message = refused(capsys, "train", spelling, "4")
+        assert "no field `--model.patch-sise`. Did you mean `--model.patch-size`?" in message
+
+
+SIZES = [(300, "--max-drop 0.02"), (60, "--max-drop 0.1"), (20, "--gmacs ")]
+
+
+@pytest.mark.parametrize("count, goal", SIZES)
+def test_sweep_proposes_a_calibration_that_is_not_refused(count, goal, folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "rows.parquet", count)
+    dataset = ["--dataset", str(tmp_path / "rows.parquet")]
+    main(["sweep", "--model", str(folder / "model"), *dataset, "--output-dir", str(tmp_path / "sweep")])
+    said = capsys.readouterr().out
+    following = next(line for line in said.splitlines() if line.startswith("next "))
+    assert goal in following and ("too few for a promise" in said) == (count == 20)
+    main([*shlex.split(following)[2:], "--output-dir", str(tmp_path / "calibrated")])
+    assert "τ = " in capsys.readouterr().out
+
+
+def test_sweep_does_not_propose_to_calibrate_on_images_that_are_not_new(tmp_path, folder, capsys):
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "rows.parquet", 40)
+    model = lively_model(thinking_stages=[1, 4], num_hidden_layers=1, num_labels=3)
+    model.config.training_data = {"dataset": "rows.parquet", "split": "train", "selected_on": "validation"}
+    model.save_pretrained(tmp_path / "model")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "model")
+    words = ["--dataset", str(tmp_path / "rows.parquet"), "--output-dir", str(tmp_path / "sweep")]
+    main(["sweep", "--model", str(tmp_path / "model"), *words])
+    said = capsys.readouterr().out
+    assert "--dataset NEW_IMAGES --max-drop 0.01\n" in said and "no part in making the model" in said
+
+
+def test_tables_show_thresholds_apart(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "rows.parquet", 20)
+    words = ["--dataset", str(tmp_path / "rows.parquet"), "--output-dir", str(tmp_path)]
+    main(["sweep", "--model", str(folder / "model"), *words, "--thresholds", "0.1234567", "0.1234589", "1"])
+    said = capsys.readouterr().out
+    assert "0.123457 " in said and "0.123459 " in said
 
 
 def test_messages_name_flags():

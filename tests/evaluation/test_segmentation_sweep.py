@@ -13,7 +13,8 @@ from datasets import load_dataset
 from PIL import Image
 
 from hf_thinkingvit.commands.__main__ import main
-from hf_thinkingvit.commands.evaluation import add_sides, sides_of
+from hf_thinkingvit.commands.evaluation import sides_of
+from hf_thinkingvit.commands.options import add_sides
 from hf_thinkingvit.evaluation import (
     StageConfusions,
     calibrate_budget,
@@ -153,7 +154,8 @@ def test_sweep_calibrate_and_segment_follow_each_other(model, tmp_path, capsys):
     sides = ["--short-side", "20", "--long-side", "36"]
     out = ["--output-dir", str(tmp_path / "sweep")]
     main(["sweep", "--model", str(tmp_path / "model"), *words, *sides, *out, "--points", "3"])
-    assert "--max-drop 0.01 --short-side 20 --long-side 36" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--short-side 20 --long-side 36\n" in said and "30 images are too few for a promise" in said
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert results["preprocessing"]["short_side"] == 20
     out = ["--output-dir", str(tmp_path / "calibrated")]

@@ -1,14 +1,6 @@
-"""
-Export a model to ONNX, and compare its predictions under onnxruntime with the PyTorch model's:
-
-    hf-thinkingvit export --model MODEL --dataset FOLDER
-
-`adaptive.onnx` takes one image and runs the stages until it exits; `stage_0.onnx` and so on hold one stage each, for
-batches of any size. Without `--dataset`, nothing is compared. Needs the extra `onnx`.
-"""
+"""Exports a model to ONNX, and compares the exported program with it. `options.py` has its options and description."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -18,21 +10,15 @@ from ..inference import export_onnx
 from ..models.exit_rules import ExitRule
 from ..models.image_files import read_image
 from . import command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_model(parser)
-    parser.add_argument("--dataset", "--images", type=Path, help="folder of images to compare the predictions on")
-    command.add_output_dir(parser, "outputs/onnx", "the exported programs")
-    parser.add_argument("--threshold", type=float, nargs="+", help="τ for these images, one or one per exit")
+from .loading import load_model, start
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model, processor = command.load_model(arguments.model, dtype=torch.float32)
+    model, processor = load_model(arguments.model, dtype=torch.float32)
     # Before the export, which is slow.
     thresholds = ExitRule.from_config(model.config, command.one_or_list(arguments.threshold)).thresholds
     paths = [] if arguments.dataset is None else command.find_images_or_fail(arguments.dataset)
-    command.start(model, images=len(paths) or None, saved_to=arguments.output_dir)
+    start(model, images=len(paths) or None, saved_to=arguments.output_dir)
     files = export_onnx(model, arguments.output_dir)
     for path in (files.adaptive, *files.stages):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
@@ -64,7 +50,7 @@ def compare(model, processor, program: Path, paths: list[Path], thresholds: tupl
 
 
 def main(words: list[str] | None = None, prog: str | None = None) -> None:
-    command.run_command(sys.modules[__name__], words, prog)
+    command.run_command("export", words, prog)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ defaults are the published recipe for ImageNet; `finetune` chooses them for a fo
 import sys
 
 from ..flags import LineParser
-from ..training import parse_config, train
 from . import command
 
 
@@ -21,8 +20,10 @@ def main(words: list[str] | None = None, prog: str | None = None) -> None:
     debug = "--debug" in words
     parser = LineParser(prog=prog, allow_abbrev=False)  # for the name in errors that come later
     with command.user_errors(parser, debug):
+        command.import_package()
+        from ..training import parse_config, train
+
         config = parse_config([word for word in words if word != "--debug"], prog, __doc__)
-        command.logging.disable_progress_bar()
         train(config)
 
 

@@ -13,8 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..data import is_missing_path
 from ..families.official import Checkpoint
+from ..public_names import is_missing_path
 from .variant import VARIANT_FILE, read_variant
 
 
