@@ -36,7 +36,12 @@ def compare(model, processor, program: Path, paths: list[Path], thresholds: tupl
     session = onnxruntime.InferenceSession(program)
     print("\nimage | label | exit stage | entropy | ms | the model's")
     for path in paths:
-        pixel_values = processor(read_image(path), return_tensors="pt")["pixel_values"]
+        try:
+            image = read_image(path)
+        except Exception as error:  # decoders raise many types
+            print(f"{path.name} | cannot be read: {error}")
+            continue
+        pixel_values = processor(image, return_tensors="pt")["pixel_values"]
         started = time.perf_counter()
         feed = {"pixel_values": pixel_values.numpy(), "threshold": np.array(thresholds, dtype=np.float32)}
         logits, exit_stage, entropy = session.run(None, feed)

@@ -51,7 +51,9 @@ def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
     if path.is_dir():
         found = [file for pattern in WEIGHT_FILES for file in sorted(path.glob(pattern))]
         if not found:
-            raise FileNotFoundError(f"No weights in {path}: expected one of {', '.join(WEIGHT_FILES)}.")
+            raise FileNotFoundError(
+                f"There is no model in {path}: no weights in one of the files {', '.join(WEIGHT_FILES)}."
+            )
         path = found[0]
     config_path = path.parent / CONFIG_FILE
     config = _read_json(config_path) if config_path.is_file() else {}

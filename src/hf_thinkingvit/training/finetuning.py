@@ -136,7 +136,7 @@ def finetune(
     settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides)
     config = replace(config, **settings)
     run = TrainingRun(config, data)
-    run.accelerator.print(start_summary(run, calibration_images, unreadable))
+    run.accelerator.print(start_summary(run, output_dir, calibration_images, unreadable))
     if run.accelerator.is_main_process:  # before anything is trained, for a run that goes on to compare
         output_dir.mkdir(parents=True, exist_ok=True)
         write_record(run.config, run.data, calibration_images, output_dir)

@@ -30,6 +30,7 @@ def find_source(source: str | os.PathLike, converted: Path, model_type: str | No
     source = os.fspath(source)
     config = _transformers_config(source)
     if config is None:  # an official checkpoint, in the layout of its authors
+        _check_not_a_run(source)
         model = convert_checkpoint(source, converted)
         return {"model_type": model.config.model_type, "from_pretrained": str(converted)}
     if config.model_type in FAMILIES:
@@ -47,6 +48,18 @@ def find_source(source: str | os.PathLike, converted: Path, model_type: str | No
         heads = config.num_attention_heads
         fields["model"] = {"thinking_stages": [math.ceil(heads / 2), heads]}
     return fields
+
+
+def _check_not_a_run(source: str) -> None:
+    """`FileNotFoundError` for the folder of a training run, which is one above the models in it."""
+    inside = [
+        name for name in ("best", "last", "training/best") if os.path.isfile(os.path.join(source, name, "config.json"))
+    ]
+    if inside:
+        raise FileNotFoundError(
+            f"The folder `{source}` has no model (there is no config.json in it). Did you mean "
+            f"`{os.path.join(source, inside[0])}`?"
+        )
 
 
 def _transformers_config(source: str) -> PreTrainedConfig | None:

@@ -21,11 +21,14 @@ PRECISIONS = {"no": "float32", "fp16": "float16 (mixed)", "bf16": "bfloat16 (mix
 
 
 def start_summary(
-    setup: TrainingSetup, calibration_images: ImageSplit | None = None, unreadable: Sequence[str] = ()
+    setup: TrainingSetup,
+    saved_to: Path | None = None,
+    calibration_images: ImageSplit | None = None,
+    unreadable: Sequence[str] = (),
 ) -> str:
     """
-    Device, precision, data, model, length and place of a run that is about to start, with the images that τ is
-    calibrated on, and those that are left out because they cannot be decoded.
+    Device, precision, data, model, length and place (by default that of the run) of a run that is about to start, with
+    the images that τ is calibrated on, and those that are left out because they cannot be decoded.
     """
     config, data, accelerator = setup.config, setup.data, setup.accelerator
     model = accelerator.unwrap_model(setup.model, keep_torch_compile=False)
@@ -46,7 +49,7 @@ def start_summary(
             f"{config.warmup_epochs:g} of warm-up",
         ),
         ("learning rate", f"{config.scaled_learning_rate:g}" + _decay(config.layer_decay)),
-        ("saved to", str(setup.output_dir)),
+        ("saved to", str(saved_to or setup.output_dir)),
     ]
     return as_table(lines)
 
