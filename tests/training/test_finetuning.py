@@ -168,6 +168,9 @@ def test_what_cannot_be_used_is_said_before_anything_is_trained(photos, source, 
         finetune(tmp_path / "absent", source, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no file or folder here"):
         finetune(photos, tmp_path / "absent", tmp_path / "out")
+    shutil.copytree(source, tmp_path / "run" / "best")
+    with pytest.raises(FileNotFoundError, match="Did you mean `.*best`"):
+        finetune(photos, tmp_path / "run", tmp_path / "out")
     with pytest.raises(ValueError, match="have no labels: put them into folders, one a label"):
         finetune(photos / "red", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

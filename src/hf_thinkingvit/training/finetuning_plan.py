@@ -52,13 +52,10 @@ def find_source(source: str | os.PathLike, converted: Path, model_type: str | No
 
 def _check_not_a_run(source: str) -> None:
     """`FileNotFoundError` for the folder of a training run, which is one above the models in it."""
-    inside = [
-        name for name in ("best", "last", "training/best") if os.path.isfile(os.path.join(source, name, "config.json"))
-    ]
+    inside = [Path(source, name) for name in ("best", "last") if Path(source, name, "config.json").is_file()]
     if inside:
         raise FileNotFoundError(
-            f"The folder `{source}` has no model (there is no config.json in it). Did you mean "
-            f"`{os.path.join(source, inside[0])}`?"
+            f"The folder `{source}` has no model (there is no config.json in it). Did you mean `{inside[0]}`?"
         )
 
 
