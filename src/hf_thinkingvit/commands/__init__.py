@@ -1,8 +1,9 @@
 """
 The commands of `hf-thinkingvit`, which the scripts in `examples/` run as well: one module each, with `main(words)`.
 
-A module states its options (`add_arguments`) and does its work (`run`) with what the rest of the package offers;
-`command.py` has what they share.
+`options.py` states their options, which are read before anything large is imported; a module does the work (`run`) with
+what the rest of the package offers. `train` and `finetune` take the fields of a training run as well. `command.py` has
+what all of them share, `loading.py` and `evaluation.py` what commands with a model share.
 """
 
 # What `hf-thinkingvit --help` lists, in the order in which they are needed. Imported when they are run.
