@@ -11,6 +11,7 @@ follow from the number of images; each can be given as a flag of `hf-thinkingvit
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from ..flags import LineParser
 from . import command
@@ -44,10 +45,9 @@ def build_parser(prog: str | None) -> LineParser:
     return parser
 
 
-def run(parser: LineParser, arguments: argparse.Namespace, rest: list[str]) -> None:
+def run(finetune: Callable, parser: LineParser, arguments: argparse.Namespace, rest: list[str]) -> None:
     from accelerate import PartialState
 
-    from ..training import finetune
     from ..training.config_parsing import given_fields
 
     fields = given_fields(parser, arguments, rest)
@@ -79,10 +79,12 @@ def main(words: list[str] | None = None, prog: str | None = None) -> None:
     with command.user_errors(LineParser(prog=prog), "--debug" in words):
         check_paths(words, prog)
         command.import_package()
+        from ..training import finetune  # first, because it says which package is missing
+
         parser = build_parser(prog)
     arguments, rest = parser.parse_known_args(words)
     with command.user_errors(parser, arguments.debug):
-        run(parser, arguments, rest)
+        run(finetune, parser, arguments, rest)
 
 
 if __name__ == "__main__":
