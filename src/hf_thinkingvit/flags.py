@@ -49,6 +49,15 @@ def as_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def stdout_is_closed() -> bool:
+    """Whether nobody reads the output of this process any more; another pipe may have broken instead."""
+    try:
+        sys.stdout.flush()  # what could not be written is still in its buffer
+    except BrokenPipeError:
+        return True
+    return False
+
+
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
     """A context, usable as a decorator too, that ends the process quietly if its output is not read to the end."""
@@ -58,6 +67,8 @@ def quiet_pipe() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
+        if not stdout_is_closed():
+            raise
         # Python flushes once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # what a shell reports of programs that end so

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from hf_thinkingvit.commands.command import user_errors
+from hf_thinkingvit.flags import LineParser
+
 
 SCRIPT = """
 import json, sys
@@ -62,3 +65,9 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path):
     done = subprocess.run([sys.executable, script], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_pipe_other_than_the_output_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="^2$"), user_errors(LineParser(prog="command"), debug=False):
+        raise BrokenPipeError("the other side has gone")
+    assert capsys.readouterr().err == "command: error: the other side has gone\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..flags import HelpFormatter, LineParser, quiet_pipe, with_flags
+from ..flags import HelpFormatter, LineParser, quiet_pipe, stdout_is_closed, with_flags
 from ..public_names import is_missing_path
 from . import options
 
@@ -82,10 +82,8 @@ def user_errors(parser: argparse.ArgumentParser, debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        raise
     except USER_ERRORS as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and stdout_is_closed()):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         message = with_flags(" ".join(lines[:2]), parser)
