@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,10 +53,14 @@ def as_flag(name: str) -> str:
 def stdout_is_closed() -> bool:
     """Whether nobody reads the output of this process any more; another pipe may have broken instead."""
     try:
-        sys.stdout.flush()  # what could not be written is still in its buffer
-    except BrokenPipeError:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # not a file
+        return False
+    if not hasattr(select, "poll"):  # on Windows
         return True
-    return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return bool(poll.poll(0))
 
 
 @contextmanager
