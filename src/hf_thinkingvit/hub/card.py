@@ -56,7 +56,11 @@ CALIBRATION_FACTS = {
     "prepared": "read",
     "dtype": "measured in",
     "achieved": "achieved on them",
+    "top1": "top-1 (%) on them at this τ",
+    "mean_iou": "mean IoU on them at this τ",
+    "gmacs": "GMACs per image on them at this τ",
 }
+MEASURED = ("achieved", "top1", "mean_iou", "gmacs")  # others are unrounded
 
 
 def model_card(
@@ -213,7 +217,7 @@ def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str
         "calibration_threshold": _exactly(calibration.get("threshold")),
         "calibration_facts": [
             # τ, ε and δ unrounded: the promise holds for exactly these values.
-            f"* {words}: {_readable(facts[fact]) if fact == 'achieved' else _exactly(facts[fact])}"
+            f"* {words}: {_readable(facts[fact]) if fact in MEASURED else _exactly(facts[fact])}"
             for fact, words in CALIBRATION_FACTS.items()
             if facts.get(fact) is not None
         ],
