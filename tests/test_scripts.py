@@ -197,7 +197,7 @@ def test_classify_folder(folders, tmp_path):
     picture.write_bytes(content[::-1])  # of the same size
     os.utime(picture, ns=(changed, changed))
     done = run("classify_folder.py", folders, *words)
-    assert done.returncode == 2 and "contents was" in done.stderr and not output.exists()
+    assert done.returncode == 2 and "is of other images" in done.stderr and not output.exists()
 
     table = tmp_path / "found.parquet"
     done = run("classify_folder.py", folders, "--images", str(folders / "images"), "--output", str(table))

@@ -94,7 +94,8 @@ def with_flags(message: str, parser: argparse.ArgumentParser) -> str:
             return f"`{as_flag(name)}{value}`"
         return f"`{flags[name]}{value}`" if name in flags else found[0]
 
-    return re.sub(r"`(?P<name>[a-z][a-z_0-9.]*)(?P<value>(?:=[^`]*)?)`", spell, message)
+    message = re.sub(r"`(?P<name>[a-z][a-z_0-9.]*)(?P<value>(?:=[^`]*)?)`", spell, message)
+    return re.sub(r"`(--[a-z-]+)` \(\1\)", r"`\1`", message)  # of messages that name both
 
 
 def named_arguments(message: str) -> Iterable[str]:

@@ -251,6 +251,7 @@ def test_messages_name_flags():
     parser.add_argument("--max_steps", "--max-steps")
     parser.add_argument("--allow-it", action="store_true")
     assert with_flags("pass `allow_it=True`", parser) == "pass `--allow-it`"
+    assert with_flags("give a `max_steps` (--max-steps)", parser) == "give a `--max-steps`"
     message = with_flags("`output_dir` and `max_steps=3` and `model.size`, but `other`", parser)
     assert message == "`--output-dir` and `--max-steps=3` and `--model.size`, but `other`"
 

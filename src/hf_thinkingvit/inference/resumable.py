@@ -107,6 +107,7 @@ class ResumableOutput:
         if self.is_update:
             self._refuse_other_output(facts)
         self._refuse_other(facts)
+        self.same_images = self._read_header().items() >= self._images().items()
         self.earlier = self._unchanged_lines() if self.is_update else {}
         lines = {**self.earlier, **self._read_lines()}
         if names and not lines and (self.is_update or self._has_lines()):
@@ -220,7 +221,9 @@ class ResumableOutput:
             for text in part.read_bytes().split(b"\n")[:-1]:  # not `splitlines`: names may contain other separators
                 try:
                     line = json.loads(text)
-                    if self.identities is None:
+                    if self.identities is None or (
+                        "identity" not in line and self.same_images
+                    ):  # of an earlier version
                         place = line["place"]
                         fits = place >= 0 and line["name"] == self.names[place]
                     else:  # images before it may have come or gone
@@ -264,11 +267,8 @@ class ResumableOutput:
             self._refuse_changes(f"An unfinished run to {self.path}", facts, anew, ignored)
 
     def _refuse_changes(self, what: str, facts: dict[str, Any], anew: str, ignored: Iterable[str] = ()) -> None:
-        try:
-            earlier = json.loads(self.header.read_bytes())
-        except (OSError, ValueError):
-            earlier = None
-        if not isinstance(earlier, dict):
+        earlier = self._read_header()
+        if not earlier:
             raise FileExistsError(
                 f"{what} cannot be continued: {self.header}, which stores the facts of the run, is missing or damaged. "
                 f"{anew}"
@@ -283,6 +283,14 @@ class ResumableOutput:
         ]
         if changes:
             raise FileExistsError(f"{what} has other facts: {'; '.join(changes)}. {anew}")
+
+    def _read_header(self) -> dict[str, Any]:
+        """The facts of the earlier run; empty if they are missing or damaged."""
+        try:
+            header = json.loads(self.header.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return header if isinstance(header, dict) else {}
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
