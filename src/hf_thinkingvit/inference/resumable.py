@@ -221,9 +221,8 @@ class ResumableOutput:
             for text in part.read_bytes().split(b"\n")[:-1]:  # not `splitlines`: names may contain other separators
                 try:
                     line = json.loads(text)
-                    if self.identities is None or (
-                        "identity" not in line and self.same_images
-                    ):  # of an earlier version
+                    earlier_version = "identity" not in line and self.same_images
+                    if self.identities is None or earlier_version:
                         place = line["place"]
                         fits = place >= 0 and line["name"] == self.names[place]
                     else:  # images before it may have come or gone
