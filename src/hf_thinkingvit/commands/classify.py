@@ -60,19 +60,21 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.output or arguments.output_dir / f"classified.{arguments.format}"
     model, processor = load_model(arguments.model)
     model.to(state.device)
-    threshold = command.one_or_list(arguments.threshold)
+    threshold, keep_rate = command.one_or_list(arguments.threshold), command.one_or_list(arguments.keep_rate)
     engine = AdaptiveEngine(
         model,
         processor,
         batch_size=arguments.batch_size,
         threshold=threshold,
         max_stages=arguments.max_stages,
+        keep_rate=keep_rate,
         on_error="return",
     )
     facts = {
         "model": public_name(arguments.model),
         "model_fingerprint": model_fingerprint(model, processor),
         "threshold": getattr(model.config, "threshold", None) if threshold is None else threshold,
+        "keep_rate": getattr(model.config, "pruning_keep_rate", None) if keep_rate is None else keep_rate,
         "max_stages": arguments.max_stages,
         "source": public_name(arguments.dataset),
         "split": arguments.split,

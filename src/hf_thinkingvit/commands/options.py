@@ -184,9 +184,9 @@ Classify many images with full batches at every stage, and write one line per im
     hf-thinkingvit classify --model MODEL --dataset uoft-cs/cifar10 --split test --format parquet
 
 `--dataset` is a folder of images, searched with its subfolders, or what `datasets` reads. The output is JSONL or
-Parquet; `OUTPUT.run.json` beside it records model, τ and source. A further run with the same output resumes, with any
-number of processes; with a complete output, it classifies the images of the folder that are new or have changed (by
-names, sizes and modification times). If model, τ or source differ, it is refused. Images that cannot be read are
+Parquet; `OUTPUT.run.json` beside it records model, τ, keep rate and source. A further run with the same output resumes,
+with any number of processes; with a complete output, it classifies the images of the folder that are new or changed (by
+names, sizes and modification times). If model, τ, rate or source differ, it is refused. Images that cannot be read are
 lines with an `error`, and further runs try them again. `accelerate launch` splits the images among processes.
 """
 
@@ -202,6 +202,9 @@ def classify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="file instead of OUTPUT_DIR/classified.FORMAT: .jsonl or .parquet")
     parser.add_argument("--batch-size", type=positive, default=64, help="images in a forward pass")
     parser.add_argument("--threshold", type=float, nargs="+", help="τ, one or one per exit; by default the model's")
+    parser.add_argument(
+        "--keep-rate", type=float, nargs="+", help="share of patches that remain, of a model that prunes tokens"
+    )
     parser.add_argument("--max-stages", type=positive, help="run at most this many stages")
 
 

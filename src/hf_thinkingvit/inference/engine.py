@@ -85,6 +85,8 @@ class AdaptiveEngine:
             the stream, with a warning. If a single image runs out of memory, the error is raised.
         threshold, max_stages, interpolate_pos_encoding (*optional*):
             As in the model's `forward`. Images whose logits are not finite never exit early, and their entropy is NaN.
+        keep_rate (`float` or `list[float]`, *optional*):
+            Of a model with pruning layers: the share of patches that remain, instead of `config.pruning_keep_rate`.
         in_order (`bool`, *optional*, defaults to `True`):
             Yield results in input order; otherwise as soon as they are computed.
         max_wait (`float`, *optional*):
@@ -115,6 +117,7 @@ class AdaptiveEngine:
         batch_size: int = 64,
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
+        keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
         in_order: bool = True,
         max_wait: float | None = None,
@@ -132,7 +135,6 @@ class AdaptiveEngine:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending
-        self.max_stages, self.interpolate_pos_encoding = max_stages, interpolate_pos_encoding
         if thinks_in_stages(model):
             self.steps, self.rule = model, model.exit_rule(threshold)
             self.stages = resolve_stages(model.config.num_stages, max_stages)
@@ -142,6 +144,11 @@ class AdaptiveEngine:
             sizes = {} if interpolate_pos_encoding is None else {"interpolate_pos_encoding": interpolate_pos_encoding}
             self.steps = self.rule = _WholeModel(model, **sizes)
             self.stages = range(1)
+        # Of every step.
+        self.arguments = {
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+            **self.steps.token_arguments(keep_rate),
+        }
         self.stats = self.no_stats()
 
     def no_stats(self) -> EngineStats:
@@ -183,8 +190,7 @@ class AdaptiveEngine:
             if self.model.device.type == "cuda":
                 pixel_values = pixel_values.pin_memory()
             state = {"pixel_values": pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)}
-        sizes = {"interpolate_pos_encoding": self.interpolate_pos_encoding}
-        step = step_stage(self.steps, self.rule, self.stages, stage, state, **sizes)
+        step = step_stage(self.steps, self.rule, self.stages, stage, state, **self.arguments)
         exits, answer = _to_host(step.exits, step.answer)
         going_on, state = (~exits).nonzero().squeeze(1), step.state
         if 0 < len(going_on) < len(exits):

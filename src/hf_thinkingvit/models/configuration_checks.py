@@ -31,6 +31,8 @@ def check_choice(name: str, value, choices: Sequence[str]) -> None:
 
 def as_plain_numbers(value: Any) -> Any:
     """Convert tensors, NumPy arrays and NumPy scalars, also within a list, to Python numbers; else `value` itself."""
+    if type(value) in (int, float):  # what `torch.compile` traces must not be asked for attributes
+        return value
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):

@@ -30,13 +30,12 @@ from .nested_vit import (
     finish_layers,
     run_layers,
 )
-from .staged_compilation import compilable_step
 from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .token_policies import LayerOutputs
-from .token_pruning import ScorePredictors, kept_entries
+from .token_pruning import ScorePredictors, TokenPruningMixin, kept_entries
 from .token_pruning_training import add_pruning_outputs, training_entries
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
@@ -136,7 +135,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         is_pruned = len(self.score_predictors) > 0 and stage_index == len(self.stages) - 1
         num_queries = None if all_tokens or (is_pruned and self.training) else 1
         recorder = LayerOutputs() if output_layers else None
-        policy = self.score_predictors.policy(hidden_states, keep_rate) if is_pruned else recorder
+        policy = self.score_predictors.policy(hidden_states, keep_rate, self.training) if is_pruned else recorder
         tokens, pending = run_layers(
             self.layers, hidden_states, self.stages[stage_index], policy=policy, num_queries=num_queries, **kwargs
         )
@@ -200,7 +199,9 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         return BaseModelOutput(last_hidden_state=state["tokens"])
 
 
-class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixin, ThinkingViTPreTrainedModel):
+class ThinkingViTForImageClassification(
+    TokenPruningMixin, ImageClassificationTask, StagedModelMixin, ThinkingViTPreTrainedModel
+):
     """
     ThinkingViT with an image classification head on the class token, one head for all stages, and early exit.
 
@@ -223,20 +224,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         self.post_init()
 
     def answer(self, stage_index: int, state: State) -> Answer:
-        pruning = training_entries(state, self.config.num_prefix_tokens) if self.training else kept_entries(state)
+        pruning = {**training_entries(state, self.config.num_prefix_tokens), **kept_entries(state)}
         return {"logits": self.classifier(state["tokens"][:, 0]), **pruning}
-
-    @compilable_step
-    def run_stage(
-        self,
-        stage_index: int,
-        state: State,
-        is_last: bool = False,
-        keep_rate: float | tuple[float, ...] | None = None,
-        **kwargs,
-    ) -> State:
-        """As in [`StagedModelMixin`]. Sizes depend on `keep_rate`, so there is a compiled program for each."""
-        return super().run_stage(stage_index, state, is_last=is_last, keep_rate=keep_rate, **kwargs)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -300,7 +289,7 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             pixel_values,
             run_all=bool(output_stage_logits),
             interpolate_pos_encoding=interpolate_pos_encoding,
-            **predictors.arguments(keep_rate, output_kept_tokens),
+            **self.token_arguments(keep_rate, output_kept_tokens),
             **kwargs,
         )
         outputs = self.build_output(run, labels, output_stage_logits, **kwargs)

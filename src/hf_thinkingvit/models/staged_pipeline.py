@@ -36,6 +36,8 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             argument; there τ is set on loading: `pipeline(..., model_kwargs={"threshold": 0.9})`.
         max_stages (`int`, *optional*):
             Run at most this many stages.
+        keep_rate (`float` or `list[float]`, *optional*):
+            Of a model with pruning layers: the share of patches that remain, instead of `config.pruning_keep_rate`.
         interpolate_pos_encoding (`bool`, *optional*):
             As in the model's `forward`.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
@@ -83,6 +85,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         self,
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
+        keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
         on_error: str | None = None,
         **kwargs,
@@ -93,6 +96,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         steering = {
             "threshold": threshold,
             "max_stages": max_stages,
+            "keep_rate": keep_rate,
             "interpolate_pos_encoding": interpolate_pos_encoding,
         }
         forward_params.update({name: value for name, value in steering.items() if value is not None})
