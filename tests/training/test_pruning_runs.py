@@ -126,6 +126,16 @@ def test_the_backbone_learns_later_and_slower():
     assert decays[0] == decays[1]
 
 
+def test_a_slower_backbone_keeps_its_layer_decay():
+    """Both factors count; the predictors have neither."""
+    model = lively_model(**PRUNING)
+    both, decayed = TrainingConfig(backbone_learning_rate=0.01, layer_decay=0.5), TrainingConfig(layer_decay=0.5)
+    expected = learning_rates(model, decayed, 1500)
+    assert len(set(expected.values())) > 3
+    for name, found in learning_rates(model, both, 1500).items():
+        assert found == pytest.approx(expected[name] * (1.0 if "score_predictors" in name else 0.01)), name
+
+
 @pytest.mark.parametrize("fields", [{"backbone_learning_rate": 0.1}, {"frozen_backbone_epochs": 1.0}], ids=str)
 def test_rates_of_a_backbone_need_predictors(fields):
     with pytest.raises(ValueError, match=r"are of models with `model.pruning_layers`"):

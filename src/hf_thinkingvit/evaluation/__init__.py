@@ -9,6 +9,7 @@ from .segmentation import StageConfusions, collect_stage_confusions, evaluate_se
 from .segmentation_sweep import evaluate_segmentation_thresholds
 from .stage_times import measure_stage_milliseconds
 from .sweep import StageAnswers, collect_stage_answers, evaluate_thresholds
+from .token_depths import TokenDepths, token_depths
 
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LabelMap",
     "StageAnswers",
     "StageConfusions",
+    "TokenDepths",
     "calibrate_accuracy",
     "calibrate_budget",
     "calibrate_risk",
@@ -35,5 +37,6 @@ __all__ = [
     "segmentation_measures",
     "stage_macs",
     "sub_network_macs",
+    "token_depths",
     "weights_fingerprint",
 ]

@@ -24,13 +24,15 @@ def measure_stage_milliseconds(model: PreTrainedModel, pixel_values: torch.Tenso
         if pixel_values.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        model(pixel_values, threshold=never, max_stages=max_stages)
+        model(pixel_values, threshold=never, max_stages=max_stages, **all_stages)
         if pixel_values.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    # The τ at which nothing exits early.
+    # The τ at which nothing exits early. With `exit_at_threshold` an entropy of 0 does, unless the logits of all stages
+    # are asked for.
     config = model.config
+    all_stages = {"output_stage_logits": True} if config.exit_at_threshold else {}
     criterion = EXIT_CRITERIA[config.exit_criterion]
     never = 0.0 if criterion.exits_below else 2 * criterion.maximum(config.num_labels, config.entropy_top_k)
     was_training = model.training
