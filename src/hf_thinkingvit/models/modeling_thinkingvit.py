@@ -69,7 +69,10 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
     def __init__(self, config: ThinkingViTConfig):
         super().__init__(config)
         if config.pruning_layers and getattr(self, "reads_all_tokens", False):
-            raise ValueError(f"{type(self).__name__} reads every patch: it cannot have `pruning_layers`.")
+            raise ValueError(
+                f"{type(self).__name__} reads every patch: it cannot have `pruning_layers`. A saved model loads "
+                "without them: `from_pretrained(..., pruning_layers=None, pruning_keep_rate=None)`."
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
