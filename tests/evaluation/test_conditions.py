@@ -122,7 +122,10 @@ def test_whatever_changes_the_answers_ends_the_promise(change, words):
         ({"threshold": 1.6}, "1.6 now"),
         ({"dtype": torch.bfloat16}, "bfloat16 now"),
         ({"exit_criterion": "margin", "threshold": 0.5}, "margin now"),
-        ({"drop_path_rate": 0.5, "stage_loss_weights": [1.0, 2.0]}, None),  # fields for training only
+        (
+            {"drop_path_rate": 0.5, "stage_loss_weights": [1.0, 2.0], "pruning_ratio_loss_weight": 3.0},
+            None,  # fields for training only
+        ),
     ],
 )
 def test_what_is_overridden_on_loading(folder, overrides, words):

@@ -17,7 +17,7 @@ from ..models.configuration_checks import as_plain_numbers
 from ..models.exit_rules import ExitRule
 from ..models.staged_run import Answer
 from ..public_names import public_name
-from .conditions import model_conditions
+from .conditions import model_conditions, token_fields
 from .labels import LabelMap
 from .macs import stage_macs
 from .splits import UNKNOWN, evaluation_rows, warn_if_not_new
@@ -101,6 +101,7 @@ class StageAnswers(StageScores):
             "split": self.split,
             "images": len(self),
             **({"dtype": self.conditions["dtype"]} if self.conditions else {}),
+            **token_fields(self.conditions or {}),
             "criterion": self.criterion,
             "stages": self.stage_rows(),
             "sweep": [self.row(threshold) for threshold in thresholds],

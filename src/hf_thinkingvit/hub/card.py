@@ -156,6 +156,7 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
         "image_size": " × ".join(str(side) for side in as_pair(config.image_size)),
         "patch_size": " × ".join(str(side) for side in as_pair(config.patch_size)),
         "parameters": f"{model.num_parameters() / 1e6:.2f} M",
+        "tokens": family.card.tokens(config),
     }
     if not thinks_in_stages(config):
         field, rule = family.card.override, family.card.rule
