@@ -1,11 +1,13 @@
-"""Exports of a model that removes tokens: the same answers and the same patches as without, in batches of any size."""
+"""
+Exports of a model that removes tokens: the same answers and the same patches as without, in batches of any size.
+`test_export.py` has the programs and files of one that also thinks in stages.
+"""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hf_thinkingvit.inference import export_adaptive, export_stages
 from hf_thinkingvit.models.staged_loop import step_stage
 from tests.utils import lively_model, random_images
 
@@ -68,18 +70,3 @@ def test_onnx(program, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
     name = session.get_inputs()[0].name
     assert_equal(model, lambda images: session.run(None, {name: images.numpy()}))
-
-
-@torch.no_grad()
-def test_programs_of_stages():
-    """Each stage alone, at the configured rate, and all of them for one image."""
-    model = lively_model(
-        thinking_stages=[1, 4], num_hidden_layers=1, pruning_layers=[0], pruning_keep_rate=0.3, threshold=0.0
-    )
-    threshold, (first, last) = torch.zeros(1), (program.module() for program in export_stages(model))
-    for batch_size in (1, 5):
-        images = random_images(batch_size)
-        answer = last(first({"pixel_values": images}, threshold)["state"], threshold)
-        torch.testing.assert_close(answer["logits"], model(images).logits, atol=1e-4, rtol=0)
-    adaptive = export_adaptive(model).module()(images[:1], threshold)
-    torch.testing.assert_close(adaptive["logits"], model(images[:1]).logits, atol=1e-4, rtol=0)

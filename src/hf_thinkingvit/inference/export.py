@@ -143,8 +143,8 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
     Each entry of the state is a separate tensor: the output `stage_0.NAME` of stage 0, with only the rows of the images
     that go on, is the input of the same name of stage 1. Every file requires the input `threshold`, float32
     `(number of stages - 1,)`. It has no default, because OpenVINO drops inputs with a default and would always use that
-    τ. The τ of `model.config` is in the files' metadata (`threshold`, a JSON list), beside `id2label` and
-    `exit_criterion`.
+    τ. The τ of `model.config` is in the files' metadata (`threshold`, a JSON list), beside `id2label`, `exit_criterion`
+    and, of a model with pruning layers, `pruning_keep_rate`, which is fixed in the files.
 
     Args:
         model (`PreTrainedModel`): a classifier that thinks in stages, in any dtype; it is not changed.
@@ -277,6 +277,8 @@ def _write_onnx(
         threshold=json.dumps(model.exit_rule().thresholds),
         id2label=json.dumps(config.id2label, ensure_ascii=False),
     )
+    if getattr(config, "pruning_layers", None):
+        onnx_model.metadata_props["pruning_keep_rate"] = json.dumps(config.pruning_keep_rate)
     temporary = path.with_suffix(".partial")
     exported.save(temporary)
     temporary.replace(path)
