@@ -1,7 +1,8 @@
-"""Runs every Python snippet of the READMEs unchanged. New snippets are found automatically."""
+"""Runs every Python snippet of the READMEs and guides unchanged. New snippets are found automatically."""
 
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model
@@ -17,7 +19,7 @@ from tests.utils import lively_model
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [
     REPOSITORY / "README.md",
-    REPOSITORY / "docs/inference.md",
+    *(REPOSITORY / "docs" / name for name in ("converting.md", "extending.md", "inference.md", "models.md")),
     *sorted(REPOSITORY.glob("examples/checkpoints/*/README.md")),
 ]
 
@@ -90,5 +92,6 @@ def test_runs(document, line, code, folder, monkeypatch):
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     monkeypatch.chdir(folder)
-    # Padded with empty lines, so that tracebacks have the line numbers of the document.
-    exec(compile("\n" * (line - 1) + code, document, "exec"), given(folder))
+    with patch.dict(EXIT_CRITERIA):  # a guide registers a criterion
+        # Padded with empty lines, so that tracebacks have the line numbers of the document.
+        exec(compile("\n" * (line - 1) + code, document, "exec"), given(folder))
