@@ -36,6 +36,7 @@ def test_pabee_weights_by_layer():
 
 def test_thresholds_of_learned_halting():
     assert EarlyExitViTConfig.act().threshold == 0.99 and EarlyExitViTConfig.pondernet().threshold == 1.0
+    assert EarlyExitViTConfig.pondernet(exit_criterion="q_exit").threshold == 0.5
     assert EarlyExitViTConfig.pondernet(exit_criterion="max_probability", threshold=0.8).threshold == 0.8
 
 
@@ -52,7 +53,6 @@ def test_thresholds_of_learned_halting():
         ({"halting": "act", "exit_head": "shared", "exit_criterion": "entropy", "threshold": 1}, "`exit_criterion` ="),
         ({"exit_criterion": "act", "threshold": 0.99}, "`EarlyExitViTConfig` with `halting` = 'act'"),
         ({"halting": "pondernet", "halting_prior": 1.0}, "`halting_prior` must be above 0 and below 1"),
-        ({"halting": "pondernet", "halting_seed": -1}, "`halting_seed`"),
         ({"self_distillation": True, "exit_head": "shared"}, "`self_distillation` trains the exits' own heads"),
         ({"self_distillation": True, "stage_loss_weights": [1.0] * 12}, "`stage_loss_weights` has no effect"),
         ({"halting": "pondernet", "problem_type": "multi_label_classification"}, "single-label|judges"),

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers.utils import is_onnx_available
 
 from hf_thinkingvit import EarlyExitViTConfig, EarlyExitViTForImageClassification
@@ -10,8 +11,7 @@ from hf_thinkingvit.evaluation.stages import measure_stages
 from hf_thinkingvit.evaluation.sweep import StageAnswers
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.inference.export import export_adaptive, export_onnx, export_stages
-from hf_thinkingvit.models.exit_memory import image_noise
-from hf_thinkingvit.models.staged_loop import run_stages
+from hf_thinkingvit.models.staged_loop import MEMORY_PREFIX, run_stages, step_stage
 from tests.models.staged_tests import StagedClassifierTests, assert_gradients
 from tests.models.test_weights_from_vit import trained_vit
 from tests.reference import leading_linear, leading_norm, patch_embeddings
@@ -239,19 +239,28 @@ CRITERIA = {
     "confident_twice": ("fastbert", 0.3),
     "act": ("act", 0.9),
     "pondernet": ("pondernet", 1.0),
+    "q_exit": ("pondernet", 0.6),
 }
+
+
+def drawing(model) -> dict:
+    """Arguments that make random answers the same in every call; none where answers are not random."""
+    return {"generator": torch.Generator().manual_seed(1)} if model.exit_rule().draws else {}
 
 
 @pytest.fixture(params=sorted(CRITERIA))
 def deciding(request):
-    """A model with a criterion and τ at which images differ in their exits, and those of each image computed alone."""
+    """
+    A model with a criterion and τ at which images differ in their exits, and those of each image computed alone, one
+    after the other.
+    """
     method, threshold = CRITERIA[request.param]
     model = lively_method(method, **({"exit_head": "shared"} if request.param == "patience" else {}))
     model.config.exit_criterion = request.param
     model.config.threshold = threshold
-    images = random_images(12)
+    images, draws = random_images(12), drawing(model)
     with torch.no_grad():
-        alone = torch.cat([model(image).exit_stage for image in images.split(1)])
+        alone = torch.cat([model(image, **draws).exit_stage for image in images.split(1)])
     assert len(alone.unique()) > 1
     return model, images, alone
 
@@ -260,26 +269,29 @@ class TestExits:
     @torch.no_grad()
     def test_forward_and_every_answer(self, deciding):
         model, images, stages = deciding
-        assert torch.equal(model(images).exit_stage, stages)
-        outputs = model(images, output_stage_logits=True)
+        accepted = model(images, **drawing(model))
+        assert torch.equal(accepted.exit_stage, stages)
+        outputs = model(images, output_stage_logits=True, **drawing(model))
         assert torch.equal(outputs.exit_stage, stages)
         of_its_stage = torch.stack(outputs.stage_logits)[stages, torch.arange(12)]
-        torch.testing.assert_close(model(images).logits, of_its_stage)
+        torch.testing.assert_close(accepted.logits, of_its_stage)
 
     def test_engine(self, deciding):
         model, images, stages = deciding
-        results = {result.index: result.exit_stage for result in AdaptiveEngine(model, batch_size=5)(images)}
+        engine = AdaptiveEngine(model, batch_size=5, in_order=False, **drawing(model))
+        results = {result.index: result.exit_stage for result in engine(images)}
         assert [results[index] for index in range(12)] == stages.tolist()
 
     @torch.no_grad()
     def test_compiled_stages(self, deciding):
         model, images, stages = deciding
         model.compile_stages([4], backend="eager")
-        assert torch.equal(model(images).exit_stage, stages)
+        assert torch.equal(model(images, **drawing(model)).exit_stage, stages)
 
     def test_one_pass_serves_every_threshold(self, deciding):
         model, images, stages = deciding
-        measured = measure_stages(model, [{"pixel_values": images}], lambda answer, batch: {}, progress=False)
+        batches = [{"pixel_values": images[:7]}, {"pixel_values": images[7:]}]
+        measured = measure_stages(model, batches, lambda answer, batch: {}, progress=False, **drawing(model))
         right = torch.ones(12, 4, dtype=torch.bool)
         config = model.config
         macs = tuple(torch.tensor(stage_macs(config)).cumsum(0).tolist())
@@ -297,13 +309,15 @@ class TestExits:
         model, images, stages = deciding
         images[4, 0, 3, 3] = broken
         stages[4] = 3
-        assert torch.equal(model(images).exit_stage, stages)
+        assert torch.equal(model(images, **drawing(model)).exit_stage, stages)
 
     @pytest.mark.parametrize("deciding", ["act", "pondernet"], indirect=True)
     def test_exported_programs(self, deciding):
         model, images, stages = deciding
         threshold = torch.tensor(model.exit_rule().thresholds)
         state, rows = {"pixel_values": images}, torch.arange(12)
+        if model.exit_rule().draws:  # programs take the numbers that `forward` draws
+            state[MEMORY_PREFIX + "noise"] = torch.rand(12, **drawing(model))
         for stage, program in enumerate(export_stages(model)):
             outputs = program.module()(state, threshold)
             assert torch.equal(outputs["exits"], stages[rows] == stage)
@@ -327,7 +341,11 @@ class TestExits:
         session = onnxruntime.InferenceSession(export_onnx(model, tmp_path).adaptive)
         threshold = torch.tensor(model.exit_rule().thresholds).numpy()
         place = [output.name for output in session.get_outputs()].index("exit_stage")
-        inputs = [{"pixel_values": image.numpy(), "threshold": threshold} for image in images.split(1)]
+        noise = torch.rand(12, **drawing(model)).split(1)
+        inputs = [
+            {"pixel_values": image.numpy(), "threshold": threshold, "noise": drawn.numpy()}
+            for image, drawn in zip(images.split(1), noise)
+        ]
         assert [session.run(None, each)[place].item() for each in inputs] == stages.tolist()
 
 
@@ -353,21 +371,81 @@ class TestSampledHalting:
         assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
     def test_a_generator_is_for_a_criterion_that_draws(self):
-        with pytest.raises(ValueError, match="`generator` is for `exit_criterion` 'pondernet'"):
-            lively_exits()(random_images(), generator=torch.Generator())
+        for call in (lively_exits(), lambda images, generator: AdaptiveEngine(lively_exits(), generator=generator)):
+            with pytest.raises(ValueError, match="`generator` is for an `exit_criterion` that draws .*'topk_entropy'"):
+                call(random_images(), generator=torch.Generator())
 
-    def test_noise_of_images_is_uniform_and_differs_by_seed(self):
-        images = torch.rand(2000, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        noise, other = image_noise(images, 0), image_noise(images, 1)
-        for each in (noise, other):
-            assert each.min() >= 0 and each.max() < 1
-            assert (torch.histc(each, 10, 0, 1) - 200).abs().max() < 60
-        assert abs(torch.corrcoef(torch.stack([noise, other]))[0, 1]) < 0.1
-        assert torch.equal(image_noise(images[7:9], 0), noise[7:9])
-        nearly = images[:1].clone()
-        nearly[0, 0, 0, 0] += 1e-3
-        assert image_noise(nearly, 0) != noise[:1]
-        assert torch.isfinite(image_noise(torch.tensor([[[[float("nan"), float("inf")]]]]), 0)).all()
+    @torch.no_grad()
+    def test_draws_do_not_depend_on_the_last_bits_of_pixels(self):
+        """Nor on the dtype; images whose halting scores change with it could exit elsewhere, but none is so near."""
+        model, images = lively_method("pondernet"), random_images(24)
+        exits = model(images, generator=torch.Generator().manual_seed(0)).exit_stage
+        moved = model(images * (1 + 1e-6), generator=torch.Generator().manual_seed(0)).exit_stage
+        assert torch.equal(exits, moved)
+        rounded = model.bfloat16()(images.bfloat16(), generator=torch.Generator().manual_seed(0)).exit_stage
+        assert (exits == rounded).float().mean() > 0.9
+
+    @torch.no_grad()
+    def test_without_a_generator_the_global_one_draws(self):
+        model, images = lively_method("pondernet"), random_images(24)
+        runs = []
+        for seed in (0, 0, None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            runs.append(model(images).exit_stage)
+        assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[1], runs[2])
+
+    def test_an_engines_generator_goes_on_and_starts_again(self):
+        model, images = lively_method("pondernet"), random_images(24)
+        generator = torch.Generator().manual_seed(3)
+
+        def exits(batch_size):
+            return [
+                result.exit_stage
+                for result in AdaptiveEngine(model, batch_size=batch_size, generator=generator)(images)
+            ]
+
+        first, second = exits(5), exits(5)
+        generator.manual_seed(3)
+        assert exits(24) == first != second
+
+    def test_a_pipeline_takes_it(self):
+        from hf_thinkingvit import AdaptiveImageClassificationPipeline
+        from hf_thinkingvit.image_processing import evaluation_image_processor
+
+        model = lively_method("pondernet")
+        classifier = AdaptiveImageClassificationPipeline(model, image_processor=evaluation_image_processor(32))
+        pixels = torch.randint(0, 256, (12, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+        images = [Image.fromarray(each) for each in pixels]
+        stream, again, alone = (
+            [result[0]["exit_stage"] for result in classify(torch.Generator().manual_seed(5))]
+            for classify in (
+                lambda generator: classifier(images, generator=generator, batch_size=5),
+                lambda generator: classifier(images, generator=generator),
+                lambda generator: [classifier(image, generator=generator) for image in images],
+            )
+        )
+        assert stream == again == alone and len(set(stream)) > 1
+
+    def test_q_exit_is_the_median_of_the_sampled_exits(self):
+        """Balagansky and Gavrilov's deterministic criterion: the first stage by which F is above τ."""
+        model, images = lively_method("pondernet", exit_criterion="q_exit"), random_images(24)
+        assert model.config.threshold == 0.5
+        with torch.no_grad():
+            halted = 1 - (1 - reference_scores(model, images)).cumprod(dim=1)
+            assert torch.equal(model(images).exit_stage, (halted > 0.5).int().argmax(dim=1))
+            assert torch.equal(model(images).exit_stage, model(images).exit_stage)
+
+    def test_one_measurement_repeats_and_does_not_depend_on_batches(self):
+        model, images = lively_method("pondernet"), random_images(12)
+        scores = [
+            measure_stages(
+                model, [{"pixel_values": part} for part in images.split(size)], lambda *_: {}, progress=False
+            ).scores
+            for size in (5, 5, 12)
+        ]
+        assert torch.equal(scores[0], scores[1])
+        torch.testing.assert_close(scores[1], scores[2])
 
 
 @torch.no_grad()
@@ -396,10 +474,19 @@ def test_act_weights_sum_to_one():
         state = model.recycle(stage, state)
 
 
-def test_run_stages_with_a_given_memory():
+def test_a_drawn_number_decides(monkeypatch):
     """A number above any halting probability keeps an image from halting; 0 lets it halt at once."""
     model, images = lively_method("pondernet"), random_images(4)
-    noise = torch.tensor([0.0, 0.9999999, 0.0, 0.9999999])
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.tensor([0.0, 0.9999999, 0.0, 0.9999999]))
     with torch.no_grad():
-        run = run_stages(model, model.exit_rule(), range(4), images, memory={"noise": noise})
+        run = run_stages(model, model.exit_rule(), range(4), images)
     assert run.exit_stage.tolist() == [0, 3, 0, 3]
+
+
+def test_a_stage_without_the_drawn_number_says_what_to_do():
+    model = lively_method("pondernet")
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="let the first stage start with the state that `first_state`"),
+    ):
+        step_stage(model, model.exit_rule(), range(4), 0, {"pixel_values": random_images()})

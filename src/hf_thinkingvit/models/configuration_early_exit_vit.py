@@ -12,8 +12,10 @@ from .sub_networks import SubNetwork
 
 
 EXIT_HEADS = ("shared", "linear", "transformer_layer")
-# τ of each kind of halting where none is given: ACT's 1 - ε for ε = 0.01, and PonderNet's own sampling.
-HALTING = {"act": 0.99, "pondernet": 1.0}
+HALTING = ("act", "pondernet")
+# τ of the criteria that read learned halting scores, where none is given: ACT's 1 - ε for ε = 0.01, PonderNet's own
+# sampling, and the median of its distribution.
+HALTING_THRESHOLDS = {"act": 0.99, "pondernet": 1.0, "q_exit": 0.5}
 # Published methods: class methods of the configuration.
 METHODS = ("branchynet", "vit_ee", "fastbert", "pabee", "act", "pondernet")
 
@@ -35,20 +37,21 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
             The method whose halting scores each exit learns, as a linear map of the class token. `"act"`, adaptive
             computation time by layer (arXiv 1603.08983): the answer is read from the class tokens of the layers so far,
             weighted by their scores; needs `exit_head="shared"` and `exit_criterion="act"`. `"pondernet"` (arXiv
-            2107.05407): an exit's score is its probability of halting there.
+            2107.05407): an exit's score is its probability of halting there. Its own criterion, `"pondernet"`, halts by
+            a number that is drawn for each image, so its answers are random: `forward`, [`AdaptiveEngine`] and the
+            pipeline take a `generator`. `"q_exit"` is the published deterministic criterion for the same model.
         halting_loss_weight (`float`, *optional*, defaults to 0.01):
             Weight of ACT's ponder cost, or β of PonderNet's divergence from the prior.
         halting_prior (`float`, *optional*, defaults to 0.2):
             λ_p of PonderNet's geometric prior, above 0 and below 1.
-        halting_seed (`int`, *optional*, defaults to 0):
-            Of the number that PonderNet's sampled halting takes for each image; it depends on this and the pixels.
         self_distillation (`bool`, *optional*, defaults to `False`):
-            Whether exits learn from the last answer instead of the labels (FastBERT, arXiv 2004.02178). The
-            labels train nothing then, and what is not frozen follows the exits: freeze the backbone, by
-            `EarlyExitViTForImageClassification.freeze_backbone` or `freeze` in a training run.
+            Whether exits learn from the last answer instead of the labels (FastBERT, arXiv 2004.02178). In training
+            mode nothing but the exits' own heads gets a gradient then: the backbone and the last answer stay as they
+            are, frozen or not, so they must have been trained before. Set it to `False` to train them.
         threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`]. With `halting`, `exit_criterion` is the criterion of that
-            name by default, with a `threshold` of 0.99 (`"act"`, which is 1 - ε) or 1 (`"pondernet"`, its sampling).
+            name by default, with a `threshold` of 0.99 (`"act"`, which is 1 - ε) or 1 (`"pondernet"`, its sampling);
+            that of `"q_exit"` (arXiv 2204.03276: the probability of having halted so far) is 0.5.
         kwargs:
             The ViT fields of [`NestedViTConfig`]: `hidden_size` (by default 64 channels a head), `num_hidden_layers`
             (12), `num_attention_heads` (3), `intermediate_size`, `image_size`, `patch_size` and so on.
@@ -79,7 +82,6 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
     halting: str | None = None
     halting_loss_weight: float | int = 0.01
     halting_prior: float | int = 0.2
-    halting_seed: int = 0
     self_distillation: bool = False
 
     def __post_init__(self, **kwargs):
@@ -90,8 +92,8 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         self.exit_layers = list(self.exit_layers)
         if self.exit_criterion is None and self.halting in HALTING:
             self.exit_criterion = self.halting
-        if self.threshold is None and self.exit_criterion in HALTING:
-            self.threshold = HALTING[self.exit_criterion]
+        if self.threshold is None:
+            self.threshold = HALTING_THRESHOLDS.get(self.exit_criterion)
         super().__post_init__(**kwargs)
 
     @property
@@ -144,7 +146,6 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         check_number("halting_prior", self.halting_prior, maximum=1.0)
         if self.halting_prior in (0, 1):
             raise ValueError(f"`halting_prior` must be above 0 and below 1, got {self.halting_prior!r}.")
-        check_integer("halting_seed", self.halting_seed, minimum=0)
         if not isinstance(self.self_distillation, bool):
             raise ValueError(f"`self_distillation` must be true or false, got {self.self_distillation!r}.")
         self._check_loss()
@@ -230,7 +231,10 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
 
     @classmethod
     def pondernet(cls, **fields: Any) -> "EarlyExitViTConfig":
-        """PonderNet (arXiv 2107.05407): a halting probability after every layer, one head, β = 0.01, λ_p = 0.2."""
+        """
+        PonderNet (arXiv 2107.05407): a halting probability after every layer, one head, β = 0.01, λ_p = 0.2. Its
+        answers are random; `exit_criterion="q_exit"` makes them deterministic.
+        """
         return cls(**{"halting": "pondernet", "exit_head": "shared", **fields})
 
 

@@ -38,6 +38,8 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             Run at most this many stages.
         interpolate_pos_encoding (`bool`, *optional*):
             As in the model's `forward`.
+        generator (`torch.Generator`, *optional*):
+            As in the model's `forward`, of models whose answers are random: each image gets its next number.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
             Whether an image that cannot be read raises an exception. With `"return"` its result is
             `[{"error": message}]`, a list like any result, and the other images are classified.
@@ -84,6 +86,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
         interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
         on_error: str | None = None,
         **kwargs,
     ) -> tuple[dict, dict, dict]:
@@ -94,6 +97,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             "threshold": threshold,
             "max_stages": max_stages,
             "interpolate_pos_encoding": interpolate_pos_encoding,
+            "generator": generator,
         }
         forward_params.update({name: value for name, value in steering.items() if value is not None})
         if on_error is not None:
