@@ -138,6 +138,19 @@ class TestMixedWidths:
         with pytest.raises(ValueError, match=message):
             lively_elastic()(random_images(), intermediate_size=widths)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "fields", [{"intermediate_size": [24] * 4}, {"intermediate_size": [9, 24, 8, 24], "layers": [1, 3]}]
+    )
+    def test_one_width_in_all_layers_that_run_is_extracted(self, fields):
+        config = ElasticViTConfig(
+            sub_networks=[{"num_attention_heads": 4, "hidden_size": 32, **fields}], **SIZES, intermediate_size=48
+        )
+        model, pixel_values = lively(ElasticViTForImageClassification, config), random_images()
+        vit = model.extract_sub_network()
+        assert vit.config.intermediate_size == 24
+        torch.testing.assert_close(vit(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-5)
+
     def test_no_plain_vit_has_them(self):
         network = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": [8, 8, 8, 9]}
         model = ElasticViTForImageClassification(ElasticViTConfig(sub_networks=[network], **SIZES))
@@ -249,6 +262,29 @@ class TestConfiguration:
         assert widths.networks == ElasticViTConfig.dynabert().networks[8:] and widths.whole_sub_network == 3
         with pytest.raises(ValueError, match="`depths`"):
             ElasticViTConfig.dynabert(depths=[0])
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_presets_take_any_field(self, method):
+        """Also an MLP that the heads cannot share equally; but the sub-networks are the preset's to choose."""
+        preset = getattr(ElasticViTConfig, method)
+        config = preset(**{**SIZES, "num_attention_heads": 3, "hidden_size": 48}, intermediate_size=100)
+        widths = {"matformer": [12, 25, 50, 100], "sortednet": [25, 50, 75, 100]}.get(method, [33, 66, 100])
+        assert [network.intermediate_size for network in config.networks[-len(widths) :]] == widths
+        assert config.whole_sub_network == config.default_sub_network == len(config.networks) - 1
+        with pytest.raises(ValueError, match=f"`{method}` chooses the `sub_networks`: leave them out"):
+            preset(sub_networks=config.sub_networks)
+
+    @pytest.mark.parametrize(
+        "heads, widths", [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (6, [2, 3, 4, 6])]
+    )
+    def test_few_heads_and_layers_give_no_sub_network_twice(self, heads, widths):
+        networks = ElasticViTConfig.dynabert(num_attention_heads=heads, depths=[1.0]).networks
+        assert [network.num_attention_heads for network in networks] == widths
+        networks = ElasticViTConfig.dynabert(num_attention_heads=heads, num_hidden_layers=2).networks
+        assert len(set(networks)) == len(networks) == 2 * len(widths)
+        for method in METHODS:
+            tiny = getattr(ElasticViTConfig, method)(num_attention_heads=1, hidden_size=2, num_hidden_layers=1)
+            assert len(set(tiny.networks)) == len(tiny.networks)
 
     @pytest.mark.parametrize(
         "fields, message",

@@ -187,7 +187,7 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         """
         depth = _depth(fields)
         exits = sorted({max(1, round(depth * part / 3)) for part in (1, 2)} - {depth})
-        return cls(**{"exit_layers": exits, "exit_criterion": "entropy", "threshold": 0.5, **fields})
+        return cls(**_chosen(fields, "entropy", 0.5, exit_layers=exits))
 
     @classmethod
     def vit_ee(cls, **fields: Any) -> "EarlyExitViTConfig":
@@ -198,8 +198,7 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         """
         depth = _depth(fields)
         exits = [depth // 2] if depth > 1 else []
-        defaults = {"exit_layers": exits, "exit_head": "transformer_layer", "exit_criterion": "entropy"}
-        return cls(**{**defaults, "threshold": 0.5, **fields})
+        return cls(**_chosen(fields, "entropy", 0.5, exit_layers=exits, exit_head="transformer_layer"))
 
     @classmethod
     def fastbert(cls, **fields: Any) -> "EarlyExitViTConfig":
@@ -207,19 +206,20 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         FastBERT (arXiv 2004.02178): a linear head after every layer, normalised entropy below `threshold` (its "speed",
         0.5 unless `fields` says otherwise), heads distilled from the last one.
         """
-        return cls(**{"exit_criterion": "normalised_entropy", "threshold": 0.5, "self_distillation": True, **fields})
+        return cls(**_chosen(fields, "normalised_entropy", 0.5, self_distillation=True))
 
     @classmethod
     def pabee(cls, **fields: Any) -> "EarlyExitViTConfig":
         """
         PABEE (arXiv 2006.04152): a linear head after every layer, exit after the same prediction by more than
-        `threshold` layers in a row (half the depth unless `fields` says otherwise), losses weighted by layer.
+        `threshold` answers in a row (half of them unless `fields` says otherwise), losses weighted by layer.
         """
         depth = _depth(fields)
-        layers = [*(fields.get("exit_layers") or range(1, depth)), depth]
-        weights = [layer / sum(layers) for layer in layers]
-        defaults = {"exit_criterion": "patience", "threshold": max(1, depth // 2), "stage_loss_weights": weights}
-        return cls(**{**defaults, **fields})
+        layers = [*cls(num_hidden_layers=depth, exit_layers=fields.get("exit_layers")).exit_layers, depth]
+        weights = {"stage_loss_weights": [layer / sum(layers) for layer in layers]}
+        if fields.get("halting") or fields.get("self_distillation"):  # which have a loss of their own
+            weights = {}
+        return cls(**_chosen(fields, "patience", max(1, len(layers) // 2), **weights))
 
     @classmethod
     def act(cls, **fields: Any) -> "EarlyExitViTConfig":
@@ -227,7 +227,7 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         ACT by layer (arXiv 1603.08983): a halting score after every layer, an answer from the weighted class tokens.
         The ponder cost has A-ViT's weight, 5e-4 (arXiv 2112.07658), unless `fields` says otherwise.
         """
-        return cls(**{"halting": "act", "exit_head": "shared", "halting_loss_weight": 5e-4, **fields})
+        return cls(**_chosen(fields, halting="act", exit_head="shared", halting_loss_weight=5e-4))
 
     @classmethod
     def pondernet(cls, **fields: Any) -> "EarlyExitViTConfig":
@@ -235,11 +235,26 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         PonderNet (arXiv 2107.05407): a halting probability after every layer, one head, β = 0.01, λ_p = 0.2. Its
         answers are random; `exit_criterion="q_exit"` makes them deterministic.
         """
-        return cls(**{"halting": "pondernet", "exit_head": "shared", **fields})
+        return cls(**_chosen(fields, halting="pondernet", exit_head="shared"))
+
+
+def _chosen(
+    fields: dict[str, Any], criterion: str | None = None, threshold: float | None = None, **defaults: Any
+) -> dict[str, Any]:
+    """
+    The fields of a method: what is given (not `None`), else its `defaults`, and its criterion with a τ on that scale.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if criterion is not None:
+        defaults["exit_criterion"] = criterion
+        if given.get("exit_criterion", criterion) == criterion:
+            defaults["threshold"] = threshold
+    return {**defaults, **given}
 
 
 def _depth(fields: dict[str, Any]) -> int:
-    depth = fields.get("num_hidden_layers", EarlyExitViTConfig.num_hidden_layers)
+    depth = fields.get("num_hidden_layers")
+    depth = EarlyExitViTConfig.num_hidden_layers if depth is None else depth
     check_integer("num_hidden_layers", depth, minimum=1)
     return depth
 
