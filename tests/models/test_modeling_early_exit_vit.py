@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers.utils import is_onnx_available
 
 from hf_thinkingvit import EarlyExitViTConfig, EarlyExitViTForImageClassification
@@ -11,8 +10,8 @@ from hf_thinkingvit.evaluation.stages import measure_stages
 from hf_thinkingvit.evaluation.sweep import StageAnswers
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.inference.export import export_adaptive, export_onnx, export_stages
-from hf_thinkingvit.models.staged_loop import MEMORY_PREFIX, run_stages, step_stage
-from tests.models.staged_tests import StagedClassifierTests, assert_gradients
+from hf_thinkingvit.models.staged_loop import MEMORY_PREFIX
+from tests.models.staged_tests import StagedClassifierTests
 from tests.models.test_weights_from_vit import trained_vit
 from tests.reference import leading_linear, leading_norm, patch_embeddings
 from tests.utils import counted_flops, lively, random_images
@@ -98,6 +97,11 @@ def gates(model):
     return list(model.halting_gates)
 
 
+def drawing(model) -> dict:
+    """Arguments that make random answers the same in every call; none where answers are not random."""
+    return {"generator": torch.Generator().manual_seed(1)} if model.exit_rule().draws else {}
+
+
 class TestLinearHeads(StagedClassifierTests):
     lively = staticmethod(lively_exits)
     reference = staticmethod(reference)
@@ -152,86 +156,6 @@ class TestCosts:
         assert published_stage_macs(config)[0] > sum(stage_macs(config)[:1])
 
 
-class TestLosses:
-    def test_equal_weights(self):
-        assert_gradients(lively_exits(), reference)
-
-    def test_pabee_weights_losses_by_layer(self):
-        model, pixel_values, labels = lively_method("pabee").train(), random_images(), torch.arange(6)
-        losses = [F.cross_entropy(logits, labels) for logits in reference(model, pixel_values)[0]]
-        expected = sum(layer * loss for layer, loss in enumerate(losses, 1)) / 10
-        torch.testing.assert_close(model(pixel_values, labels=labels).loss, expected)
-
-    def test_act(self):
-        model, pixel_values = lively_method("act", halting_loss_weight=0.3), random_images()
-        scores, logits = reference_scores(model.train(), pixel_values), reference(model, pixel_values)[0]
-        expected, stages = 0.0, set()
-        for image in range(6):
-            total, stage = 0.0, 0
-            while stage < 3 and total + scores[image, stage].item() <= 0.99:
-                total, stage = total + scores[image, stage], stage + 1
-            stages.add(stage)
-            task = F.cross_entropy(logits[stage][image], torch.tensor(image))
-            expected = expected + (task + 0.3 * (stage + 1 + 1 - total)) / 6
-        assert len(stages) > 1
-        assert_loss_and_gradients(model, pixel_values, expected)
-
-    def test_pondernet(self):
-        model, pixel_values = lively_method("pondernet", halting_loss_weight=0.3, halting_prior=0.4), random_images()
-        scores, logits = reference_scores(model.train(), pixel_values), reference(model, pixel_values)[0]
-        prior = torch.tensor([0.4, 0.4 * 0.6, 0.4 * 0.6**2, 0.6**3])
-        expected = 0.0
-        for image in range(6):
-            left, p = 1.0, []
-            for score in scores[image, :3]:
-                p.append(left * score)
-                left = left * (1 - score)
-            p = torch.stack([*p, left])
-            losses = torch.stack([F.cross_entropy(each[image], torch.tensor(image)) for each in logits])
-            expected = expected + ((p * losses).sum() + 0.3 * (p * (p / prior).log()).sum()) / 6
-        assert_loss_and_gradients(model, pixel_values, expected)
-
-    def test_self_distillation_trains_nothing_but_the_exits(self):
-        model, pixel_values = lively_method("fastbert").train(), random_images()
-        model.freeze_backbone()
-        probabilities = [logits.softmax(-1) for logits in reference(model, pixel_values)[0]]
-        divergences = [(p * (p / probabilities[-1]).log()).sum(-1).mean() for p in probabilities[:-1]]
-        expected = sum(divergences) / 3
-        assert_loss_and_gradients(model, pixel_values, expected)
-        trained = {name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trained == {"exit_classifiers", "exit_layernorms"}
-        assert not any(parameter.grad is not None for parameter in model.early_exit_vit.parameters())
-
-    @pytest.mark.parametrize("method", ["act", "pondernet", "fastbert"])
-    def test_parts_of_a_batch_sum_to_the_whole(self, method):
-        model, pixel_values = lively_method(method).train(), random_images()
-        labels = torch.tensor([3, -100, 0, 5, 7, -100])
-        whole = model(pixel_values, labels=labels).loss
-        parts = [
-            model(pixel_values[rows], labels=labels[rows], num_items_in_batch=4).loss
-            for rows in (slice(0, 2), slice(2, 6))
-        ]
-        torch.testing.assert_close(sum(parts), whole)
-
-    def test_evaluation_measures_the_accepted_answers(self):
-        model, labels = lively_method("pondernet"), torch.arange(6)
-        with torch.no_grad():
-            outputs = model(random_images(), labels=labels)
-        torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
-
-
-def assert_loss_and_gradients(model, pixel_values, expected):
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gradients = torch.autograd.grad(expected, list(trained.values()), allow_unused=True)
-    loss = model(pixel_values, labels=torch.arange(6)).loss
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    loss.backward()
-    for (name, parameter), gradient in zip(trained.items(), gradients):
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(found, gradient, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
 CRITERIA = {
     "normalised_entropy": ("fastbert", 0.72),
     "similarity": ("fastbert", 3.0),
@@ -241,11 +165,6 @@ CRITERIA = {
     "pondernet": ("pondernet", 1.0),
     "q_exit": ("pondernet", 0.6),
 }
-
-
-def drawing(model) -> dict:
-    """Arguments that make random answers the same in every call; none where answers are not random."""
-    return {"generator": torch.Generator().manual_seed(1)} if model.exit_rule().draws else {}
 
 
 @pytest.fixture(params=sorted(CRITERIA))
@@ -349,105 +268,6 @@ class TestExits:
         assert [session.run(None, each)[place].item() for each in inputs] == stages.tolist()
 
 
-class TestSampledHalting:
-    @torch.no_grad()
-    def test_frequencies_are_the_probabilities(self):
-        """Of one image, drawn often; within four standard deviations."""
-        model, draws = lively_method("pondernet"), 4000
-        image = random_images(1, seed=7)
-        scores = reference_scores(model, image)[0]
-        probabilities = scores * torch.cat([torch.ones(1), (1 - scores[:-1]).cumprod(0)])
-        torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0))
-        generator = torch.Generator().manual_seed(0)
-        stages = model(image.expand(draws, -1, -1, -1), generator=generator).exit_stage
-        shares = torch.bincount(stages, minlength=4) / draws
-        assert ((shares - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / draws).sqrt()).all()
-        assert probabilities.min() > 0.03
-
-    @torch.no_grad()
-    def test_a_generator_makes_it_reproducible(self):
-        model, images = lively_method("pondernet"), random_images(24)
-        runs = [model(images, generator=torch.Generator().manual_seed(seed)).exit_stage for seed in (0, 0, 1)]
-        assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-
-    def test_a_generator_is_for_a_criterion_that_draws(self):
-        for call in (lively_exits(), lambda images, generator: AdaptiveEngine(lively_exits(), generator=generator)):
-            with pytest.raises(ValueError, match="`generator` is for an `exit_criterion` that draws .*'topk_entropy'"):
-                call(random_images(), generator=torch.Generator())
-
-    @torch.no_grad()
-    def test_draws_do_not_depend_on_the_last_bits_of_pixels(self):
-        """Nor on the dtype; images whose halting scores change with it could exit elsewhere, but none is so near."""
-        model, images = lively_method("pondernet"), random_images(24)
-        exits = model(images, generator=torch.Generator().manual_seed(0)).exit_stage
-        moved = model(images * (1 + 1e-6), generator=torch.Generator().manual_seed(0)).exit_stage
-        assert torch.equal(exits, moved)
-        rounded = model.bfloat16()(images.bfloat16(), generator=torch.Generator().manual_seed(0)).exit_stage
-        assert (exits == rounded).float().mean() > 0.9
-
-    @torch.no_grad()
-    def test_without_a_generator_the_global_one_draws(self):
-        model, images = lively_method("pondernet"), random_images(24)
-        runs = []
-        for seed in (0, 0, None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            runs.append(model(images).exit_stage)
-        assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[1], runs[2])
-
-    def test_an_engines_generator_goes_on_and_starts_again(self):
-        model, images = lively_method("pondernet"), random_images(24)
-        generator = torch.Generator().manual_seed(3)
-
-        def exits(batch_size):
-            return [
-                result.exit_stage
-                for result in AdaptiveEngine(model, batch_size=batch_size, generator=generator)(images)
-            ]
-
-        first, second = exits(5), exits(5)
-        generator.manual_seed(3)
-        assert exits(24) == first != second
-
-    def test_a_pipeline_takes_it(self):
-        from hf_thinkingvit import AdaptiveImageClassificationPipeline
-        from hf_thinkingvit.image_processing import evaluation_image_processor
-
-        model = lively_method("pondernet")
-        classifier = AdaptiveImageClassificationPipeline(model, image_processor=evaluation_image_processor(32))
-        pixels = torch.randint(0, 256, (12, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
-        images = [Image.fromarray(each) for each in pixels]
-        stream, again, alone = (
-            [result[0]["exit_stage"] for result in classify(torch.Generator().manual_seed(5))]
-            for classify in (
-                lambda generator: classifier(images, generator=generator, batch_size=5),
-                lambda generator: classifier(images, generator=generator),
-                lambda generator: [classifier(image, generator=generator) for image in images],
-            )
-        )
-        assert stream == again == alone and len(set(stream)) > 1
-
-    def test_q_exit_is_the_median_of_the_sampled_exits(self):
-        """Balagansky and Gavrilov's deterministic criterion: the first stage by which F is above τ."""
-        model, images = lively_method("pondernet", exit_criterion="q_exit"), random_images(24)
-        assert model.config.threshold == 0.5
-        with torch.no_grad():
-            halted = 1 - (1 - reference_scores(model, images)).cumprod(dim=1)
-            assert torch.equal(model(images).exit_stage, (halted > 0.5).int().argmax(dim=1))
-            assert torch.equal(model(images).exit_stage, model(images).exit_stage)
-
-    def test_one_measurement_repeats_and_does_not_depend_on_batches(self):
-        model, images = lively_method("pondernet"), random_images(12)
-        scores = [
-            measure_stages(
-                model, [{"pixel_values": part} for part in images.split(size)], lambda *_: {}, progress=False
-            ).scores
-            for size in (5, 5, 12)
-        ]
-        assert torch.equal(scores[0], scores[1])
-        torch.testing.assert_close(scores[1], scores[2])
-
-
 @torch.no_grad()
 def test_recordings_are_of_the_layers_in_order():
     """Also where exits have layers of their own."""
@@ -472,21 +292,3 @@ def test_act_weights_sum_to_one():
         expected = model.classifier(model.base_model.layernorm(token[:, 0]))
         torch.testing.assert_close(model.answer(stage, state)["logits"], expected, atol=1e-4, rtol=1e-4)
         state = model.recycle(stage, state)
-
-
-def test_a_drawn_number_decides(monkeypatch):
-    """A number above any halting probability keeps an image from halting; 0 lets it halt at once."""
-    model, images = lively_method("pondernet"), random_images(4)
-    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.tensor([0.0, 0.9999999, 0.0, 0.9999999]))
-    with torch.no_grad():
-        run = run_stages(model, model.exit_rule(), range(4), images)
-    assert run.exit_stage.tolist() == [0, 3, 0, 3]
-
-
-def test_a_stage_without_the_drawn_number_says_what_to_do():
-    model = lively_method("pondernet")
-    with (
-        torch.no_grad(),
-        pytest.raises(ValueError, match="let the first stage start with the state that `first_state`"),
-    ):
-        step_stage(model, model.exit_rule(), range(4), 0, {"pixel_values": random_images()})

@@ -56,7 +56,7 @@ def test_loss_and_gradients_of_a_step(source):
 
 
 def test_without_settings_hidden_states_have_the_weight_of_the_first_phase():
-    """0.1, and answers from the whole teacher at temperature 1 (section 2 of the paper)."""
+    """0.1, and they are learned from the whole teacher."""
     teacher, model, images = lively_elastic("dynabert"), lively_elastic("dynabert", depths=[1.0]), random_images(2)
     losses = []
     for fields in ({}, {"hidden_states_weight": 0.1, "teacher_sub_network": "whole"}, {"hidden_states_weight": 0.0}):
