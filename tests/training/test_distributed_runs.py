@@ -1,5 +1,5 @@
 """
-Runs in which some parameters have no gradient in some steps, on two processes: sub-networks and stages that are not
+Runs in which some parameters get no gradient in some steps, on two processes: sub-networks and stages that are not
 drawn, classifiers of their own, layers that are left out, and a backbone that only teaches.
 """
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_thinkingvit import ElasticViTConfig
+from hf_thinkingvit import EarlyExitViTConfig, ElasticViTConfig
 from hf_thinkingvit.training import parse_config, train
 from hf_thinkingvit.training.losses import TrainingLoss
 from tests.models.test_weights_from_vit import trained_vit
@@ -88,5 +88,20 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path):
 )
 def test_unused_parameters_are_looked_for_where_there_are_any(method, sampling, separate, leaves_out):
     config = getattr(ElasticViTConfig, method)(**ELASTIC, separate_classifiers=separate)
+    settings = parse_config(["--dataset", "none", "--stage_sampling", sampling])
+    assert TrainingLoss(settings, config).leaves_parameters_out is leaves_out
+
+
+@pytest.mark.parametrize(
+    "fields, sampling, leaves_out",
+    [
+        ({}, "all", False),
+        ({}, "sandwich", True),
+        ({"stage_loss_weights": [0.0, 1.0, 1.0]}, "all", True),
+        ({"self_distillation": True}, "all", True),
+    ],
+)
+def test_of_exits_too(fields, sampling, leaves_out):
+    config = EarlyExitViTConfig(num_attention_heads=2, num_hidden_layers=3, **fields)
     settings = parse_config(["--dataset", "none", "--stage_sampling", sampling])
     assert TrainingLoss(settings, config).leaves_parameters_out is leaves_out

@@ -52,8 +52,8 @@ class Objective:
     @property
     def leaves_parameters_out(self) -> bool:
         """
-        Whether there are steps in which the outputs that `model_arguments` asks for do not depend on some parameters.
-        All that they depend on must be in the term: distributed training waits for their gradients.
+        Whether there are steps in which some parameters get no gradient. Distributed training waits for the gradients
+        of all of them, unless it is told to look for those without (`find_unused_parameters`).
         """
         return False
 
@@ -65,7 +65,7 @@ class Objective:
 class StagesObjective(Objective):
     """
     The weighted sum of the stages' losses (arXiv 2507.10800, section 3), of the stages that the sampler chooses. The
-    others are computed as well and have weight 0, and all stages' losses are logged.
+    others are computed as well, and all stages' losses are logged.
     """
 
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
@@ -76,13 +76,17 @@ class StagesObjective(Objective):
     def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
         return thinks_in_stages(model_config)
 
+    @property
+    def leaves_parameters_out(self) -> bool:
+        return not (isinstance(self.sampler, AllStages) and all(self.sampler.weights(0, 0)))
+
     def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
         return {"output_stage_logits": True}
 
     def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses = self.answer_losses(batch.outputs.stage_logits, batch)
         weights = self.sampler.weights(batch.step, batch.micro_batch)
-        loss = sum(weight * part for weight, part in zip(weights, losses))
+        loss = sum(weight * part for weight, part in zip(weights, losses) if weight)
         if len(losses) == 1:
             return loss, {}
         return loss, {f"stage_{index}_loss": part.detach() for index, part in enumerate(losses)}
