@@ -1,5 +1,7 @@
 """Answers that are random: PonderNet's sampled halting, and its deterministic criterion."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -107,6 +109,25 @@ class TestSampledHalting:
         ]
         assert torch.equal(scores[0], scores[1])
         torch.testing.assert_close(scores[1], scores[2])
+
+
+def test_processes_that_share_images_draw_what_one_would():
+    """Each reads every second batch, and stands here for an `Accelerator` that gathers nothing."""
+    model, images = lively_method("pondernet"), random_images(12)
+
+    def scores(batches, accelerator=None):
+        return measure_stages(
+            model, [{"pixel_values": batch} for batch in batches], lambda *_: {}, accelerator, progress=False
+        ).scores
+
+    batches = images.split(3)
+    shares = []
+    for index in (0, 1):
+        process = SimpleNamespace(num_processes=2, process_index=index, is_main_process=False)
+        process.gather_for_metrics = lambda rows: rows
+        shares.append(scores(batches[index::2], process).split(3))
+    together = [batch for pair in zip(*shares) for batch in pair]
+    torch.testing.assert_close(torch.cat(together), scores(batches))
 
 
 def test_a_drawn_number_decides(monkeypatch):
