@@ -1,5 +1,6 @@
 """Messages and exit codes of the commands, called in this process."""
 
+import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_thinkingvit.flags import LineParser, with_flags
 from hf_thinkingvit.image_processing import evaluation_image_processor, segmentation_image_processor
 from tests.conversion.segmenter_files import write_official
 from tests.models.segmentation_models import lively_segmenter
+from tests.models.test_modeling_early_exit_vit import lively_method
 from tests.training.tiny_runs import encoded_image
 from tests.utils import FIXTURES, lively_model
 
@@ -243,6 +245,25 @@ def test_tables_show_thresholds_apart(folder, tmp_path, capsys):
     main(["sweep", "--model", str(folder / "model"), *words, "--thresholds", "0.1234567", "0.1234589", "1"])
     said = capsys.readouterr().out
     assert "0.123457 " in said and "0.123459 " in said
+
+
+def test_classify_says_that_answers_are_random_and_repeats_them(folder, tmp_path, capsys):
+    model = lively_method("pondernet", num_labels=3)
+    model.save_pretrained(tmp_path / "model")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "model")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(12):
+        (pictures / f"{index:02d}.png").write_bytes(encoded_image(index))
+    lines = []
+    for output in ("one", "two"):
+        words = ["classify", "--model", str(tmp_path / "model"), "--dataset", str(pictures), "--output-dir"]
+        main([*words, str(tmp_path / output)])
+        assert "answers       random, by numbers drawn from the seed 0" in capsys.readouterr().out
+        lines.append((tmp_path / output / "classified.jsonl").read_text())
+    assert lines[0] == lines[1] and len(set(re.findall('"exit_stage": (.)', lines[0]))) > 1
+    main(["classify", "--model", str(folder / "model"), "--dataset", str(pictures), "--output-dir", str(tmp_path)])
+    assert "random" not in capsys.readouterr().out
 
 
 def test_messages_name_flags():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from ..inference import AdaptiveEngine, ResumableOutput
 from ..inference.resumable import fingerprint, model_fingerprint, printable
 from ..public_names import public_name
 from . import command
-from .loading import best_device, load_model, start
+from .loading import answers_are_random, best_device, load_model, start
 
 
 class ImageSource(NamedTuple):
@@ -68,6 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
         threshold=threshold,
         max_stages=arguments.max_stages,
         keep_rate=keep_rate,
+        # So that the command can be repeated; processes must not draw the same numbers.
+        generator=torch.Generator().manual_seed(state.process_index) if answers_are_random(model) else None,
         on_error="return",
     )
     facts = {

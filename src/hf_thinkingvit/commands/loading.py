@@ -9,6 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..auto import TASKS, AutoImageProcessor, saved_task
 from ..families.record import IMAGE_CLASSIFICATION
+from ..models.configuration_staged import thinks_in_stages
 from .command import check_model_folder, say
 
 
@@ -55,8 +56,14 @@ def start(model: PreTrainedModel, **facts: Any) -> None:
     say(
         device=f"{device}, {dtype}",
         model=f"{type(model).__name__}, {size}" + (f", {stages} stages" if stages else ""),
+        answers="random, by numbers drawn from the seed 0" if answers_are_random(model) else None,
         **facts,
     )
+
+
+def answers_are_random(model: PreTrainedModel) -> bool:
+    """Whether the model's exit rule draws a number for each image (PonderNet's sampling)."""
+    return thinks_in_stages(model) and model.exit_rule().draws
 
 
 def best_device() -> torch.device:

@@ -30,6 +30,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..evaluation.accuracy import main_measure
 from ..evaluation.conditions import token_fields
 from ..evaluation.macs import stage_macs
 from ..evaluation.statements import exits_early
@@ -58,7 +59,7 @@ def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], datase
     results = {"dataset": public_name(dataset), "images": measured["images"], **token_fields(model.config.to_dict())}
     names = [name for name in MEASURES if measured.get(name) is not None]
     if not thinks_in_stages(model):
-        results |= {name: measured[name][-1] for name in names}
+        results |= {name: main_measure(measured, name) for name in names}
         results |= {name: measured[name] for name in ("mean_depth", "macs") if name in measured}
     else:
         spent = accumulate(stage_macs(model.config))

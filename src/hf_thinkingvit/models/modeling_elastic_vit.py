@@ -294,16 +294,18 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
 
         Raises:
             ValueError: if there is no such sub-network, or a plain ViT cannot be of its sizes: heads that do not fill
-                the width (DynaBERT), or another MLP width in each layer.
+                the width (DynaBERT), or several MLP widths.
         """
         number = self.config.default_sub_network if sub_network is None else sub_network
         network = resolve_network(self.config, number)
-        if network.attention_size != network.hidden_size or not isinstance(network.intermediate_size, int):
+        layers = list(network.layer_numbers(self.config.num_hidden_layers))
+        mlp_widths = {network.at_layer(layer).intermediate_size for layer in layers}
+        if network.attention_size != network.hidden_size or len(mlp_widths) > 1:
             raise ValueError(
                 f"A plain ViT has `hidden_size` channels in its heads, and one MLP width: it cannot be of {network}. "
                 "Save this model with `default_sub_network` instead."
             )
-        layers = list(network.layer_numbers(self.config.num_hidden_layers))
+        network = network.at_layer(layers[0])  # one width
         fields = {name: getattr(self.config, name) for name in SHARED_FIELDS} | {"num_hidden_layers": len(layers)}
         sizes = {name: getattr(network, name) for name in ("num_attention_heads", "hidden_size", "intermediate_size")}
         vit = ViTForImageClassification(ViTConfig(**{**fields, **sizes})).to(device=self.device, dtype=self.dtype)

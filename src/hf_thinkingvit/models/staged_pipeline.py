@@ -40,6 +40,8 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             Of a model with pruning layers: the share of patches that remain, instead of `config.pruning_keep_rate`.
         interpolate_pos_encoding (`bool`, *optional*):
             As in the model's `forward`.
+        generator (`torch.Generator`, *optional*):
+            As in the model's `forward`, of models whose answers are random: each image gets its next number.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
             Whether an image that cannot be read raises an exception. With `"return"` its result is
             `[{"error": message}]`, a list like any result, and the other images are classified.
@@ -87,6 +89,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         max_stages: int | None = None,
         keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
         on_error: str | None = None,
         **kwargs,
     ) -> tuple[dict, dict, dict]:
@@ -98,6 +101,7 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             "max_stages": max_stages,
             "keep_rate": keep_rate,
             "interpolate_pos_encoding": interpolate_pos_encoding,
+            "generator": generator,
         }
         forward_params.update({name: value for name, value in steering.items() if value is not None})
         if on_error is not None:

@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..accelerate_state import released_afterwards
 from ..data import ImageSplit, Rows, evaluation_batches, load_splits, num_shared_rows, without_unreadable
-from ..evaluation.accuracy import evaluate_accuracy
+from ..evaluation.accuracy import evaluate_accuracy, main_measure
 from ..evaluation.calibration import Calibration, calibrate_accuracy, calibrate_risk, least_images
 from ..evaluation.labels import LabelMap
 from ..evaluation.splits import ALL, why_not_new
@@ -245,9 +245,10 @@ def choose_model(run: TrainingRun) -> str:
     if best is None or not (run.output_dir / "best").is_dir():
         return "last"
     images = best["images"]
-    share = (best["top1"][-1] / 100 * images + 1) / (images + 2)  # Laplace's, or the error would be 0 at 100 %
+    top1 = main_measure(best, "top1")
+    share = (top1 / 100 * images + 1) / (images + 2)  # Laplace's, or the error would be 0 at 100 %
     error = 100 * math.sqrt(2 * share * (1 - share) / images)
-    return "best" if best["top1"][-1] > last["top1"][-1] + error else "last"
+    return "best" if top1 > main_measure(last, "top1") + error else "last"
 
 
 def _batches(run: TrainingRun, images: ImageSplit) -> Any:

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..auto import TASKS
+from ..evaluation.accuracy import kind_of_answers, main_measure
 from ..hub import accuracy_results, model_card
 from ..public_names import public_name
 from .checkpoints import replacing_folder
@@ -58,8 +59,9 @@ def say_measures(setup: TrainingSetup, progress: Progress, results: Mapping[str,
     for name, result in results.items():
         say(f"\nepoch {progress.epoch}, {name}: {_in_words(setup, result)}", end="")
         if setup.config.trackers:
+            kind = kind_of_answers(result).replace("-", "_")
             values = {
-                f"eval/{name}/{measure}_stage_{stage}": value
+                f"eval/{name}/{measure}_{kind}_{stage}": value
                 for measure in setup.task.measures
                 for stage, value in enumerate(result[measure])
             }
@@ -70,7 +72,7 @@ def say_measures(setup: TrainingSetup, progress: Progress, results: Mapping[str,
 
 
 def _in_words(setup: TrainingSetup, result: Mapping[str, Any]) -> str:
-    """The decisive measure of every stage."""
+    """The decisive measure of every stage or sub-network."""
     decisive, percent = setup.task.decisive, setup.task.percent
     return f"{setup.task.measures[decisive]} {', '.join(f'{percent * value:.2f}' for value in result[decisive])} %"
 
@@ -115,13 +117,13 @@ def _wanted(history: list[dict], progress: Progress) -> dict[str, dict]:
 
 
 def _most_accurate(history: list[dict]) -> dict:
-    """The first entry with the greatest decisive measure of the last stage."""
+    """The first entry with the greatest decisive measure, of the last stage or the default sub-network."""
     return max(history, key=lambda entry: _score(entry["results"][entry["chosen"]]))
 
 
 def _score(result: Mapping[str, Any]) -> float:
     decisive = next(task.decisive for task in TRAINING_TASKS.values() if task.decisive in result)
-    return result[decisive][-1]
+    return main_measure(result, decisive)
 
 
 def _step_of(folder: Path) -> int | None:

@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..families import FAMILIES, Family
 from ..models.configuration_checks import as_pair
@@ -38,6 +38,7 @@ def build_model(
         model = _from_pretrained(config, family, task, id2label, report)
     else:
         model = family.heads[task.name](family.config_class(**config.model, **_labels(id2label)))
+        _check_last_answer(model.config, "its weights are new")
     if config.from_vit or config.from_pretrained:
         # Half precision, as checkpoints are stored in, would train with rounded updates.
         model = with_labels(model.float(), id2label, config.label_map, report, task)
@@ -125,6 +126,16 @@ def _from_pretrained(
     return model
 
 
+def _check_last_answer(model_config: PreTrainedConfig, why: str) -> None:
+    """`ValueError`, which says `why`, if exits would learn from a last answer that nobody has trained."""
+    if getattr(model_config, "self_distillation", False):
+        raise ValueError(
+            "`self_distillation` teaches the exits by the last answer, which it does not train, and that of this model "
+            f"would be random: {why}. Start from a model that is trained on these labels, by `from_vit` or "
+            "`from_pretrained`."
+        )
+
+
 def _check_unchanged(source: str, saved: Any, fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if _comparable(getattr(saved, name)) != _comparable(value):
@@ -174,6 +185,7 @@ def with_labels(
         else:
             index, name, other = first_difference(names, own)
             why = f"label {index} is {other!r} there and {name!r} in the data; `--label-map index` would keep it"
+        _check_last_answer(model.config, why)
         report(f"the classifier is freshly initialised: {why}")
         fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **_labels(id2label)}))
         heads = tuple(f"{head}." for head in task.heads)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import ImageSplit
+from ..evaluation.accuracy import DEFAULT, kind_of_answers, main_measure
 from ..evaluation.calibration import Calibration
 from ..evaluation.splits import may_share_images
 from ..evaluation.wording import distinct_labels
@@ -109,9 +110,12 @@ def _accuracies(run: "TrainingRun", results: dict[str, Any]) -> list[tuple[str, 
     best = next((entry for entry in history if entry["step"] == run.progress.best_step), history[-1])
     lines, measure = [], run.task.decisive
     for name, entry in (("best", best), ("last", history[-1])):
-        values = entry["results"][entry["chosen"]][measure]
+        measured = entry["results"][entry["chosen"]]
+        values, kind = measured[measure], kind_of_answers(measured)
         stages = ", ".join(f"{run.task.percent * value:.2f}" for value in values)
-        words = f"{run.task.measures[measure]} of each stage {stages} %"
+        words = f"{run.task.measures[measure]} of each {kind} {stages} %"
+        if DEFAULT in measured:
+            words += f" ({main_measure(measured, measure) * run.task.percent:.2f} % of the default one)"
         lines.append((name, f"epoch {entry['epoch']}: {words}, on {run.data.selected_on}"))
     return lines
 
