@@ -84,7 +84,7 @@ def test_positions_follow_the_grid_and_not_the_number_of_patches():
     table = model.thinkingvit.embeddings.position_embeddings
     grid = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(2, 8), mode="bilinear", align_corners=False)
-    expected = model.thinkingvit.embeddings.patch_embeddings(images) + grid.flatten(2).transpose(1, 2)
+    expected = model.thinkingvit.embeddings.patch_embeddings(images, 0) + grid.flatten(2).transpose(1, 2)
     tokens = model.begin(images, stages=range(2, 3))["embeddings"]
     torch.testing.assert_close(tokens[:, 1:], expected)
     with pytest.raises(ValueError, match="must be images of 32×32 pixels"):

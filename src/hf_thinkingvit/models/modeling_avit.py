@@ -315,10 +315,10 @@ class AViTForImageClassification(AViTPreTrainedModel):
 
     def _fixed_macs(self, num_tokens: int) -> int:
         """Multiply-accumulates that every image takes: patch embedding and heads."""
-        patch_embedding = (
-            num_tokens - self.config.num_prefix_tokens
-        ) * self.avit.embeddings.patch_embeddings.weight.numel()
-        return patch_embedding + self.config.num_prefix_tokens * self.classifier.weight.numel()
+        config, embeddings = self.config, self.avit.embeddings
+        patch = embeddings.num_channels * embeddings.patch_size[0] * embeddings.patch_size[1]
+        num_prefix = config.num_prefix_tokens
+        return config.hidden_size * (patch * (num_tokens - num_prefix) + config.num_labels * num_prefix)
 
 
 __all__ = ["AViTForImageClassification", "AViTModel", "AViTPreTrainedModel"]

@@ -17,6 +17,7 @@ from .importance import sort_by_importance
 from .module_arguments import check_arguments
 from .module_recording import record, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_projection import project
 from .nested_vit import (
     NestedViTAttention,
     NestedViTEmbeddings,
@@ -221,7 +222,7 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
         logits = []
         for number, network in zip(numbers, networks):
             tokens = self.elastic_vit.run(pixel_values, network, interpolate_pos_encoding, num_queries, **kwargs)
-            logits.append(self.classifier_of(number)(tokens[:, 0]))
+            logits.append(project(self.classifier_of(number), tokens[:, 0]))
         loss = None
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config)

@@ -23,6 +23,7 @@ from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .module_arguments import check_arguments
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_projection import project
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
 from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
@@ -225,7 +226,7 @@ class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMix
         self.post_init()
 
     def answer(self, stage_index: int, state: State) -> Answer:
-        return {"logits": self.classifier(state["tokens"].flatten(1, 2).mean(dim=1))}
+        return {"logits": project(self.classifier, state["tokens"].flatten(1, 2).mean(dim=1))}
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -21,6 +21,7 @@ from .configuration_thinkingvit import ThinkingViTConfig
 from .module_arguments import check_arguments
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_projection import project
 from .nested_vit import (
     NestedViTAttention,
     NestedViTEmbeddings,
@@ -56,7 +57,7 @@ class ThinkingViTRecycler(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`embeddings` (batch, tokens, next stage's width) and a stage's tokens → the next stage's input, alike."""
-        return embeddings + self.alpha * self.projection(tokens, embeddings.shape[-1])
+        return embeddings + self.alpha * project(self.projection, tokens, embeddings.shape[-1])
 
 
 class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
@@ -228,7 +229,7 @@ class ThinkingViTForImageClassification(
 
     def answer(self, stage_index: int, state: State) -> Answer:
         pruning = {**training_entries(state, self.config.num_prefix_tokens), **kept_entries(state)}
-        return {"logits": self.classifier(state["tokens"][:, 0]), **pruning}
+        return {"logits": project(self.classifier, state["tokens"][:, 0]), **pruning}
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

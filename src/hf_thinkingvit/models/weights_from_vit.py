@@ -183,10 +183,21 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
 
 def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name and parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
-    nested = dict(model.named_parameters())
-    for name, parameter in vit.named_parameters():
+    nested = _own_weights(model)
+    for name, parameter in _own_weights(vit).items():
         name = _our_name(model, vit, name)
         yield name, nested[name], parameter
+
+
+def _own_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters by name; `ValueError` if they are not all that the model computes with."""
+    parameters = dict(model.named_parameters())
+    if adapters := sorted(name for name in parameters if ".base_layer." in name or ".original_module." in name):
+        raise ValueError(
+            f"The {type(model).__name__} has adapters, at {adapters[0]} and {len(adapters) - 1} more, which copies of "
+            "its weights would leave out. Merge them first: `model = peft_model.merge_and_unload()`."
+        )
+    return parameters
 
 
 def _our_name(model: PreTrainedModel, vit: PreTrainedModel, name: str) -> str:
@@ -207,7 +218,7 @@ def pairs_of_layers(
     (leading corner of our model's parameter, the ViT's parameter), for every parameter of the ViT, whose layers are
     those of our model with the numbers `layers`, and whose classifier is ours with the prefix `classifier`.
     """
-    nested = dict(model.named_parameters())
+    nested = _own_weights(model)
     ours = f"{model.base_model_prefix}.layers."
     taken = {f"{ours}{index}.": f"{ours}{number}." for index, number in enumerate(layers)}
     taken["classifier."] = classifier
