@@ -19,6 +19,7 @@ NEEDS_TIMM += (
     "sub_network_distillation",
 )
 NEEDS_TIMM += (
+    "adapters",
     "augmentation",
     "baseline_configurations",
     "distributed_runs",

@@ -33,6 +33,7 @@ from ..evaluation.threshold_points import distinct_thresholds
 from ..hub import accuracy_results, model_card
 from ..models.configuration_staged import thinks_in_stages
 from ..public_names import public_name
+from .adapters import adapter_facts
 from .checkpoints import replace_file
 from .config import TrainingConfig
 from .data import load_data
@@ -306,6 +307,7 @@ def _training_facts(run: TrainingRun, unreadable: list[str]) -> dict[str, Any]:
         "epochs": f"{run.progress.epoch} of {run.num_epochs}, {run.progress.step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g}, times {config.layer_decay:g} for each earlier layer",
+        **adapter_facts(config),
         "seed": config.seed,
         "left out": f"{count} images that cannot be decoded" if count else None,
     }

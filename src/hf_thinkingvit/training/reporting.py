@@ -14,6 +14,7 @@ from ..auto import TASKS
 from ..evaluation.accuracy import kind_of_answers, main_measure
 from ..hub import accuracy_results, model_card
 from ..public_names import public_name
+from .adapters import adapter_facts, merged
 from .checkpoints import replacing_folder
 from .progress import Progress
 from .setup import TrainingSetup
@@ -34,7 +35,7 @@ def save_model(
 
     Args:
         folder (`Path`): may contain the model of an earlier step.
-        model (`PreTrainedModel`): not wrapped.
+        model (`PreTrainedModel`): not wrapped. Adapters are merged in what is saved.
         measured (`dict`): its entry of the task's `evaluate` on the images that choose the best epoch.
         setup (`TrainingSetup`), progress (`Progress`): of the run.
     """
@@ -45,6 +46,7 @@ def save_model(
         "selected_on": setup.data.selected_on,
         **setup.task.record(setup.config),
     }
+    model = merged(model)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         setup.processor.save_pretrained(temporary)
@@ -253,6 +255,7 @@ def _save_card(
         "epochs": f"{epoch} of {setup.num_epochs}, {step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g} at that batch size",
+        **adapter_facts(config),
         "seed": config.seed,
     }
     results = accuracy_results(model, measured, dataset, split=split, selected_on=data.selected_on, training=training)

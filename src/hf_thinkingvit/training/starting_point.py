@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..families import FAMILIES, Family
 from ..models.configuration_checks import as_pair
 from ..models.configuration_labels import label2id_of
+from .adapters import add_adapters
 from .config import TrainingConfig
 from .labels import first_difference, label_names, match_labels
 from .tasks import TrainingTask, training_task
@@ -53,6 +54,8 @@ def build_model(
             raise ValueError(f"`freeze`: no parameter is called {pattern!r}.")
         for parameter in frozen:
             parameter.requires_grad_(False)
+    if config.lora_rank:
+        add_adapters(model, config)
     return model
 
 

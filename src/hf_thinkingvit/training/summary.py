@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedModel
+
 from ..data import ImageSplit
 from ..evaluation.accuracy import DEFAULT, kind_of_answers, main_measure
 from ..evaluation.calibration import Calibration
 from ..evaluation.splits import may_share_images
 from ..evaluation.wording import distinct_labels
+from .config import TrainingConfig
 from .setup import TrainingSetup
 from .splits import other_half
 
@@ -44,6 +47,7 @@ def start_summary(
         *([("left out", _unreadable(unreadable))] if unreadable else []),
         ("model", f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, {_stages(model.config)}"),
         ("starts from", begins or "new weights"),
+        *([("trains", _adapters(config, model))] if config.lora_rank else []),
         (
             "length",
             f"{setup.num_steps} steps of {config.batch_size} images: {setup.num_epochs} epochs{cooldown}, "
@@ -132,6 +136,11 @@ def _unreadable(names: Sequence[str]) -> str:
 def _stages(config: Any) -> str:
     count = getattr(config, "num_stages", None)
     return f"{config.model_type}" if count is None else f"{config.model_type} of {count} stages"
+
+
+def _adapters(config: TrainingConfig, model: PreTrainedModel) -> str:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{trained / 1e6:.3g} M parameters: LoRA adapters of rank {config.lora_rank}, and what is not in the layers"
 
 
 def _decay(layer_decay: float) -> str:
