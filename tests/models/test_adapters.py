@@ -5,8 +5,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from PIL import Image
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
+from hf_thinkingvit.hub import push
+from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.models.nested_projection import project
 from tests.models.every_family import EVERY_FAMILY, every_answer
@@ -237,6 +240,17 @@ def test_engine_runs_the_adapters():
     torch.testing.assert_close(torch.stack([result.logits for result in results]), expected.logits)
 
 
+def test_adaptive_pipeline_runs_the_adapters():
+    model, image = adapted(lively_model(), lora()), Image.new("RGB", (40, 32), (200, 90, 10))
+    arguments = {"image_processor": evaluation_image_processor(32), "top_k": 1}
+    classifier = pipeline("adaptive-image-classification", model=model, **arguments)
+    adapted_score = classifier([image, image], threshold=0.0)[1][0]["score"]
+    expected = pipeline("adaptive-image-classification", model=copy.deepcopy(model).merge_and_unload(), **arguments)
+    assert adapted_score == pytest.approx(expected(image, threshold=0.0)[0]["score"], abs=1e-5)
+    with model.disable_adapter():
+        assert classifier(image, threshold=0.0)[0]["score"] != pytest.approx(adapted_score, abs=1e-3)
+
+
 @pytest.mark.parametrize("make", [lively_model, lively_avit])
 @torch.no_grad()
 def test_in_half_precision(make):
@@ -247,8 +261,11 @@ def test_in_half_precision(make):
     torch.testing.assert_close(half.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
 
 
-def test_extracting_a_stage_asks_to_merge_first():
+def test_copies_of_the_weights_ask_to_merge_first(tmp_path):
     model = adapted(lively_model(), lora(["q_proj"]))
-    with pytest.raises(ValueError, match="merge_and_unload"):
+    with pytest.raises(ValueError, match="has adapters, which a copy of its weights would leave out.*merge_and_unload"):
         model.base_model.model.extract_stage(0)
+    with pytest.raises(ValueError, match="its published weights.*merge_and_unload"):
+        push(model.base_model.model, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
+    assert not (tmp_path / "push").exists()
     assert model.merge_and_unload().extract_stage(0).config.num_attention_heads == 1

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..families import FAMILIES
+from ..models.nested_projection import check_merged
 from .card import model_card
 from .results import published_calibration, read_results
 
@@ -145,6 +146,7 @@ def _check_model(model: PreTrainedModel) -> None:
     names = [head.__name__ for family in FAMILIES.values() for head in family.heads.values()]
     if type(model).__name__ not in names:
         raise ValueError(f"`model` must be one of {', '.join(names)}, unwrapped, got {type(model).__name__}.")
+    check_merged(model, "its published weights")
 
 
 def _commit(folder: Path, api: HfApi, repo_id: str, private: bool, message: str) -> CommitInfo:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
@@ -21,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .module_arguments import check_arguments
+from .module_quantization import QuantizablePreTrainedModel
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_projection import project
@@ -69,7 +69,7 @@ class ThinkingSwinRecycler(nn.Module):
         return (squares + recycled).flatten(3, 4).flatten(1, 2)
 
 
-class ThinkingSwinPreTrainedModel(PreTrainedModel):
+class ThinkingSwinPreTrainedModel(QuantizablePreTrainedModel):
     config: ThinkingSwinConfig
     base_model_prefix = "thinking_swin"
     main_input_name = "pixel_values"

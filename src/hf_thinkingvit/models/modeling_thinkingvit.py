@@ -42,7 +42,7 @@ from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifie
 
 
 if TYPE_CHECKING:
-    # Never runs: Transformers copies the files that relative imports name along with a model; `auto_map` names these.
+    # Never runs: Transformers copies the files that relative imports name; `auto_map` of a saved model names these.
     from .modeling_thinkingvit_backbone import ThinkingViTBackbone  # noqa: F401
     from .modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation  # noqa: F401
 

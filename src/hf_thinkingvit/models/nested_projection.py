@@ -100,4 +100,14 @@ def _adds_to_nested(layer: nn.Module, base: nn.Module) -> bool:
     return is_lora and layer.base_layer is base and is_nested(base)
 
 
-__all__ = ["LeadingCorner", "project", "project_patches"]
+def check_merged(model: nn.Module, use: str) -> None:
+    """`ValueError` for adapters in `model`, which what is called `use` would leave out."""
+    names = [name for name, _ in model.named_parameters() if ".base_layer." in name or ".original_module." in name]
+    if names:
+        raise ValueError(
+            f"{type(model).__name__} has adapters, which {use} would leave out: {names[0].rpartition('.')[0]} and "
+            f"{len(names) - 1} more. Merge them first: `model = peft_model.merge_and_unload()`."
+        )
+
+
+__all__ = ["LeadingCorner", "check_merged", "project", "project_patches"]

@@ -213,8 +213,10 @@ class NestedQKV(LeadingSliceMixin, nn.Linear):
     def _corner(self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]):
         if self.slicing == "leading_rows":
             return super()._corner(weight, bias, sizes)
-        biases = [None] * 3 if bias is None else bias.chunk(3)
-        return [super(NestedQKV, self)._corner(*part, sizes) for part in zip(weight.chunk(3), biases)]
+        # Slices instead of `chunk`, which quantised tensors do not have.
+        blocks = [slice(start, start + self.in_features) for start in range(0, self.out_features, self.in_features)]
+        parts = [(weight[block], None if bias is None else bias[block]) for block in blocks]
+        return [super(NestedQKV, self)._corner(*part, sizes) for part in parts]
 
 
 class NestedSwinAttention(nn.Module):

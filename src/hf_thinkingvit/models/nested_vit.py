@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,6 +17,7 @@ from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .configuration_checks import as_pair
 from .configuration_nested_vit import NestedViTConfig
+from .module_quantization import QuantizablePreTrainedModel
 from .nested_layers import (
     NestedConv2d,
     NestedLayerNorm,
@@ -327,7 +327,7 @@ def finish_layers(
     return layers[number](hidden_states, sub_network.at_layer(number), None, None, key, value, **kwargs)
 
 
-class NestedViTPreTrainedModel(PreTrainedModel):
+class NestedViTPreTrainedModel(QuantizablePreTrainedModel):
     """What Transformers needs to know of a model made of these blocks."""
 
     config: NestedViTConfig

@@ -64,7 +64,9 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if "threshold" not in inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters:
+        model = getattr(self.model, "_orig_mod", self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # within PEFT's adapters
+        if "threshold" not in inspect.signature(model.forward).parameters:
             raise ValueError(
                 f"{type(self.model).__name__} does not think in stages: its forward takes no `threshold`. "
                 'Use `pipeline("image-classification")` for it.'

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .configuration_avit import AViTConfig
 from .configuration_labels import complete_labels
 from .configuration_thinkingvit import ThinkingViTConfig
+from .nested_projection import check_merged
 
 
 logger = logging.get_logger(__name__)
@@ -190,13 +191,15 @@ def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, 
 
 
 def _own_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The parameters by name; `ValueError` if they are not all that the model computes with."""
+    """The parameters by name; `ValueError` if they are not all that the model computes with, or no plain ones."""
+    check_merged(model, "a copy of its weights")
     parameters = dict(model.named_parameters())
-    if adapters := sorted(name for name in parameters if ".base_layer." in name or ".original_module." in name):
-        raise ValueError(
-            f"The {type(model).__name__} has adapters, at {adapters[0]} and {len(adapters) - 1} more, which copies of "
-            "its weights would leave out. Merge them first: `model = peft_model.merge_and_unload()`."
-        )
+    for name, parameter in parameters.items():
+        if type(parameter) is not torch.nn.Parameter:
+            raise ValueError(
+                f"{type(model).__name__} has weights that are no plain parameters, but quantised or sharded: {name} is "
+                f"of {type(parameter).__name__}. Load it without quantisation first."
+            )
     return parameters
 
 
