@@ -2,6 +2,7 @@
 
 from .auto import register_models
 from .conversion import convert_checkpoint
+from .conversion.loading import load_arguments
 from .inference import AdaptiveImageClassificationPipeline
 from .inference.pipeline import register_pipeline
 from .models.configuration_avit import AViTConfig
@@ -46,6 +47,7 @@ from .models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegm
 from .models.sub_networks import SubNetwork
 from .models.task_classification import StagedImageClassifierOutput
 from .models.task_segmentation import StagedSemanticSegmenterOutput
+from .models.weights_from_official import set_converter
 from .version import __version__
 
 
@@ -91,3 +93,4 @@ __all__ = [
 
 register_models()
 register_pipeline()
+set_converter(load_arguments)  # `from_pretrained` takes official checkpoints

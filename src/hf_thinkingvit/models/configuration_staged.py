@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .configuration_checks import as_plain_numbers, check_label_smoothing
+from .configuration_checks import OwnLayoutMixin, as_plain_numbers, check_label_smoothing
 from .exit_criteria import same_threshold, suits_problem_type
 from .exit_rules import check_exit_fields, default_exit_fields
 
@@ -58,7 +58,7 @@ def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
     return bool(is_staged)
 
 
-class StagedConfig(PreTrainedConfig):
+class StagedConfig(OwnLayoutMixin, PreTrainedConfig):
     r"""
     Fields of models that answer in stages: the exit rule, and the weights of the stages in training. Subclasses define
     the stages in `stages`.

@@ -29,6 +29,7 @@ from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_sta
 from .staged_run import Answer, State
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .token_policies import layer_entries
+from .weights_from_official import OfficialSourcesMixin
 from .weights_from_swin import import_swin, load_swin, thinking_swin_config_from_swin
 
 
@@ -69,7 +70,7 @@ class ThinkingSwinRecycler(nn.Module):
         return (squares + recycled).flatten(3, 4).flatten(1, 2)
 
 
-class ThinkingSwinPreTrainedModel(QuantizablePreTrainedModel):
+class ThinkingSwinPreTrainedModel(OfficialSourcesMixin, QuantizablePreTrainedModel):
     config: ThinkingSwinConfig
     base_model_prefix = "thinking_swin"
     main_input_name = "pixel_values"

@@ -30,6 +30,7 @@ from .nested_layers import (
 from .nested_projection import project, project_patches
 from .sub_networks import SubNetwork
 from .token_policies import TokenPolicy
+from .weights_from_official import OfficialSourcesMixin
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
@@ -327,7 +328,7 @@ def finish_layers(
     return layers[number](hidden_states, sub_network.at_layer(number), None, None, key, value, **kwargs)
 
 
-class NestedViTPreTrainedModel(QuantizablePreTrainedModel):
+class NestedViTPreTrainedModel(OfficialSourcesMixin, QuantizablePreTrainedModel):
     """What Transformers needs to know of a model made of these blocks."""
 
     config: NestedViTConfig
