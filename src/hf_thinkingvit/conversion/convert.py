@@ -107,10 +107,8 @@ def convert(checkpoint: Checkpoint, **config_overrides) -> Converted:
             raise ValueError(f"{checkpoint.path}: {name} must have {dimensions} dimensions, got the shape {shape}.")
     checkpoint = replace(checkpoint, state_dict=official.prepare(checkpoint, **config_overrides))
     labels = label_fields(checkpoint, official.num_labels(checkpoint.state_dict), config_overrides)
-    config, model_class = (
-        official.build_config(checkpoint, **{**labels, **config_overrides}),
-        family.heads[official.task],
-    )
+    config = official.build_config(checkpoint, **{**labels, **config_overrides})
+    model_class = family.heads[official.task]
     with torch.device("meta"):  # names and shapes alone
         parameters = model_class(config).state_dict()
     official_names = {name: official.official_name(name) for name in parameters}

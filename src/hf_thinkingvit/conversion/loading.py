@@ -39,9 +39,7 @@ def load_arguments(
         ValueError: if it is damaged, of another family or task than the class, or an argument cannot apply to it.
     """
     if chosen := [name for name in TRANSFORMERS_FILES if kwargs.get(name) is not None]:
-        raise ValueError(
-            f"`{chosen[0]}` is about files in Transformers' layout, and {source} is in that of its authors."
-        )
+        raise ValueError(f"`{chosen[0]}` is about files in Transformers' layout, and {source} is in its authors'.")
     checkpoint = read_checkpoint(source, **hub_arguments(kwargs))
     fields = config_fields(model_class.config_class)
     overrides = {name: value for name, value in kwargs.items() if name in fields and value is not None}

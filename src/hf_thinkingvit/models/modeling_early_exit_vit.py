@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -116,7 +116,7 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
         max_stages: int | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
@@ -124,8 +124,9 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens after the last
-            layer that ran and the final LayerNorm, `(batch_size, tokens, hidden_size)`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` are the tokens after the
+            last layer that ran and the final LayerNorm, `(batch_size, tokens, hidden_size)`; `pooler_output` is their
+            class token.
 
         Raises:
             ValueError: for pixel values or `max_stages` that do not fit the model.
@@ -134,7 +135,8 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages)
         state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layernorm(state["tokens"]))
+        tokens = self.layernorm(state["tokens"])
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
 
 
 class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMixin, EarlyExitViTPreTrainedModel):

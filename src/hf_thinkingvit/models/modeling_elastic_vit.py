@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -114,7 +114,7 @@ class ElasticViTModel(ElasticViTPreTrainedModel):
         intermediate_size: int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
@@ -124,8 +124,8 @@ class ElasticViTModel(ElasticViTPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutput`]: the tokens after the final LayerNorm, `(batch_size,
-            tokens, width of the sub-network)`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tokens after the final LayerNorm,
+            `(batch_size, tokens, width of the sub-network)`, and as `pooler_output` the class token.
 
         Raises:
             ValueError: for pixel values, `sub_network` or `intermediate_size` that do not fit the model.
@@ -133,7 +133,8 @@ class ElasticViTModel(ElasticViTPreTrainedModel):
         """
         check_arguments(self, kwargs)
         network = resolve_network(self.config, sub_network, intermediate_size)
-        return BaseModelOutput(self.run(pixel_values, network, interpolate_pos_encoding, **kwargs))
+        tokens = self.run(pixel_values, network, interpolate_pos_encoding, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
 
     def run(
         self,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -31,7 +31,7 @@ from .nested_vit import (
     finish_layers,
     run_layers,
 )
-from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
+from .staged_loop import StagedModelMixin, resolve_feature_stages, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
@@ -83,9 +83,7 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
 
 
 class ThinkingViTModel(ThinkingViTPreTrainedModel):
-    """
-    The bare ThinkingViT. `forward` runs every stage for every image, since without an answer nothing can exit.
-    """
+    """The bare ThinkingViT. `forward` runs every stage for every image, since without an answer nothing can exit."""
 
     def __init__(self, config: ThinkingViTConfig):
         super().__init__(config)
@@ -178,29 +176,30 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
-            max_stages (`int`, *optional*): run only this many stages; all by default.
+            max_stages (`int`, *optional*): run only this many stages; by default up to `config.out_stage`, or all.
             sub_network (`int`, *optional*): run the sub-network of this stage alone, without recycled tokens.
             keep_rate (`float` or `list[float]`, *optional*): instead of `config.pruning_keep_rate`.
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens of the last stage
-            that ran, after the final LayerNorm, `(batch_size, tokens, width of that stage)`; after pruning, patches by
-            descending score. `hidden_states` and `attentions` are as in `StagedImageClassifierOutput`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` are tokens of the last
+            stage that ran, after the final LayerNorm, `(batch_size, tokens, its width)`, after pruning patches by
+            descending score; `pooler_output` is the class token. `hidden_states` and `attentions` are as in
+            `StagedImageClassifierOutput`.
 
         Raises:
             ValueError: for pixel values, `max_stages`, `sub_network` or `keep_rate` that do not fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
-        stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
+        stages = resolve_feature_stages(self.config, max_stages, sub_network)
         self.score_predictors.check_keep_rate(keep_rate)
         state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, keep_rate=keep_rate, **kwargs)
-        return BaseModelOutput(last_hidden_state=state["tokens"])
+        return BaseModelOutputWithPooling(last_hidden_state=state["tokens"], pooler_output=state["tokens"][:, 0])
 
 
 class ThinkingViTForImageClassification(
@@ -306,10 +305,9 @@ class ThinkingViTForImageClassification(
     @classmethod
     def from_vit(cls, source, thinking_stages=None, **config_overrides) -> "ThinkingViTForImageClassification":
         r"""
-        Start from a trained plain ViT (the plug-in upgrade of the ThinkingViT paper).
-
-        The source goes into the leading channels and heads; the rest is freshly initialised. With a source as wide as
-        stage 0, stage 0 gives its logits. One between the widths of two stages is a start for training only.
+        Start from a trained plain ViT (the plug-in upgrade of the ThinkingViT paper). It goes into the leading channels
+        and heads; the rest is freshly initialised. With a source as wide as stage 0, stage 0 gives its logits. One
+        between the widths of two stages is a start for training only.
 
         Args:
             source (`str`, `os.PathLike`, `ViTForImageClassification` or `DeiTForImageClassification`):

@@ -65,6 +65,13 @@ def resolve_stages(
     return range(max_stages)
 
 
+def resolve_feature_stages(config, max_stages: int | None = None, sub_network: int | None = None) -> range:
+    """The same for a bare model, which by default runs the stages up to that whose features are read."""
+    if max_stages is None and sub_network is None:
+        max_stages = config.feature_stage + 1
+    return resolve_stages(config.num_stages, max_stages, sub_network)
+
+
 def step_stage(
     model: "StagedModelMixin",
     rule: ExitRule,
@@ -236,4 +243,12 @@ class StagedModelMixin(CompiledStagesMixin, Task):
         return self.base_model.recycle(stage_index, state, **kwargs)
 
 
-__all__ = ["StagedModelMixin", "first_state", "resolve_stages", "run_backbone", "run_stages", "step_stage"]
+__all__ = [
+    "StagedModelMixin",
+    "first_state",
+    "resolve_feature_stages",
+    "resolve_stages",
+    "run_backbone",
+    "run_stages",
+    "step_stage",
+]

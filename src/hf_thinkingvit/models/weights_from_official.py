@@ -1,8 +1,8 @@
 """
 `from_pretrained` of checkpoints in their authors' layout, which are converted in memory.
 
-The conversion is part of the package `hf_thinkingvit`, which hands it over when it is imported (`set_converter`). Models
-that were loaded with the code of their own folder do not have it, and say so.
+The conversion is part of the package `hf_thinkingvit`, which hands it over when it is imported (`set_converter`).
+Models that were loaded with the code of their own folder do not have it, and say so.
 """
 
 import json
