@@ -57,12 +57,17 @@ def project(
         return layer(hidden_states, out_features)
     base = base_layer(layer)
     if not hasattr(base, "in_features"):  # a module of the user's own, which knows what it replaces
-        return layer(hidden_states, out_features)
+        return layer(hidden_states) if out_features is None else layer(hidden_states, out_features)
     if hidden_states.dim() > 3:  # some adapters (OFT) take four dimensions for an image of a convolution
         output = project(layer, hidden_states.flatten(1, -2), out_features, row_blocks)
         return output.unflatten(1, hidden_states.shape[1:-1])
     width = hidden_states.shape[-1]
     out_features = base.out_features if out_features is None else out_features
+    if width > base.in_features or out_features > base.out_features:
+        raise ValueError(
+            f"A {type(layer).__name__} of {base.in_features} inputs and {base.out_features} outputs is in a place "
+            f"where {width} and {out_features} are needed."
+        )
     if width == base.in_features and out_features == base.out_features:
         return layer(hidden_states)
     hidden_states = nn.functional.pad(hidden_states, (0, base.in_features - width))
