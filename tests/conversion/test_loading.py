@@ -180,6 +180,8 @@ def test_other_sources_are_loaded_as_ever(tmp_path):
     weights = model.state_dict()
     assert_golden(ThinkingViTForImageClassification.from_pretrained(None, config=model.config, state_dict=weights))
     config = copy.deepcopy(model.config)
+    shutil.copytree(tmp_path / "saved", tmp_path / "bare").joinpath("config.json").unlink()
+    assert_golden(ThinkingViTForImageClassification.from_pretrained(tmp_path / "bare", config=config))
     with pytest.raises(OSError):
         ThinkingViTForImageClassification.from_pretrained(tmp_path / "empty", config=config)
     for missing in (tmp_path / "nothing", "org/nothing", "nothing.pth"):
@@ -190,6 +192,8 @@ def test_other_sources_are_loaded_as_ever(tmp_path):
 def test_arguments_for_other_layouts_are_refused():
     with pytest.raises(ValueError, match="`variant` is about files in Transformers' layout"):
         ThinkingViTForImageClassification.from_pretrained(FOLDER, variant="fp16")
+    with pytest.raises(ValueError, match="`config` follows from the files"):
+        ThinkingViTForImageClassification.from_pretrained(FOLDER, config=ThinkingViTConfig())
 
 
 def test_code_of_a_folder_says_what_converts(monkeypatch):

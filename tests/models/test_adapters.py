@@ -98,6 +98,7 @@ OTHER_METHODS = {
     "lora of patches": lambda: lora(["patch_embeddings", "classifier"]),
     "lora with trained copies": lambda: lora(["fc1", "qkv"], modules_to_save=["classifier"]),
     "lora with bias": lambda: lora(["fc1", "o_proj"], lora_bias=True),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=PROJECTIONS, total_step=10),
     "ia3": lambda: peft.IA3Config(target_modules=PROJECTIONS, feedforward_modules=["fc2"]),
     "loha": lambda: peft.LoHaConfig(r=2, target_modules=PROJECTIONS),
     "lokr": lambda: peft.LoKrConfig(r=2, target_modules=PROJECTIONS),

@@ -40,6 +40,11 @@ def load_arguments(
     """
     if chosen := [name for name in TRANSFORMERS_FILES if kwargs.get(name) is not None]:
         raise ValueError(f"`{chosen[0]}` is about files in Transformers' layout, and {source} is in its authors'.")
+    if kwargs.get("config") is not None:
+        raise ValueError(
+            f"`config` follows from the files of {source}, an official checkpoint: give fields of it instead, such as "
+            "`threshold=0.9`."
+        )
     checkpoint = read_checkpoint(source, **hub_arguments(kwargs))
     fields = config_fields(model_class.config_class)
     overrides = {name: value for name, value in kwargs.items() if name in fields and value is not None}

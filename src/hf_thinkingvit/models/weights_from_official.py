@@ -42,18 +42,19 @@ def is_official(source: str | os.PathLike | None, kwargs: dict[str, Any]) -> boo
     Whether `source` is a file of weights, a folder of such a file alone, or a folder or Hub id whose `config.json` has
     no `model_type`, which every configuration of Transformers has. `kwargs` are those of `from_pretrained`.
     """
-    given = [kwargs.get(name) is not None for name in ("config", "state_dict", "gguf_file")]
-    if source is None or any(given):
+    if source is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
         return False
-    path = Path(source)
+    path, has_config = Path(source), kwargs.get("config") is not None
     if path.is_file():
         return True
     if path.is_dir():
         path = path / (kwargs.get("subfolder") or "")
         if not (path / "config.json").is_file():
             files = [file.name for file in path.iterdir()] if path.is_dir() else []
-            return _ADAPTERS not in files and any(name.endswith(_WEIGHTS) for name in files)
+            return not has_config and _ADAPTERS not in files and any(name.endswith(_WEIGHTS) for name in files)
         config_file = path / "config.json"
+    elif has_config:  # Auto classes have read the repository's, which has a `model_type`
+        return False
     else:
         try:
             config_file = cached_file(str(source), "config.json", **hub_arguments(kwargs))
