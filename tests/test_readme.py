@@ -20,7 +20,10 @@ from tests.utils import FIXTURES, lively_model
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [
     REPOSITORY / "README.md",
-    *(REPOSITORY / "docs" / name for name in ("adapters.md", "converting.md", "extending.md", "inference.md", "models.md")),
+    *(
+        REPOSITORY / "docs" / name
+        for name in ("adapters.md", "converting.md", "extending.md", "inference.md", "models.md")
+    ),
     *sorted(REPOSITORY.glob("examples/checkpoints/*/README.md")),
 ]
 
