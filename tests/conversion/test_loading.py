@@ -275,6 +275,7 @@ def _as_file(weights: dict[str, torch.Tensor]) -> bytes:
     return save(weights)
 
 
+@pytest.mark.slow
 def test_from_a_hub(server, tmp_path):
     public, (pinned, old) = "authors/thinkingvit", (each[1][0] for each in _commits(server))
     found = load_from_there(

@@ -218,6 +218,7 @@ def test_several_adapters():
         model(images, adapter_names=names, threshold=[threshold, 0.0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_stages_notice_adapters():
     model, images = lively_model(num_hidden_layers=1, thinking_stages=[2, 4]), random_images(2)

@@ -78,6 +78,7 @@ def test_saved_models_are_merged(sources, images, tmp_path):
     assert "LoRA of rank 2, merged" in (tmp_path / "last" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_adapters(sources, images, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(parse_config(words(images, whole, sources / "thinkingvit")))
@@ -123,6 +124,7 @@ def test_fields_that_do_not_fit(fields, message, tmp_path):
         TrainingConfig(dataset="images", output_dir=str(tmp_path), **fields).check()
 
 
+@pytest.mark.slow
 def test_fine_tuning_in_one_call(photos, tmp_path):  # noqa: F811
     source = tmp_path / "source"
     lively_model(thinking_stages=[1, 2], hidden_size=16, num_hidden_layers=1).save_pretrained(source)
