@@ -264,6 +264,7 @@ Publish a trained model: weights, image processor, code and a model card with th
     hf-thinkingvit push --model MODEL --repo-id org/name --results results.json --license mit
 
 The first command writes everything to a folder for inspection. The second needs `hf auth login` and makes one commit.
+With `--space`, a demo of the model is published as well, as a Space (in `space` of the folder, with `--dry-run`).
 `hf_thinkingvit.hub.results` describes the results file.
 """
 
@@ -279,4 +280,12 @@ def push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--datasets", nargs="+", help="Hub ids of what the model was trained on")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--commit-message", default="Upload model", help="of the commit")
+    parser.add_argument(
+        "--space",
+        nargs="?",
+        const=True,
+        metavar="REPO_ID",
+        help="also publish a demo as a Space, by default with the same organization/name as the model",
+    )
+    parser.add_argument("--space-images", type=Path, metavar="FOLDER", help="samples for the Space, published with it")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write everything to this folder instead")
