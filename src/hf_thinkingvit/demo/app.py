@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -68,7 +69,7 @@ class Models:
             raise ValueError(f"`{name}` is no id of a model on the Hub.")
         with self._lock:
             if name not in self._loaded:
-                model, processor = load_model(name, task=None)
+                model, processor = load_model(name, task=None, dtype=torch.float32)
                 self._loaded[name] = model.to(best_device()), processor
             self._loaded.move_to_end(name)
             while len(self._loaded) > LOADED_MODELS:
