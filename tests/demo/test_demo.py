@@ -146,6 +146,8 @@ class TestModels:
         assert (properties["minimum"], properties["maximum"], properties["value"]) == (0.0, 1.0, 0.9)
         assert "is above τ" in properties["info"]
         assert slider_of(lively_avit()) == {"visible": False}
+        regression = lively_model(problem_type="regression", threshold=0.0)
+        assert slider_of(regression) == {"visible": False}
 
 
 def browser_program(name: str) -> str | None:

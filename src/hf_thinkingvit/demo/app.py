@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..commands.command import DEBUG_HELP, find_image_files, user_errors
 from ..commands.loading import best_device, load_model
 from ..evaluation.inspection import ImageInspection, inspect_image
 from ..flags import HelpFormatter, LineParser
+from ..models.configuration_checks import configured_problem_type
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_criteria import EXIT_CRITERIA
 from .rendering import STYLE, render
@@ -41,6 +42,7 @@ MONOSPACE = ["ui-monospace", "Consolas", "monospace"]
 LOADED_MODELS = 2  # at a time
 STEPS = 100  # of the slider
 LARGEST = "20mb"  # of an uploaded file
+KEPT = 3600  # seconds that an uploaded file is kept
 
 
 try:
@@ -77,11 +79,16 @@ class Models:
             return self._loaded[name]
 
 
+def has_slider(config: PreTrainedConfig) -> bool:
+    """Whether τ can be chosen: not where one stage answers, nor of a regression, which no criterion judges."""
+    return thinks_in_stages(config) and config.num_stages > 1 and configured_problem_type(config) != "regression"
+
+
 def slider_of(model: PreTrainedModel) -> dict[str, Any]:
     """The properties of the slider for a model: its range is that of the exit criterion's scores."""
-    if not thinks_in_stages(model) or model.config.num_stages == 1:
-        return {"visible": False}
     config = model.config
+    if not has_slider(config):
+        return {"visible": False}
     criterion = EXIT_CRITERIA[config.exit_criterion]
     maximum = round(criterion.maximum(config.num_labels, config.entropy_top_k), 4)
     threshold = config.threshold[0] if isinstance(config.threshold, (list, tuple)) else config.threshold
@@ -140,7 +147,7 @@ def build_demo(models: Sequence[str], samples: Sequence[str | Path] = (), hub_on
         """Decide again under another τ."""
         return WAITING if inspection is None else render(inspection, _used(inspection, threshold))
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as demo:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as demo:
         gr.Markdown(INTRODUCTION)
         inspected = gr.State()
         with gr.Row():
@@ -182,7 +189,7 @@ def build_demo(models: Sequence[str], samples: Sequence[str | Path] = (), hub_on
 
 def _used(inspection: ImageInspection, threshold: float) -> float | None:
     """The slider's τ, where the model has one."""
-    return threshold if inspection.scores is not None and inspection.num_answers > 1 else None
+    return threshold if has_slider(inspection.config) else None
 
 
 def _model_words(hub_only: bool) -> str:
