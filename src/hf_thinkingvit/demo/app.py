@@ -28,6 +28,12 @@ from ..models.exit_criteria import EXIT_CRITERIA
 from .rendering import STYLE, render
 
 
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError('The demo needs gradio: pip install "hf-thinkingvit[space]"') from error
+
+
 TITLE = "Vision transformers that think as long as they need"
 INTRODUCTION = f"""
 # {TITLE}
@@ -43,12 +49,6 @@ LOADED_MODELS = 2  # at a time
 STEPS = 100  # of the slider
 LARGEST = "20mb"  # of an uploaded file
 KEPT = 3600  # seconds that an uploaded file is kept
-
-
-try:
-    import gradio as gr
-except ImportError as error:
-    raise ImportError('The demo needs gradio: pip install "hf-thinkingvit[space]"') from error
 
 
 class Models:
