@@ -227,9 +227,9 @@ def test_windows_in_a_forward_pass_are_bounded(model, tmp_path):
 
 
 def test_qualities_read_only_windows_that_move(answers, monkeypatch):
-    grid, read, sum_at = threshold_grid(answers), [], StageConfusions._sum_at
+    grid, read, sum_at = threshold_grid(answers), [], StageConfusions.sum_at
     monkeypatch.setattr(
-        StageConfusions, "_sum_at", lambda self, rows, stages: read.append(len(rows)) or sum_at(self, rows, stages)
+        StageConfusions, "sum_at", lambda self, rows, stages: read.append(len(rows)) or sum_at(self, rows, stages)
     )
     found = answers.qualities(grid)
     assert sum(read) <= len(answers.scores) * (1 + 2 * (answers.num_stages - 1))

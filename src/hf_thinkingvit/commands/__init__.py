@@ -12,6 +12,7 @@ COMMANDS = {
     "finetune": "a model for a folder of images, with a calibrated τ",
     "train": "a model as a YAML file and flags configure it",
     "sweep": "accuracy and cost at every τ",
+    "analyze": "gains by class, entropies by stage, the easiest and the hardest images",
     "calibrate": "τ for a limit on the loss of accuracy, or for a budget",
     "classify": "a folder or dataset of images, to JSONL or Parquet",
     "segment": "the images of a folder in sliding windows",

@@ -143,6 +143,38 @@ def sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streaming", action="store_true", help="read the images without downloading them first")
 
 
+ANALYZE = """
+Look at a model's answers image by image:
+
+    hf-thinkingvit analyze --model MODEL --dataset uoft-cs/cifar10
+    hf-thinkingvit analyze --model AVIT --dataset photographs/ --classes --baseline facebook/deit-tiny-patch16-224
+
+`--classes`: which classes gain and which lose, from the first stage to the last, or against another model
+(`--baseline`), and how deep an A-ViT's tokens go. `--histograms`: the entropies of every stage's answers, right and
+wrong ones apart. `--examples`: the images that leave first and those that go on longest, with their answers. Without
+these flags, all three. Tables are written as CSV, pictures as PNG. Needs `pip install "hf-thinkingvit[examples]"`.
+"""
+
+
+def analyze(parser: argparse.ArgumentParser) -> None:
+    parser.description = ANALYZE
+    add_model(parser)
+    add_output_dir(parser, "outputs/analysis", "tables and pictures")
+    parser.add_argument("--classes", action="store_true", help="the table by class")
+    parser.add_argument("--histograms", action="store_true", help="of the entropies of every stage")
+    parser.add_argument(
+        "--examples",
+        type=positive,
+        nargs="?",
+        const=12,
+        metavar="COUNT",
+        help="how many of the easiest and of the hardest images to draw, 12 if no number is given",
+    )
+    parser.add_argument("--baseline", help="folder or Hub id of a classifier, also of Transformers, to compare classes")
+    parser.add_argument("--threshold", type=float, nargs="+", help="τ, one or one per exit; by default the model's")
+    add_evaluation(parser)
+
+
 CALIBRATE = """
 Choose τ for a limit on the loss of accuracy, or for a budget of compute:
 
@@ -264,6 +296,7 @@ Publish a trained model: weights, image processor, code and a model card with th
     hf-thinkingvit push --model MODEL --repo-id org/name --results results.json --license mit
 
 The first command writes everything to a folder for inspection. The second needs `hf auth login` and makes one commit.
+With `--space`, a demo of the model is published as well, as a Space (in `space` of the folder, with `--dry-run`).
 `hf_thinkingvit.hub.results` describes the results file.
 """
 
@@ -279,4 +312,12 @@ def push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--datasets", nargs="+", help="Hub ids of what the model was trained on")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--commit-message", default="Upload model", help="of the commit")
+    parser.add_argument(
+        "--space",
+        nargs="?",
+        const=True,
+        metavar="REPO_ID",
+        help="also publish a demo as a Space, by default with the same organization/name as the model",
+    )
+    parser.add_argument("--space-images", type=Path, metavar="FOLDER", help="samples for the Space, published with it")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write everything to this folder instead")
