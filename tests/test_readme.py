@@ -85,7 +85,7 @@ def given(folder: Path) -> dict:
 
 def test_snippets_are_found():
     per_document = [len(snippets(document)) for document in DOCUMENTS]
-    assert per_document[0] >= 7
+    assert per_document[0] >= 2
     assert min(per_document) >= 1
     assert sum(per_document) == sum(document.read_text(encoding="utf-8").count("```python") for document in DOCUMENTS)
 
