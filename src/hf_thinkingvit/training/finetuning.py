@@ -304,6 +304,7 @@ def _training_facts(run: TrainingRun, unreadable: list[str]) -> dict[str, Any]:
     return {
         "data": f"`{public_name(config.dataset)}`, split `{config.train_split}`, {run.num_images} images",
         "started from": public_name(config.from_vit or config.from_pretrained),
+        "classifier": f"starts from {run.progress.classifier}" if run.progress.classifier else None,
         "epochs": f"{run.progress.epoch} of {run.num_epochs}, {run.progress.step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g}, times {config.layer_decay:g} for each earlier layer",

@@ -117,6 +117,8 @@ def settings_for(num_images: int, model_type: str, from_plain: bool, given: Mapp
         **augmentation,
         "mixup": 0.2 if mixes else 0.0,
         "cutmix": 0.2 if mixes else 0.0,
+        "probe_images": 5000,
+        "eval_start": True,
         "eval_epochs": max(1, epochs // 10),
         "num_workers": workers,
         "keep_checkpoints": 1,
