@@ -99,20 +99,21 @@ def start_classifier(setup: "TrainingSetup", known: Collection[int]) -> str | No
     batches = evaluation_batches(split, setup.processor, config.eval_batch_size, config.num_workers)
     with accelerator.autocast():
         features = collect_features(model, classifiers, batches, accelerator.device)
+    parameters = [parameter for classifier in classifiers for parameter in classifier.parameters()]
+    unknown = [index for index in range(model.config.num_labels) if index not in known]
     with torch.no_grad():
-        unknown = [index for index in range(model.config.num_labels) if index not in known]
-        for parameter in (each for classifier in classifiers for each in classifier.parameters()):
+        for parameter in parameters:
             parameter[unknown] = 0.0
-    strength = fit_probe(features)
-    for parameter in (each for classifier in classifiers for each in classifier.parameters()):
-        parameter.data = broadcast(parameter.data)  # those of the main process, whatever rounding did in the others
+        strength = fit_probe(features)
+        for parameter in parameters:  # the main process's in all of them, whatever rounding did in the others
+            parameter.copy_(broadcast(parameter.detach()))
     if setup.ema is not None:
         setup.ema.set(model)
     return _in_words(strength, len(split.rows), len(known), model.config.num_labels)
 
 
 def _in_words(strength: float | None, images: int, known: int, num_labels: int) -> str:
-    rows = f"the source's rows of {known} of {num_labels} labels"
+    rows = f"the source's rows of {known} of {num_labels} labels" if known else "zeros"
     if strength is None:
         return f"{rows}, as they are: in cross-validation on {images} images, no probe was clearly better"
     towards = f" from {rows}" if known else ""
@@ -120,9 +121,8 @@ def _in_words(strength: float | None, images: int, known: int, num_labels: int) 
 
 
 def _trained_classifiers(model: nn.Module, heads: Sequence[str]) -> list[nn.Linear]:
-    parts = [
-        part for head in heads if getattr(model, head, None) is not None for part in getattr(model, head).modules()
-    ]
+    there = [getattr(model, head) for head in heads if getattr(model, head, None) is not None]
+    parts = [part for head in there for part in head.modules()]
     return [part for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad]
 
 

@@ -269,8 +269,8 @@ class TrainingConfig:
             raise ValueError(f"{family.name} has models for {sorted(family.heads)}, but `task` is {self.task!r}.")
         if self.task != IMAGE_CLASSIFICATION and (self.uses_mixup or self.teacher or self.probe_images):
             raise ValueError(
-                f"`mixup`, `cutmix`, `teacher` and `probe_images` are of {IMAGE_CLASSIFICATION}: set them to 0, 0, none "
-                "and 0."
+                f"`mixup`, `cutmix`, `probe_images` and `teacher` are of {IMAGE_CLASSIFICATION}: set them to 0, 0, 0 "
+                "and none."
             )
         if (self.image_files is None) != (self.mask_files is None):
             raise ValueError("`image_files` and `mask_files` belong together: give both.")

@@ -219,7 +219,7 @@ def _finish(
     else:
         found = evaluate_accuracy(accelerator, {"model": model}, accelerator.prepare(_batches(run, images)))["model"]
         results = accuracy_results(model, found, name, split=split)
-    results |= {"selected_on": data.selected_on, "training": _training_facts(run, unreadable)}
+    results |= {"selected_on": data.selected_on, "training": _training_facts(run, chosen, unreadable)}
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(output_dir)
@@ -298,14 +298,16 @@ def _seen_by_source(config: TrainingConfig) -> str | None:
     return None if seen is None else f"of the source, {seen}"
 
 
-def _training_facts(run: TrainingRun, unreadable: list[str]) -> dict[str, Any]:
-    """Of the training, for the model card."""
+def _training_facts(run: TrainingRun, chosen: str, unreadable: list[str]) -> dict[str, Any]:
+    """Of the training, for the model card; `chosen` as of `choose_model`."""
     config, count = run.config, len(unreadable) + run.progress.skipped_images
+    step = run.progress.best_step if chosen == "best" else run.history[-1]["step"]
+    epoch = next(entry["epoch"] for entry in run.history if entry["step"] == step)
     return {
         "data": f"`{public_name(config.dataset)}`, split `{config.train_split}`, {run.num_images} images",
         "started from": public_name(config.from_vit or config.from_pretrained),
         "classifier": f"starts from {run.progress.classifier}" if run.progress.classifier else None,
-        "epochs": f"{run.progress.epoch} of {run.num_epochs}, {run.progress.step} optimizer steps",
+        "epochs": f"{epoch} of {run.num_epochs}, {step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g}, times {config.layer_decay:g} for each earlier layer",
         **adapter_facts(config),

@@ -10,16 +10,8 @@ from .continuation import OLDER_RUNS
 # Fields that may differ from those of the checkpoint that a run resumes from.
 FREE_TO_CHANGE = {
     *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
-    *(
-        "eval_epochs",
-        "eval_start",
-        "eval_batch_size",
-        "max_steps",
-        "gradient_accumulation_steps",
-        "compile",
-        "model_license",
-    ),
-    "test_split",
+    *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
+    *("eval_start", "test_split"),
 }
 
 
