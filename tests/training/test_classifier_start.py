@@ -1,13 +1,20 @@
 """The classifier that a run starts with: rows of the source, and a probe of frozen features."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from hf_thinkingvit.training.classifier_start import Features, collect_features, fit_probe
+from hf_thinkingvit.training.classifier_start import Features, collect_features, fit_probe, trained_classifiers
 from hf_thinkingvit.training.labels import known_labels
 from tests.models.test_modeling_avit import lively_avit
+from tests.models.test_modeling_early_exit_vit import lively_method
+from tests.models.test_modeling_elastic_vit import lively_elastic
 from tests.utils import lively_model, lively_swin, random_images
+
+
+HEADS = ["classifier", "distillation_classifier", "exit_classifiers"]
 
 
 @pytest.mark.parametrize(
@@ -80,27 +87,28 @@ def test_a_wrong_classifier_is(zeros):
 
 
 @pytest.mark.parametrize(
-    "build, widths",
+    "build, heads, arguments, answers",
     [
-        (lambda: lively_model(num_labels=3), [8, 16, 32]),
-        (lambda: lively_swin(num_labels=3), None),
-        (lambda: lively_avit(num_labels=3, distilled=True), None),
+        (lively_model, ["classifier"], {"output_stage_logits": True}, ["stage_logits"]),
+        (lively_swin, ["classifier"], {"output_stage_logits": True}, ["stage_logits"]),
+        (partial(lively_method, "branchynet"), HEADS, {"output_stage_logits": True}, ["stage_logits"]),
+        (lively_elastic, ["classifier"], {"sub_network": [0, 1, 2, 3]}, ["sub_network_logits"]),
+        (partial(lively_avit, distilled=True), HEADS, {}, ["cls_logits", "distillation_logits"]),
     ],
+    ids=["thinkingvit", "thinking_swin", "early_exit_vit", "elastic_vit", "avit"],
 )
-def test_what_classifiers_are_given(build, widths):
-    """One call for each stage or head, with which the classifier gives the model's answers."""
+def test_what_classifiers_are_given(build, heads, arguments, answers):
+    """One call for each stage, sub-network or head, with which the classifier gives the model's answers."""
     model = build().train()
-    classifiers = [part for part in (model.classifier, getattr(model, "distillation_classifier", None)) if part]
-    images = random_images(4)
+    classifiers = trained_classifiers(model, heads)
+    images = random_images(4, model.config.image_size)
     batches = [{"pixel_values": part, "labels": torch.arange(len(part))} for part in images.split(3)]
     found = collect_features(model, classifiers, batches, images.device)
     assert model.training and found.labels.tolist() == [0, 1, 2, 0]
-    assert widths is None or [given.shape[1] for _, given in found.calls] == widths
     with torch.no_grad():
-        logits = [classifiers[index](given) for index, given in found.calls]
-        arguments = {"output_stage_logits": True} if len(classifiers) == 1 else {}
         outputs = model.eval()(images, **arguments)
-    expected = outputs.stage_logits if arguments else (outputs.cls_logits, outputs.distillation_logits)
-    assert len(logits) == len(expected)
+        logits = [classifiers[index](given) for index, given in found.calls]
+    expected = [outputs[name] for name in answers] if len(answers) > 1 else outputs[answers[0]]
+    assert len(logits) == len(expected) > 1
     for one, other in zip(logits, expected):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

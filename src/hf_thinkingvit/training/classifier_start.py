@@ -85,7 +85,7 @@ def start_classifier(setup: "TrainingSetup", known: Collection[int]) -> str | No
     """
     accelerator, config, split = setup.accelerator, setup.config, setup.data.train
     model = accelerator.unwrap_model(setup.model, keep_torch_compile=False)
-    classifiers = _trained_classifiers(model, setup.task.heads)
+    classifiers = trained_classifiers(model, setup.task.heads)
     if not classifiers:
         return None
     if isinstance(split.rows, datasets.IterableDataset):
@@ -120,7 +120,8 @@ def _in_words(strength: float | None, images: int, known: int, num_labels: int) 
     return f"a probe{towards}, fitted to the features of {images} images (λ = {strength:.2g})"
 
 
-def _trained_classifiers(model: nn.Module, heads: Sequence[str]) -> list[nn.Linear]:
+def trained_classifiers(model: nn.Module, heads: Sequence[str]) -> list[nn.Linear]:
+    """The linear maps in the modules `heads` of a model, as far as it has them and their weights are trained."""
     there = [getattr(model, head) for head in heads if getattr(model, head, None) is not None]
     parts = [part for head in there for part in head.modules()]
     return [part for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad]
