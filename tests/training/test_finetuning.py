@@ -221,6 +221,12 @@ def test_settings_follow_those_that_are_given():
     assert settings["ema_decay"] == 0.5  # 20 steps
 
 
+def test_the_learning_rate_is_lower_where_the_source_knows_the_labels():
+    rates = [settings_for(160, "thinkingvit", False, {}, known)["learning_rate"] for known in (0.0, 0.5, 1.0)]
+    assert rates[0] > 2 * rates[1] > 4 * rates[2] > 0
+    assert settings_for(160, "thinkingvit", True, {}, 1.0)["learning_rate"] == rates[0]  # a plain source has new stages
+
+
 def test_images_that_cannot_be_read_are_left_out_before_training(photos, source, tmp_path, capsys):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)

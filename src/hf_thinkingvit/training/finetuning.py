@@ -42,6 +42,7 @@ from .held_out_record import check_record, write_record
 from .loop import TrainingRun
 from .photographs import with_smaller_photographs
 from .splits import TrainingData, hold_out, one_half, other_half
+from .starting_point import source_labels
 from .summary import finetuning_summary, start_summary
 
 
@@ -134,7 +135,8 @@ def finetune(
     data, calibration_images = _divide(data)
     check_record(config, data, calibration_images, output_dir)
     num_images = len(data.train.rows)
-    settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides)
+    known = len(source_labels(config, data.id2label)) / len(data.id2label)
+    settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides, known)
     config = replace(config, **settings)
     run = TrainingRun(config, data)
     run.accelerator.print(start_summary(run, output_dir, calibration_images, unreadable))

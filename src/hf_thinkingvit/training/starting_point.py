@@ -212,8 +212,9 @@ def with_labels(
         else:
             index, name, other = first_difference(names, own)
             why = f"label {index} is {other!r} there and {name!r} in the data; `--label-map index` would keep it"
-        _check_last_answer(model.config, why)
         known = known_labels(names, own, label_map) if task.reorders_heads else {}
+        if len(known) < len(names):
+            _check_last_answer(model.config, why)
         report(f"{_kept(names, known)}: {why}" if known else f"the classifier is freshly initialised: {why}")
         fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **_labels(id2label)}))
         heads = tuple(f"{head}." for head in task.heads)
