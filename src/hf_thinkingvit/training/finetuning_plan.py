@@ -93,9 +93,8 @@ def settings_for(
     Returns:
         Fewer epochs for more images (40 for 200, 21 for 1000, 5 for 50 000), with a tenth of them for warm-up and no
         cooldown; batches of a tenth of the images, between 8 and 64; a learning rate with the square root of the batch,
-        the lower the more labels the source knows;
-        a moving average over the last tenth of the run; stronger augmentation for more images. LoRA adapters all learn
-        at the same rate.
+        the lower the more labels the source knows; a moving average over the last tenth of the run; stronger
+        augmentation for more images. LoRA adapters all learn at the same rate.
     """
     epochs = given.get("epochs") or min(40, max(4, round(40 * (200 / num_images) ** 0.4)))
     batch_size = given.get("batch_size") or 2 ** int(math.log2(min(64, max(8, num_images // 10))))
