@@ -221,6 +221,12 @@ def test_settings_follow_those_that_are_given():
     assert settings["ema_decay"] == 0.5  # 20 steps
 
 
+def test_the_learning_rate_is_lower_where_the_source_knows_the_labels():
+    rates = [settings_for(160, "thinkingvit", False, {}, known)["learning_rate"] for known in (0.0, 0.5, 1.0)]
+    assert rates[0] > 2 * rates[1] > 4 * rates[2] > 0
+    assert settings_for(160, "thinkingvit", True, {}, 1.0)["learning_rate"] == rates[0]  # a plain source has new stages
+
+
 def test_images_that_cannot_be_read_are_left_out_before_training(photos, source, tmp_path, capsys):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
@@ -292,3 +298,40 @@ def test_a_backbone_without_classifier_gets_one(kind, photos, tmp_path):
     backbone.save_pretrained(tmp_path / "backbone")
     done = finetune(photos, tmp_path / "backbone", tmp_path / "out", **ONE_EPOCH)
     assert list(done.model.config.id2label.values()) == LABELS
+
+
+def test_the_classifier_starts_from_a_probe_once(photos, tmp_path, capsys, monkeypatch):
+    """From rows of the source for the labels that it knows; the start is evaluated like an epoch."""
+    names = {0: "red", 1: "green", 2: "blue"}
+    known = {"num_labels": 3, "id2label": names, "label2id": {name: index for index, name in names.items()}}
+    model = lively_model(thinking_stages=[1, 2], hidden_size=16, num_hidden_layers=1, **known)
+    model.save_pretrained(tmp_path / "source")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "source")
+    done = finetune(photos, tmp_path / "source", tmp_path / "out", **ONE_EPOCH)
+    printed, start = capsys.readouterr().out, done.results["training"]["classifier"]
+    assert "keeps the rows of all 2 labels (blue, red), which the source knows by name" in printed
+    assert start.startswith("starts from") and "the source's rows of 2 of 2 labels" in start
+    assert f"classifier    {start}" in printed and start in (tmp_path / "out" / "README.md").read_text()
+    history = json.loads((tmp_path / "out" / "training" / "results.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [0, history[-1]["step"]]
+    assert history[0]["results"]["weights"] == history[0]["results"]["ema"]
+
+    def not_again(*arguments):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr("hf_thinkingvit.training.loop.start_classifier", not_again)
+    again = finetune(photos, tmp_path / "source", tmp_path / "out", resume="auto", **ONE_EPOCH)
+    assert again.results == done.results
+
+
+def test_an_interrupted_first_epoch_goes_on_from_the_same_start(photos, source, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hf_thinkingvit.training.loop.train_micro_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(photos, source, tmp_path, **ONE_EPOCH)
+    monkeypatch.setattr("hf_thinkingvit.training.loop.start_classifier", interrupted)
+    done = finetune(photos, source, tmp_path, resume="auto", **ONE_EPOCH)
+    assert done.results["training"]["classifier"].startswith("starts from a probe, fitted to the features of 32 images")

@@ -153,6 +153,9 @@ class TrainingConfig:
         "share of the shorter side that evaluation crops; as the model started from does, else 0.9"
     )
 
+    probe_images: int = _help(
+        "start the classifier from a probe of frozen features of so many training images at most; 0 for none", 0
+    )
     label_smoothing: float = _help("share of the target spread over all labels", 0.1)
     stage_sampling: str = _help(
         "stages (of an elastic model sub-networks) whose losses train a step: all; sandwich, the first, the last and "
@@ -192,6 +195,7 @@ class TrainingConfig:
     keep_checkpoints: int = _help("newest checkpoints to keep", 2)
     resume: str | None = _help("'auto': from output_dir's newest checkpoint, if any; or folder of a checkpoint or run")
     eval_epochs: int = _help("epochs between evaluations; the last epoch is always evaluated", 1)
+    eval_start: bool = _help("evaluate before the first step as well; what the run starts from can be the best", False)
     eval_batch_size: int = _help("images per process and forward pass in evaluation", 256)
     log_steps: int = _help("optimizer steps between logged losses", 10)
     trackers: list[str] = _help("where to log: tensorboard, wandb, ...", [])
@@ -213,7 +217,7 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         not_negative = ("cooldown_epochs", "warmup_epochs", "learning_rate", "warmup_learning_rate", "num_workers")
-        not_negative += ("backbone_learning_rate", "frozen_backbone_epochs", "hidden_states_weight")
+        not_negative += ("backbone_learning_rate", "frozen_backbone_epochs", "hidden_states_weight", "probe_images")
         for name in (*not_negative, "min_learning_rate", "weight_decay", "mixup", "cutmix", "color_jitter"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)!r}.")
@@ -263,9 +267,10 @@ class TrainingConfig:
         family = FAMILIES[self.model_type]
         if self.task not in family.heads:
             raise ValueError(f"{family.name} has models for {sorted(family.heads)}, but `task` is {self.task!r}.")
-        if self.task != IMAGE_CLASSIFICATION and (self.uses_mixup or self.teacher):
+        if self.task != IMAGE_CLASSIFICATION and (self.uses_mixup or self.teacher or self.probe_images):
             raise ValueError(
-                f"`mixup`, `cutmix` and `teacher` are of {IMAGE_CLASSIFICATION}: set them to 0, 0 and none."
+                f"`mixup`, `cutmix`, `probe_images` and `teacher` are of {IMAGE_CLASSIFICATION}: set them to 0, 0, 0 "
+                "and none."
             )
         if (self.image_files is None) != (self.mask_files is None):
             raise ValueError("`image_files` and `mask_files` belong together: give both.")

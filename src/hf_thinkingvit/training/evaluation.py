@@ -14,10 +14,14 @@ from .setup import TrainingSetup
 
 
 def evaluation_is_due(setup: TrainingSetup, progress: Progress, history: list[dict]) -> bool:
-    """Whether the model of this step is to be evaluated (every `eval_epochs`, and at the end) and has not been yet."""
+    """
+    Whether the model of this step is to be evaluated (every `eval_epochs`, at the end, and with `eval_start` before the
+    first step) and has not been yet.
+    """
     ends_epoch = progress.step > 0 and progress.step_in_epoch == 0 and progress.epoch % setup.config.eval_epochs == 0
     evaluated = history and history[-1]["step"] == progress.step
-    return not evaluated and (ends_epoch or progress.step >= setup.num_steps)
+    starts = progress.step == 0 and setup.config.eval_start
+    return not evaluated and (starts or ends_epoch or progress.step >= setup.num_steps)
 
 
 def evaluate_epoch(

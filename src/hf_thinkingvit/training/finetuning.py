@@ -42,6 +42,7 @@ from .held_out_record import check_record, write_record
 from .loop import TrainingRun
 from .photographs import with_smaller_photographs
 from .splits import TrainingData, hold_out, one_half, other_half
+from .starting_point import source_labels
 from .summary import finetuning_summary, start_summary
 
 
@@ -134,7 +135,8 @@ def finetune(
     data, calibration_images = _divide(data)
     check_record(config, data, calibration_images, output_dir)
     num_images = len(data.train.rows)
-    settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides)
+    known = len(source_labels(config, data.id2label)) / len(data.id2label)
+    settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides, known)
     config = replace(config, **settings)
     run = TrainingRun(config, data)
     run.accelerator.print(start_summary(run, output_dir, calibration_images, unreadable))
@@ -219,7 +221,7 @@ def _finish(
     else:
         found = evaluate_accuracy(accelerator, {"model": model}, accelerator.prepare(_batches(run, images)))["model"]
         results = accuracy_results(model, found, name, split=split)
-    results |= {"selected_on": data.selected_on, "training": _training_facts(run, unreadable)}
+    results |= {"selected_on": data.selected_on, "training": _training_facts(run, chosen, unreadable)}
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(output_dir)
@@ -298,13 +300,16 @@ def _seen_by_source(config: TrainingConfig) -> str | None:
     return None if seen is None else f"of the source, {seen}"
 
 
-def _training_facts(run: TrainingRun, unreadable: list[str]) -> dict[str, Any]:
-    """Of the training, for the model card."""
+def _training_facts(run: TrainingRun, chosen: str, unreadable: list[str]) -> dict[str, Any]:
+    """Of the training, for the model card; `chosen` as of `choose_model`."""
     config, count = run.config, len(unreadable) + run.progress.skipped_images
+    step = run.progress.best_step if chosen == "best" else run.history[-1]["step"]
+    epoch = next(entry["epoch"] for entry in run.history if entry["step"] == step)
     return {
         "data": f"`{public_name(config.dataset)}`, split `{config.train_split}`, {run.num_images} images",
         "started from": public_name(config.from_vit or config.from_pretrained),
-        "epochs": f"{run.progress.epoch} of {run.num_epochs}, {run.progress.step} optimizer steps",
+        "classifier": f"starts from {run.progress.classifier}" if run.progress.classifier else None,
+        "epochs": f"{epoch} of {run.num_epochs}, {step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g}, times {config.layer_decay:g} for each earlier layer",
         **adapter_facts(config),

@@ -12,6 +12,9 @@ from ..conversion import convert_checkpoint
 from ..families import FAMILIES, FAMILY_OF_PLAIN
 
 
+KNOWN_FACTOR = 0.03  # of the learning rate, where the source knows all labels
+
+
 def find_source(source: str | os.PathLike, converted: Path, model_type: str | None = None) -> dict[str, Any]:
     """
     The fields of a `TrainingConfig` that make a run start from `source`: `model_type`, `from_pretrained` or `from_vit`,
@@ -74,7 +77,9 @@ def num_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def settings_for(num_images: int, model_type: str, from_plain: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+def settings_for(
+    num_images: int, model_type: str, from_plain: bool, given: Mapping[str, Any], known: float = 0.0
+) -> dict[str, Any]:
     """
     Fields of a `TrainingConfig` that suit `num_images` training images, from some 50 to 50 000.
 
@@ -83,17 +88,21 @@ def settings_for(num_images: int, model_type: str, from_plain: bool, given: Mapp
         model_type (`str`): the family.
         from_plain (`bool`): whether the run starts from a plain model, whose early layers have to learn another task.
         given (`dict`): fields that the user has chosen; others follow from them. They are not returned.
+        known (`float`): share of the labels that the source knows.
 
     Returns:
         Fewer epochs for more images (40 for 200, 21 for 1000, 5 for 50 000), with a tenth of them for warm-up and no
-        cooldown; batches of a tenth of the images, between 8 and 64; a learning rate with the square root of the batch;
-        a moving average over the last tenth of the run; stronger augmentation for more images. LoRA adapters all learn
-        at the same rate.
+        cooldown; batches of a tenth of the images, between 8 and 64; a learning rate with the square root of the batch,
+        the lower the more labels the source knows; a moving average over the last tenth of the run; stronger
+        augmentation for more images. LoRA adapters all learn at the same rate.
     """
     epochs = given.get("epochs") or min(40, max(4, round(40 * (200 / num_images) ** 0.4)))
     batch_size = given.get("batch_size") or 2 ** int(math.log2(min(64, max(8, num_images // 10))))
     batch_size = min(batch_size, max(1, num_images))
     steps = epochs * max(1, num_images // batch_size)
+    # Features that were learned for the same labels can be spoiled by some hundred images more easily than improved.
+    # Of a plain source, the stages before the last have to be learned whatever the labels are.
+    factor = 1.0 if from_plain else KNOWN_FACTOR**known
     if num_images < 2000:
         augmentation = {"crop_scale": [0.5, 1.0], "color_jitter": 0.2, "auto_augment": None, "random_erasing": 0.0}
     elif num_images < 20_000:
@@ -108,15 +117,18 @@ def settings_for(num_images: int, model_type: str, from_plain: bool, given: Mapp
         "cooldown_epochs": 0,
         "warmup_epochs": round(epochs / 10, 2),
         "batch_size": batch_size,
-        "learning_rate": round(1e-3 * math.sqrt(batch_size / 16), 6),
+        "learning_rate": round(factor * 1e-3 * math.sqrt(batch_size / 16), 6),
         "learning_rate_batch": batch_size,
-        "min_learning_rate": 1e-6,
+        "min_learning_rate": 1e-6 * factor,
+        "warmup_learning_rate": 1e-6 * factor,
         "layer_decay": 1.0 if given.get("lora_rank") else 0.85 if from_plain else 0.75,
         "ema_decay": round(1 - 10 / max(steps, 20), 6),
         "clip_grad": 1.0,
         **augmentation,
         "mixup": 0.2 if mixes else 0.0,
         "cutmix": 0.2 if mixes else 0.0,
+        "probe_images": 5000,
+        "eval_start": True,
         "eval_epochs": max(1, epochs // 10),
         "num_workers": workers,
         "keep_checkpoints": 1,

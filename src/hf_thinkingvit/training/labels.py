@@ -64,6 +64,38 @@ def match_labels(names: Sequence[str], other: Sequence[str], label_map: str = "n
     return None
 
 
+def known_labels(names: Sequence[str], other: Sequence[str], label_map: str = "name") -> dict[int, int]:
+    """
+    The labels that another model knows, also where its other classes are different ones: for the index of each, that
+    of the class.
+
+    Args:
+        names, other (`list[str]`), label_map (`str`): as for `match_labels`, whose match is returned if there is one.
+            Else labels are matched by name only: with the class of the same name, or the only one with a common
+            synonym. A label or class that is not the only one of its name is left out.
+    """
+    match = match_labels(names, other, label_map)
+    if match is not None:
+        return dict(enumerate(match.order))
+    if label_map == "index" or _nameless(names) or _nameless(other):
+        return {}
+    plain, plain_other = ([_normalised(name) for name in some] for some in (names, other))
+    places, places_other = _places(plain), _places(plain_other)
+    found = {places[name][0]: places_other[name][0] for name in plain if _only(places, places_other, name)}
+    left = [index for index in range(len(other)) if index not in found.values()]
+    for index in range(len(names)):
+        if index not in found:
+            common = [each for each in left if _synonyms(names[index]) & _synonyms(other[each])]
+            if len(common) == 1:
+                found[index] = common[0]
+    classes = list(found.values())
+    return {index: found[index] for index in sorted(found) if classes.count(found[index]) == 1}
+
+
+def _only(places: Mapping[str, list[int]], places_other: Mapping[str, list[int]], name: str) -> bool:
+    return len(places[name]) == len(places_other.get(name, ())) == 1
+
+
 def _order_by_name(names: list[str], other: list[str]) -> tuple[int, ...] | None:
     """
     The index in `other` that each name matches: of the equal name, else of the only remaining name with a common

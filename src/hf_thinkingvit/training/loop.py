@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..accelerate_state import released_afterwards
 from .checkpoints import Checkpoints
+from .classifier_start import start_classifier
 from .config import TrainingConfig
 from .data import Place, train_batches
 from .divergence import TrainingDivergedError, check_weights
@@ -18,6 +19,7 @@ from .reporting import continue_models, report_test
 from .resuming import resume, state_of_run
 from .setup import TrainingSetup
 from .splits import TrainingData
+from .starting_point import source_labels
 from .step import train_micro_batch, update_schedule_and_average
 from .stop_signals import StopSignals
 from .summary import end_summary, start_summary
@@ -46,6 +48,8 @@ class TrainingRun(TrainingSetup):
         )
         self.stop_signals = StopSignals(self.accelerator)
         self.progress, self.history = resume(self, self.checkpoints)
+        if config.probe_images and self.checkpoints.last_good is None:
+            self.progress.classifier = start_classifier(self, source_labels(self.config, self.data.id2label))
         self.test: dict | None = None
         self.within_step = False
 
@@ -67,9 +71,10 @@ class TrainingRun(TrainingSetup):
         config, progress = self.config, self.progress
         with TrainingLog(self, progress) as log, self.stop_signals.listening():
             continue_models(self, self.history, progress, self.checkpoints.last_good)
-            if not self.checkpoints.holds_last_good():
+            begins = self.checkpoints.last_good is None and (config.probe_images or config.eval_start)
+            if begins or not self.checkpoints.holds_last_good():
                 self.save()
-            self._evaluate_if_due()  # where the run was stopped during an evaluation
+            self._evaluate_if_due()  # the start; or where the run was stopped during an evaluation
             while progress.step < self.num_steps:  # an epoch, or the rest of one
                 log.restart_clock()
                 for index, batch in enumerate(self.batches()):

@@ -11,7 +11,7 @@ from .continuation import OLDER_RUNS
 FREE_TO_CHANGE = {
     *("output_dir", "resume", "num_workers", "trackers", "log_steps", "save_steps", "keep_checkpoints", "cpu"),
     *("eval_epochs", "eval_batch_size", "max_steps", "gradient_accumulation_steps", "compile", "model_license"),
-    "test_split",
+    *("eval_start", "test_split"),
 }
 
 
@@ -26,6 +26,7 @@ class Progress:
     seconds: float = 0.0
     best_score: float = -1.0  # the task's decisive measure
     best_step: int | None = None
+    classifier: str | None = None  # what it started from, in words, if from a probe
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Progress":

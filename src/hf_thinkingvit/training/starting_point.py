@@ -1,6 +1,6 @@
 """The model that a run begins with: freshly initialised, from a plain ViT or Swin, or from a model of this package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..models.configuration_checks import as_pair
 from ..models.configuration_labels import label2id_of
 from .adapters import add_adapters
 from .config import TrainingConfig
-from .labels import first_difference, label_names, match_labels
+from .labels import first_difference, known_labels, label_names, match_labels
 from .tasks import TrainingTask, training_task
 
 
@@ -159,6 +159,30 @@ def _labels(id2label: dict[int, str]) -> dict[str, dict]:
     return {"id2label": id2label, "label2id": label2id_of(id2label)}
 
 
+def _kept(names: Sequence[str], known: Mapping[int, int]) -> str:
+    listed = ", ".join(names[index] for index in list(known)[:5]) + (", ..." if len(known) > 5 else "")
+    if len(known) == len(names):
+        return f"the classifier keeps the rows of all {len(names)} labels ({listed}), which the source knows by name"
+    return (
+        f"the classifier keeps the rows of {len(known)} of {len(names)} labels, which the source knows by name "
+        f"({listed}), and is freshly initialised for the others"
+    )
+
+
+def source_labels(config: TrainingConfig, id2label: dict[int, str]) -> dict[int, int]:
+    """
+    The labels of the data for which the classifier that `build_model` makes starts from the source's: for the index of
+    each, that of the source's class.
+    """
+    source = config.from_pretrained or config.from_vit
+    if source is None or (config.from_vit and not _has_classifier(source)):
+        return {}
+    saved = AutoConfig.from_pretrained(source)
+    if training_task(config.task).constructor_from(saved) is not None:
+        return {}
+    return known_labels(label_names(id2label), label_names(saved.id2label), config.label_map)
+
+
 @torch.no_grad()
 def with_labels(
     model: PreTrainedModel,
@@ -169,7 +193,7 @@ def with_labels(
 ) -> PreTrainedModel:
     """
     The same model for other labels: with its classifier, in their order, if they are the same labels; else with one
-    that is freshly initialised.
+    that is freshly initialised, except for the rows of the labels that the model knows by name.
 
     Args:
         model (`PreTrainedModel`): a classifier of this package.
@@ -188,8 +212,10 @@ def with_labels(
         else:
             index, name, other = first_difference(names, own)
             why = f"label {index} is {other!r} there and {name!r} in the data; `--label-map index` would keep it"
-        _check_last_answer(model.config, why)
-        report(f"the classifier is freshly initialised: {why}")
+        known = known_labels(names, own, label_map) if task.reorders_heads else {}
+        if len(known) < len(names):
+            _check_last_answer(model.config, why)
+        report(f"{_kept(names, known)}: {why}" if known else f"the classifier is freshly initialised: {why}")
         fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **_labels(id2label)}))
         heads = tuple(f"{head}." for head in task.heads)
         body = {name: value for name, value in model.state_dict().items() if not name.startswith(heads)}
@@ -197,6 +223,10 @@ def with_labels(
         odd = [*unexpected, *(name for name in missing if not name.startswith(heads))]
         if odd:
             raise ValueError(f"Only a classifier can be replaced, but other weights differ as well: {odd[:5]}.")
+        for head in task.heads if known else ():
+            if getattr(model, head, None) is not None:
+                for parameter, kept in zip(getattr(fresh, head).parameters(), getattr(model, head).parameters()):
+                    parameter[list(known)] = kept[list(known.values())]
         return fresh.train(model.training)
     if match.by_number:
         report("the classifier is kept, and its labels are taken by number")

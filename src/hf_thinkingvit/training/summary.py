@@ -13,7 +13,6 @@ from ..evaluation.calibration import Calibration
 from ..evaluation.splits import may_share_images
 from ..evaluation.wording import distinct_labels
 from .config import TrainingConfig
-from .setup import TrainingSetup
 from .splits import other_half
 
 
@@ -25,7 +24,7 @@ PRECISIONS = {"no": "float32", "fp16": "float16 (mixed)", "bf16": "bfloat16 (mix
 
 
 def start_summary(
-    setup: TrainingSetup,
+    run: "TrainingRun",
     saved_to: Path | None = None,
     calibration_images: ImageSplit | None = None,
     unreadable: Sequence[str] = (),
@@ -34,27 +33,28 @@ def start_summary(
     Device, precision, data, model, length and place (by default that of the run) of a run that is about to start, with
     the images that τ is calibrated on, and those that are left out because they cannot be decoded.
     """
-    config, data, accelerator = setup.config, setup.data, setup.accelerator
-    model = accelerator.unwrap_model(setup.model, keep_torch_compile=False)
+    config, data, accelerator = run.config, run.data, run.accelerator
+    model = accelerator.unwrap_model(run.model, keep_torch_compile=False)
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     cooldown = f" ({config.epochs} and {config.cooldown_epochs} of cooldown)" if config.cooldown_epochs else ""
     begins = config.from_pretrained or config.from_vit
     lines = [
         ("device", f"{accelerator.device}{processes}, {PRECISIONS[config.mixed_precision]}"),
-        ("data", f"{config.dataset}, {setup.num_images} images to train on, {len(data.id2label)} classes"),
+        ("data", f"{config.dataset}, {run.num_images} images to train on, {len(data.id2label)} classes"),
         ("chosen by", f"{data.selected_on}{_count(data.evaluation.rows)}"),
         *([("τ by", f"{other_half(data.selected_on)}{_count(calibration_images.rows)}")] if calibration_images else []),
         *([("left out", _unreadable(unreadable))] if unreadable else []),
         ("model", f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, {_stages(model.config)}"),
         ("starts from", begins or "new weights"),
         *([("trains", _adapters(config, model))] if config.lora_rank else []),
+        *([("classifier", f"starts from {run.progress.classifier}")] if run.progress.classifier else []),
         (
             "length",
-            f"{setup.num_steps} steps of {config.batch_size} images: {setup.num_epochs} epochs{cooldown}, "
+            f"{run.num_steps} steps of {config.batch_size} images: {run.num_epochs} epochs{cooldown}, "
             f"{config.warmup_epochs:g} of warm-up",
         ),
         ("learning rate", f"{config.scaled_learning_rate:g}" + _decay(config.layer_decay)),
-        ("saved to", str(saved_to or setup.output_dir)),
+        ("saved to", str(saved_to or run.output_dir)),
     ]
     return as_table(lines)
 
