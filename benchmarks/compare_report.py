@@ -69,7 +69,7 @@ def shown_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def setting(point: dict[str, Any]) -> str:
     if "threshold" in point:
-        return f"τ = {point['threshold']:.4g}"
+        return f"τ = {point['threshold']:.12g}"  # all its digits: thresholds just below 1 are settings of their own
     return ", ".join(f"{name} = {value:g}" for name, value in point["fields"].items()) or "-"
 
 

@@ -21,7 +21,7 @@ from benchmarks import compare_runs
 from benchmarks.compare import comparison, main, train_all
 from benchmarks.compare_methods import GROUPS, METHODS, with_starts
 from benchmarks.compare_picture import draw
-from benchmarks.compare_report import mean_points, measure_speed, shown_points, write_report
+from benchmarks.compare_report import mean_points, measure_speed, setting, shown_points, write_report
 from benchmarks.compare_runs import (
     Job,
     evaluate_points,
@@ -289,3 +289,8 @@ def test_points_are_averaged_over_seeds_and_equal_neighbours_shown_once(tmp_path
     assert points[1]["top1_se"] == pytest.approx(1.0)
     assert shown_points(points) == points
     assert train_all(jobs, at_once=2) == []  # finished ones are not repeated
+
+
+def test_thresholds_that_differ_late_are_settings_of_their_own():
+    assert setting({"threshold": 0.999_999_9}) != setting({"threshold": 1.0})
+    assert setting({"threshold": 3.0}) == "τ = 3"
