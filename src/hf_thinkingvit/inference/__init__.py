@@ -5,6 +5,7 @@ from .engine import AdaptiveEngine, EngineResult, EngineStats
 from .export import OnnxFiles, export_adaptive, export_onnx, export_stages
 from .pipeline import ADAPTIVE_IMAGE_CLASSIFICATION, AdaptiveImageClassificationPipeline
 from .resumable import ResumableOutput
+from .runtimes import ExportedModel, export_model, from_exported, with_runtime
 from .sliding import ImageView, ImageViews, SlidingResult, SlidingWindowSegmenter, WindowExit, scaled_views
 
 
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptiveImageClassificationPipeline",
     "EngineResult",
     "EngineStats",
+    "ExportedModel",
     "ImageView",
     "ImageViews",
     "OnnxFiles",
@@ -23,7 +25,10 @@ __all__ = [
     "WindowExit",
     "classify_across_processes",
     "export_adaptive",
+    "export_model",
     "export_onnx",
     "export_stages",
+    "from_exported",
     "scaled_views",
+    "with_runtime",
 ]

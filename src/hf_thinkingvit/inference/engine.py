@@ -18,6 +18,7 @@ from ..models.exit_rules import Verdict, answer_entropy
 from ..models.staged_loop import resolve_stages, step_stage
 from ..models.staged_run import Answer, Memory, State, select_rows
 from ..models.tasks import Task
+from .runtimes import ExportedModel, with_runtime
 from .stream import EngineResult, EngineStats, Stream
 
 
@@ -75,7 +76,7 @@ class AdaptiveEngine:
     Classifies a stream of images with full batches at every stage.
 
     Args:
-        model (`PreTrainedModel`):
+        model (`PreTrainedModel`, or what `from_exported` returned):
             A classifier of this package, on the device to run on. The engine puts it into evaluation mode. Several
             engines may share it, each in its own thread.
         processor (`BaseImageProcessor`, *optional*):
@@ -95,6 +96,12 @@ class AdaptiveEngine:
             memory is bounded however long the stream is.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
             Whether an image that cannot be read raises an exception or yields a result with `error`.
+        runtime (`str`, *optional*):
+            What runs the stages: `"torch"` (the default, the model as it is), `"compiled"`, `"openvino"` or
+            `"onnxruntime"`, see `with_runtime`. The last two export the model here and now, which takes a while:
+            `export_model` and `from_exported` do it once.
+        precision (`"fp32"`, `"bf16"`, `"fp16"`, *optional*, defaults to `"fp32"`):
+            Of `"openvino"` and `"onnxruntime"`. A PyTorch model computes in its dtype.
 
     Attributes:
         stats (`EngineStats`): counts of the current or the latest stream.
@@ -109,7 +116,7 @@ class AdaptiveEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | ExportedModel,
         processor: BaseImageProcessor | None = None,
         *,
         batch_size: int = 64,
@@ -120,6 +127,8 @@ class AdaptiveEngine:
         max_wait: float | None = None,
         max_pending: int | None = None,
         on_error: Literal["raise", "return"] = "raise",
+        runtime: str | None = None,
+        precision: str | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
@@ -129,6 +138,7 @@ class AdaptiveEngine:
             raise ValueError(f"`max_pending` must be at least 1, got {max_pending!r}.")
         if on_error not in ("raise", "return"):
             raise ValueError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+        model = with_runtime(model, runtime, precision)
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending

@@ -78,7 +78,7 @@ class ExportedModel(Task):
         return f"{type(self).__name__}({str(self.folder)!r}, runtime={self.runtime!r}, precision={self.precision!r})"
 
     def eval(self) -> "ExportedModel":
-        """Returns itself: there is nothing to train."""
+        """The model itself: it has no training mode."""
         return self
 
     def begin(
@@ -117,9 +117,7 @@ class ExportedModel(Task):
 
     def answer(self, stage_index: int, state: State) -> Answer:
         return {
-            name.removeprefix(ANSWER_PREFIX): tensor
-            for name, tensor in state.items()
-            if name.startswith(ANSWER_PREFIX)
+            name.removeprefix(ANSWER_PREFIX): tensor for name, tensor in state.items() if name.startswith(ANSWER_PREFIX)
         }
 
     def recycle(self, stage_index: int, state: State, **kwargs) -> State:
@@ -127,19 +125,35 @@ class ExportedModel(Task):
         return {name: tensor for name, tensor in state.items() if not name.startswith(ANSWER_PREFIX)}
 
     @torch.no_grad()
-    def __call__(
+    def forward(
         self,
         pixel_values: torch.Tensor,
         *,
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
         output_stage_logits: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ModelOutput:
         """The output of the PyTorch model's `forward` in evaluation mode; the arguments are as there."""
         stages = resolve_stages(self.config.num_stages, max_stages)
-        rule = self.exit_rule(threshold)
-        run = run_stages(self, rule, stages, pixel_values, run_all=bool(output_stage_logits))
+        run = run_stages(
+            self,
+            self.exit_rule(threshold),
+            stages,
+            pixel_values,
+            run_all=bool(output_stage_logits),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
         return self.build_output(run, None, output_stage_logits)
+
+    __call__ = forward
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """`ValueError`: there are no PyTorch weights to save."""
+        raise ValueError(
+            f"This model runs exported programs and has no weights to save: copy its folder ({str(self.folder)!r}), or "
+            "save the PyTorch model."
+        )
 
 
 class ExportedClassifier(ExportedModel, ImageClassificationTask):
@@ -151,4 +165,3 @@ class ExportedSegmenter(ExportedModel, SemanticSegmentationTask):
 
     def answer(self, stage_index: int, state: State) -> Answer:
         return self.dense_answer(super().answer(stage_index, state)["logits"])
-

@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from ...families import FAMILIES, task_of
 from ...families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
@@ -89,7 +90,7 @@ def export_model(
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / MANIFEST).unlink(missing_ok=True)  # what is written half is no export
     stages = _write_stages(model, output_dir, format, torch.float16 if precision == "fp16" else torch.float32)
-    model.config.save_pretrained(output_dir)
+    model.config.to_json_file(output_dir / CONFIG_NAME)  # `save_pretrained` would write the code of the model as well
     if processor is not None:
         processor.save_pretrained(output_dir)
     write_manifest(
@@ -124,7 +125,8 @@ def _write_stages(model: PreTrainedModel, output_dir: Path, format: str, dtype: 
             is_last = index == model.config.num_stages - 1
             passed_on = tuple(name for name in after if not is_last and after[name] is state.get(name))
             module = StageSteps(model, index, passed_on)
-            program = export_program(module, (state,), ({name: {0: torch.export.Dim("batch")} for name in state},))
+            batch = {name: {0: torch.export.Dim("batch")} for name in state}
+            program = export_program(module, (state,), (batch,))
             answer, kept = program.module()(state).values()
             outputs = [
                 Output(name, list(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."), entries is kept)
@@ -253,16 +255,14 @@ def from_exported(folder: str | os.PathLike, precision: str | None = None, **opt
     precision = stored if precision is None else precision
     check_precision_name(precision)
     runtime.check_precision(precision, stored)
-    config_class = FAMILIES[json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]].config_class
+    config_class = FAMILIES[json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]].config_class
     stages = [
         StageFile(stage["file"], [Output(**output) for output in stage["outputs"]], stage["passed_on"])
         for stage in manifest["stages"]
     ]
     return TASKS[manifest["task"]](
         config=config_class.from_pretrained(folder),
-        processor=AutoImageProcessor.from_pretrained(folder)
-        if (folder / "preprocessor_config.json").is_file()
-        else None,
+        processor=AutoImageProcessor.from_pretrained(folder) if (folder / IMAGE_PROCESSOR_NAME).is_file() else None,
         programs=[runtime.load(folder / stage.file, stage.outputs, precision, options) for stage in stages],
         stages=stages,
         image_size=manifest["image_size"],
@@ -302,8 +302,10 @@ def with_runtime(
                 f"The precision of a PyTorch model is its dtype, as in `model.to(torch.bfloat16)`, got `precision` = "
                 f"{precision!r}: leave it out, or choose a `runtime`, one of {', '.join(map(repr, RUNTIMES))}."
             )
-        if runtime == "compiled" and model._stage_programs is None:
-            model.compile_stages()
+        if runtime == "compiled":
+            check_stages(model)
+            if model._stage_programs is None:
+                model.compile_stages()
         return model
     if runtime not in RUNTIMES:
         raise ValueError(
