@@ -327,7 +327,15 @@ class TestFaults:
 
     @pytest.mark.parametrize(
         "arguments",
-        [{"batch_size": 0}, {"max_wait": -1.0}, {"max_pending": 0}, {"on_error": "skip"}, {"threshold": -1.0}],
+        [
+            {"batch_size": 0},
+            {"max_wait": -1.0},
+            {"max_pending": 0},
+            {"on_error": "skip"},
+            {"threshold": -1.0},
+            {"num_workers": -1},
+            {"num_workers": 2, "max_wait": 0.1},
+        ],
     )
     def test_refuses(self, model, arguments):
         with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):

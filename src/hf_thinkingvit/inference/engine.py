@@ -89,13 +89,17 @@ class AdaptiveEngine:
         in_order (`bool`, *optional*, defaults to `True`):
             Yield results in input order; otherwise as soon as they are computed.
         max_wait (`float`, *optional*):
-            Longest time in seconds that an image waits for a batch to fill up; unlimited by default.
+            Longest time in seconds that an image waits for a batch to fill up; unlimited by default. For services,
+            whose images do not come at once.
         max_pending (`int`, *optional*):
             With `in_order`, how many results may wait for an earlier image; beyond that, its stage runs on a partial
             batch. By default 16 batches. The queue of each stage and the images read ahead hold at most two batches, so
             memory is bounded however long the stream is.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
             Whether an image that cannot be read raises an exception or yields a result with `error`.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that decode and preprocess images, in chunks; with 0 it is done in the reader's thread. For
+            folders and data sets, not for live streams: the images must be picklable, and `max_wait` must be `None`.
         runtime (`str`, *optional*):
             What runs the stages: `"torch"` (the default, the model as it is), `"compiled"`, `"openvino"` or
             `"onnxruntime"`, see `with_runtime`. The last two export the model here and now, which takes a while:
@@ -127,6 +131,7 @@ class AdaptiveEngine:
         max_wait: float | None = None,
         max_pending: int | None = None,
         on_error: Literal["raise", "return"] = "raise",
+        num_workers: int = 0,
         runtime: str | None = None,
         precision: str | None = None,
     ):
@@ -138,6 +143,14 @@ class AdaptiveEngine:
             raise ValueError(f"`max_pending` must be at least 1, got {max_pending!r}.")
         if on_error not in ("raise", "return"):
             raise ValueError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"`num_workers` must be an integer of at least 0, got {num_workers!r}.")
+        if num_workers and max_wait is not None:
+            raise ValueError(
+                "`num_workers` must be 0 with `max_wait`: workers of a DataLoader hand nothing over while the input "
+                "keeps them waiting, so that images of a live stream would wait longer."
+            )
+        self.num_workers = num_workers
         model = with_runtime(model, runtime, precision)
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
@@ -163,8 +176,8 @@ class AdaptiveEngine:
             inputs (`Iterable`): images (paths, URLs, PIL images, arrays, or functions that return one) or preprocessed
                 tensors `(channels, height, width)`: a list, a generator, a dataset, a `DataLoader` whose batches are
                 images, or a tensor or array of four dimensions. A single image is a stream of one. An exception in
-                place of an image marks one that could not be read. A separate thread reads and preprocesses the input,
-                at most two batches ahead.
+                place of an image marks one that could not be read. Separate threads read and preprocess the input, at
+                most two batches ahead, or `num_workers` read it, two chunks of 32 images each ahead.
 
         Yields:
             [`EngineResult`], one per image.

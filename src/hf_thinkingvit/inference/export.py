@@ -225,9 +225,9 @@ def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 @contextmanager
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype, device: torch.device | None = None) -> Iterator[None]:
     """
-    Within this context, cast weights and buffers to `dtype` (and move them to `device`), and set gradients aside, since they must have the dtype of
-    their weights. The original tensors are restored afterwards, because casting back would round. The model is not
-    copied, because methods and hooks that are bound to it would still use the original.
+    Within this context, cast weights and buffers to `dtype` (and move them to `device`), and set gradients aside, since
+    they must have the dtype of their weights. The original tensors are restored afterwards, because casting back would
+    round. The model is not copied, because methods and hooks that are bound to it would still use the original.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     device = device or model.device

@@ -54,12 +54,15 @@ class EngineStats:
         batches: forward passes of each stage.
         exits: images that exited at each stage.
         failures: images that could not be read.
+        seconds: in which the stages ran, with the copies to and from the device; the rest of the time, the engine
+            waited for images or for whoever takes the results.
     """
 
     rows: list[int]
     batches: list[int]
     exits: list[int]
     failures: int = 0
+    seconds: float = 0.0
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -104,7 +107,8 @@ class Stream:
 
     def _run(self) -> Iterator[list[EngineResult]]:
         engine, queues = self.engine, self.queues
-        reader = Reader(self.inputs, engine.processor, 2 * self.batch_size, engine.on_error == "return")
+        tolerant = engine.on_error == "return"
+        reader = Reader(self.inputs, engine.processor, 2 * self.batch_size, tolerant, engine.num_workers)
         failure: BaseException | None = None
         try:
             while True:
@@ -117,16 +121,16 @@ class Stream:
                     if reading is None:
                         continue
                     if reading.error is None:
-                        state = {"pixel_values": reading.pixel_values[None]}
+                        state = {"pixel_values": reading.pixel_values}
                         while not queues[0].fits(state):
                             yield self._run_queue(0)
-                        queues[0].put(state, [reading.index], time.monotonic())
-                    elif reading.index is None or engine.on_error == "raise":
+                        queues[0].put(state, reading.indices, time.monotonic())
+                    elif not reading.indices or not tolerant:
                         failure = reading.error
                         reader.close()
                     else:
                         self.stats.failures += 1
-                        yield [EngineResult(reading.index, error=reading.error)]
+                        yield [EngineResult(reading.indices[0], error=reading.error)]
                 elif any(map(len, queues)):
                     # At the end of the input, the earliest stage first, so that its images fill up later batches.
                     yield self._run_queue(next(s for s, queue in enumerate(queues) if len(queue)))
@@ -173,11 +177,14 @@ class Stream:
         """Run a stage, with a smaller batch if memory runs out: indices, arrival time and result of `engine.step`."""
         while True:
             state, indices, since = self.queues[stage].take(self.batch_size)
+            started = time.perf_counter()
             try:
                 return indices, since, self.engine.step(stage, state)
             except RuntimeError as error:
                 if len(indices) < 2 or not _is_out_of_memory(error):
                     raise
+            finally:
+                self.stats.seconds += time.perf_counter() - started
             # Outside of the handler, because its traceback references the tensors of the failed step.
             if self.engine.model.device.type != "cpu":
                 clear_device_cache(garbage_collection=True)

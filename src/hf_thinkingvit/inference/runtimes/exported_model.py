@@ -1,9 +1,9 @@
 """
 A model whose stages a runtime computes, from an exported folder.
 
-It has the four steps of a model that thinks in stages (`begin`, `run_stage`, `answer`, `recycle`), so that the package's
-one loop drives it: `step_stage` in the engine, `run_stages` in a call. The exit rule is the loop's, in float32, whatever
-the stages compute in.
+It has the four steps of a model that thinks in stages (`begin`, `run_stage`, `answer`, `recycle`), so that the one loop
+of the package drives it: `step_stage` in the engine, `run_stages` in a call. The exit rule is the loop's, in float32,
+whatever the stages compute in.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,13 @@ class ExportedModel(Task):
         return f"{type(self).__name__}({str(self.folder)!r}, runtime={self.runtime!r}, precision={self.precision!r})"
 
     def eval(self) -> "ExportedModel":
-        """The model itself: it has no training mode."""
+        """The model itself, which is always in evaluation mode."""
+        return self
+
+    def train(self, mode: bool = True) -> "ExportedModel":
+        """`ValueError` unless `mode` is `False`."""
+        if mode:
+            raise ValueError("Exported programs cannot be trained: train the PyTorch model, and export it again.")
         return self
 
     def begin(

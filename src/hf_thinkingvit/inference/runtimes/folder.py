@@ -1,6 +1,6 @@
 """
-Exported folders: the program of each stage, `config.json`, `preprocessor_config.json`, and `export.json`, which says what
-the programs take and return, what wrote them, and their checksums.
+Exported folders: the program of each stage, `config.json`, `preprocessor_config.json`, and `export.json`, which says
+what the programs return, what wrote them, and their checksums.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from ..export import (
 )
 from .exported_model import ExportedClassifier, ExportedModel, ExportedSegmenter
 from .programs import RUNTIMES, Output, StageFile, check_precision_name
+from .quantisation import check_calibration, quantise_stages
 
 
 MANIFEST = "export.json"
@@ -53,6 +55,7 @@ def export_model(
     *,
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     processor: BaseImageProcessor | None = None,
+    calibration: torch.Tensor | None = None,
 ) -> Path:
     r"""
     Write the stages of a model for a runtime, as a folder that `from_exported` loads without PyTorch weights. Batches
@@ -62,10 +65,13 @@ def export_model(
         model (`PreTrainedModel`): a model that thinks in stages, in any dtype; it is not changed.
         output_dir (`str` or `os.PathLike`): the folder, created if it does not exist.
         format (`"openvino"` or `"onnx"`): of the programs, for the runtimes OpenVINO and ONNX Runtime.
-        precision (`"fp32"` or `"fp16"`):
-            Of an ONNX file. OpenVINO's programs are stored in float32, and compute in the precision that they are
-            loaded with.
+        precision (`"fp32"`, `"fp16"` or `"int8"`):
+            Of the programs. `"fp16"` is for ONNX; OpenVINO's programs in float32 compute in the precision that they are
+            loaded with. After an export in `"int8"`, look at what
+            [`~hf_thinkingvit.evaluation.compare_precisions`] says of it, and take the τ that it proposes.
         processor (`BaseImageProcessor`, *optional*): saved beside the programs.
+        calibration (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
+            For int8: preprocessed images, a few hundred of the kind that the model is for.
 
     Returns:
         `Path`: the folder.
@@ -83,13 +89,20 @@ def export_model(
             f"`precision` = {precision!r} is chosen on loading, of OpenVINO's programs: export in 'fp32', then "
             f"`from_exported(folder, precision={precision!r})`."
         )
-    RUNTIMES[FORMATS[format]].check_installed()
+    runtime = RUNTIMES[FORMATS[format]]
+    runtime.check_installed()
     if format == "onnx":
         check_onnx_is_there()
+    if precision == "int8":
+        check_calibration(calibration, format, (model.config.num_channels, *as_pair(model.config.image_size)))
+    elif calibration is not None:
+        raise ValueError(f"`calibration` is for `precision` = 'int8', got {precision!r}.")
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / MANIFEST).unlink(missing_ok=True)  # what is written half is no export
     stages = _write_stages(model, output_dir, format, torch.float16 if precision == "fp16" else torch.float32)
+    if precision == "int8":
+        quantise_stages(output_dir, format, stages, calibration, partial(runtime.load, precision="fp32", options={}))
     model.config.to_json_file(output_dir / CONFIG_NAME)  # `save_pretrained` would write the code of the model as well
     if processor is not None:
         processor.save_pretrained(output_dir)
