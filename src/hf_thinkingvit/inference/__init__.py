@@ -6,7 +6,9 @@ from .export import OnnxFiles, export_adaptive, export_onnx, export_stages
 from .pipeline import ADAPTIVE_IMAGE_CLASSIFICATION, AdaptiveImageClassificationPipeline
 from .resumable import ResumableOutput
 from .runtimes import ExportedModel, export_model, from_exported, with_runtime
+from .service import EngineService, ServiceClosed, ServiceFull
 from .sliding import ImageView, ImageViews, SlidingResult, SlidingWindowSegmenter, WindowExit, scaled_views
+from .stream import WithThreshold
 
 
 __all__ = [
@@ -14,15 +16,19 @@ __all__ = [
     "AdaptiveEngine",
     "AdaptiveImageClassificationPipeline",
     "EngineResult",
+    "EngineService",
     "EngineStats",
     "ExportedModel",
     "ImageView",
     "ImageViews",
     "OnnxFiles",
     "ResumableOutput",
+    "ServiceClosed",
+    "ServiceFull",
     "SlidingResult",
     "SlidingWindowSegmenter",
     "WindowExit",
+    "WithThreshold",
     "classify_across_processes",
     "export_adaptive",
     "export_model",

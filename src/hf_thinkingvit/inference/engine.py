@@ -7,6 +7,7 @@ families. A model that does not think in stages runs as one stage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -176,8 +177,9 @@ class AdaptiveEngine:
             inputs (`Iterable`): images (paths, URLs, PIL images, arrays, or functions that return one) or preprocessed
                 tensors `(channels, height, width)`: a list, a generator, a dataset, a `DataLoader` whose batches are
                 images, or a tensor or array of four dimensions. A single image is a stream of one. An exception in
-                place of an image marks one that could not be read. Separate threads read and preprocess the input, at
-                most two batches ahead, or `num_workers` read it, two chunks of 32 images each ahead.
+                place of an image marks one that could not be read; [`WithThreshold`] gives an image its own τ.
+                Separate threads read and preprocess the input, at most two batches ahead; `num_workers` read at most
+                two chunks of 32 images each ahead.
 
         Yields:
             [`EngineResult`], one per image.
@@ -192,10 +194,24 @@ class AdaptiveEngine:
         stream = Stream(self, inputs)
         return stream.in_order() if self.in_order else stream.as_they_finish()
 
+    def resolve_threshold(self, threshold: float | Sequence[float]) -> tuple[float, ...]:
+        """One τ per exit of the model; `ValueError` if it is invalid, or the model does not think in stages."""
+        if isinstance(self.rule, _WholeModel):
+            raise ValueError(f"{type(self.model).__name__} does not think in stages: an image has no `threshold`.")
+        return self.model.exit_rule(threshold).thresholds
+
     @torch.no_grad()
-    def step(self, stage: int, state: State) -> tuple[torch.Tensor, Answer, State]:
+    def step(
+        self, stage: int, state: State, thresholds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Answer, State]:
         """
         Run a stage on a batch of its queue.
+
+        Args:
+            stage (`int`): which.
+            state (`dict[str, torch.Tensor]`): of the images of the batch.
+            thresholds (`torch.Tensor` of shape `(images, exits)`, *optional*): τ of each image, instead of that of the
+                engine.
 
         Returns:
             `exits` (bool `(images,)`) and the answers to all images (floating-point entries as float32), both on the
@@ -207,7 +223,11 @@ class AdaptiveEngine:
                 pixel_values = pixel_values.pin_memory()
             state = {"pixel_values": pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)}
         sizes = {"interpolate_pos_encoding": self.interpolate_pos_encoding}
-        step = step_stage(self.steps, self.rule, self.stages, stage, state, **sizes)
+        rule = self.rule
+        if thresholds is not None:
+            thresholds = thresholds.to(self.model.device, non_blocking=True)
+            rule = replace(rule, thresholds=tuple(thresholds.unbind(dim=1)))
+        step = step_stage(self.steps, rule, self.stages, stage, state, **sizes)
         exits, answer = _to_host(step.exits, step.answer)
         going_on, state = (~exits).nonzero().squeeze(1), step.state
         if 0 < len(going_on) < len(exits):

@@ -1,4 +1,4 @@
-"""From images as callers give them to pixel values, in chunks: in the reader's thread, or in workers of a `DataLoader`."""
+"""From images as callers give them to pixel values, in chunks: in a thread of the reader, or in its workers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

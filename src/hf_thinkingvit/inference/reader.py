@@ -1,11 +1,13 @@
 """
 Threads that read and preprocess images while the model computes.
 
-One thread does nothing but iterate over the input, so that what has arrived is known; a second one prepares it, in chunks
-as large as what has arrived, up to a limit: a live stream is not kept waiting, and a full one is prepared many at a time.
-With workers, the chunks are prepared in processes of a `DataLoader`, and the second thread only hands them over.
+One thread does nothing but iterate over the input, so that what has arrived is known; a second one prepares it, in
+chunks as large as what has arrived, up to a limit: a live stream is not kept waiting, and a full one is prepared many
+images at a time. With workers, the chunks are prepared in processes of a `DataLoader`, and the second thread only hands
+them over.
 """
 
+import itertools
 import pickle
 import queue
 import threading
@@ -90,20 +92,20 @@ class Reader:
 
     def _iterate(self, inputs: Iterable[Any]) -> None:
         """Puts what arrives, with its place in the input, into a queue."""
-        count = 0
         try:
             images = iter(inputs)
-            while not self._stop.is_set():
+            for count in itertools.count():
                 if count - self._taken >= self._ahead:
                     with self._room:
-                        self._room.wait_for(lambda: count - self._taken < self._ahead or self._stop.is_set())
-                    continue
+                        while count - self._taken >= self._ahead and not self._stop.is_set():
+                            self._room.wait()
+                if self._stop.is_set():
+                    break
                 try:
                     image = next(images)
                 except StopIteration:
                     break
                 self._arrived.put((count, image))
-                count += 1
         except BaseException as error:  # passed on to the caller of `get`: exceptions do not leave a thread
             self._failure = error
         finally:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,20 @@ class EngineResult:
     others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class WithThreshold:
+    """
+    An input of an engine with τ of its own.
+
+    Attributes:
+        image: any input of an engine.
+        threshold: τ, one or one per exit, instead of the engine's; an invalid one is an error of this image.
+    """
+
+    image: Any
+    threshold: float | Sequence[float]
+
+
 @dataclass
 class EngineStats:
     """
@@ -74,9 +88,22 @@ class Stream:
     """One pass of an engine over an input."""
 
     def __init__(self, engine: "AdaptiveEngine", inputs: Iterable[Any]):
-        self.engine, self.inputs, self.batch_size = engine, each_image(inputs), engine.batch_size
+        self.engine, self.batch_size = engine, engine.batch_size
+        self.thresholds: dict[int, tuple[float, ...]] = {}  # of images that have τ of their own, while they are here
+        self.inputs = self._images(each_image(inputs))
         self.stats = engine.stats = engine.no_stats()
         self.queues = [StageQueue() for _ in engine.stages]
+
+    def _images(self, inputs: Iterable[Any]) -> Iterator[Any]:
+        """The images of the input, whose own τ are put aside. What is wrong with one takes the place of the image."""
+        for index, image in enumerate(inputs):
+            if isinstance(image, WithThreshold):
+                try:
+                    self.thresholds[index] = self.engine.resolve_threshold(image.threshold)
+                    image = image.image
+                except ValueError as error:
+                    image = error
+            yield image
 
     def as_they_finish(self) -> Iterator[EngineResult]:
         """Results as soon as they are computed."""
@@ -129,6 +156,7 @@ class Stream:
                         failure = reading.error
                         reader.close()
                     else:
+                        self.thresholds.pop(reading.indices[0], None)
                         self.stats.failures += 1
                         yield [EngineResult(reading.indices[0], error=reading.error)]
                 elif any(map(len, queues)):
@@ -160,6 +188,9 @@ class Stream:
         self.stats.rows[stage] += len(indices)
         self.stats.batches[stage] += 1
         self.stats.exits[stage] += len(indices) - len(going_on)
+        for index, exit_ in zip(indices, exits) if self.thresholds else ():
+            if exit_:
+                self.thresholds.pop(index, None)
         results = []
         if going_on:
             following = self.queues[stage + 1]
@@ -173,13 +204,20 @@ class Stream:
             results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=others))
         return results
 
+    def _thresholds_of(self, indices: list[int]) -> torch.Tensor | None:
+        """τ of each image and exit, `(images, exits)`, where any of these images has its own; else `None`."""
+        if not self.thresholds or self.thresholds.keys().isdisjoint(indices):
+            return None
+        usual = self.engine.rule.thresholds
+        return torch.tensor([self.thresholds.get(index, usual) for index in indices], dtype=torch.float32)
+
     def _step(self, stage: int) -> tuple[list[int], float, tuple]:
         """Run a stage, with a smaller batch if memory runs out: indices, arrival time and result of `engine.step`."""
         while True:
             state, indices, since = self.queues[stage].take(self.batch_size)
             started = time.perf_counter()
             try:
-                return indices, since, self.engine.step(stage, state)
+                return indices, since, self.engine.step(stage, state, self._thresholds_of(indices))
             except RuntimeError as error:
                 if len(indices) < 2 or not _is_out_of_memory(error):
                     raise
