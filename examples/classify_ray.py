@@ -6,8 +6,8 @@ Classify many images on a cluster with Ray Data, an engine in each actor of a po
 
 `--dataset` is a folder of images, searched with its subfolders, or Parquet (a file or a folder) with a column of
 images: their files as bytes, or structs with `bytes`, as `datasets` writes them. `--model` is a folder that
-`export_model` wrote, or a model with PyTorch weights; every node must reach it. The output is a folder of Parquet files:
-a row for each image, in no particular order, with the columns of the input but the image, `label`, `score`,
+`export_model` wrote, or a model with PyTorch weights; every node must reach it. The output is a folder of Parquet
+files: a row for each image, in no particular order, with the columns of the input but the image, `label`, `score`,
 `exit_stage`, `entropy`, and `error` for those that cannot be read.
 """
 

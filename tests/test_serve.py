@@ -74,7 +74,11 @@ class TestService:
         with served() as (port, app, _):
             model = app.state.service.engine.model
             pixel_values = evaluation_image_processor(32)(Image.open(io.BytesIO(png(0))), return_tensors="pt")
-            for query, arguments in (("", {}), ("&threshold=0", {"threshold": 0.0}), ("&threshold=99", {"threshold": 99})):
+            for query, arguments in (
+                ("", {}),
+                ("&threshold=0", {"threshold": 0.0}),
+                ("&threshold=99", {"threshold": 99}),
+            ):
                 with torch.no_grad():
                     expected = model(**pixel_values, **arguments)
                 status, answer, _ = ask(port, f"/classify?top_k=2{query}", png(0))
@@ -82,7 +86,9 @@ class TestService:
                 assert answer["exit_stage"] == expected.exit_stage.item()
                 assert answer["entropy"] == pytest.approx(expected.entropy.item(), abs=1e-4)
                 scores, classes = expected.logits[0].softmax(dim=-1).topk(2)
-                assert [entry["label"] for entry in answer["labels"]] == [f"LABEL_{place}" for place in classes.tolist()]
+                assert [entry["label"] for entry in answer["labels"]] == [
+                    f"LABEL_{place}" for place in classes.tolist()
+                ]
                 assert [entry["score"] for entry in answer["labels"]] == pytest.approx(scores.tolist(), abs=1e-4)
             for path, body, status, reason in (
                 ("/classify", b"no image", 400, "no image that can be read"),

@@ -67,7 +67,9 @@ def test_the_report(quantised):
         right = (expected.stage_logits[stage].argmax(dim=1) == labels).float().mean()
         assert report.top1[0][stage] == pytest.approx(right.item())
     assert report.accepted_top1[0] == pytest.approx((expected.logits.argmax(dim=1) == labels).float().mean().item())
-    assert report.exits[0] == pytest.approx([(expected.exit_stage == stage).float().mean().item() for stage in range(2)])
+    assert report.exits[0] == pytest.approx(
+        [(expected.exit_stage == stage).float().mean().item() for stage in range(2)]
+    )
     assert 0 < report.same_class[0] <= 1 and report.entropy_change[0] > 0
     assert report.table().count("\n| ") == 2
     same = compare_precisions(model, model, batches)

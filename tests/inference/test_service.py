@@ -21,9 +21,7 @@ class TestThresholdsOfImages:
         """Images with their own τ beside others; each has the exit that a call with its τ gives it."""
         model, images = with_exits(NETWORKS["vit"]()), random_images(24)
         own = [None, 0.0, 100.0, [0.0, 100.0]]
-        inputs = [
-            image if own[n % 4] is None else WithThreshold(image, own[n % 4]) for n, image in enumerate(images)
-        ]
+        inputs = [image if own[n % 4] is None else WithThreshold(image, own[n % 4]) for n, image in enumerate(images)]
         engine = AdaptiveEngine(model, batch_size=8)
         results = list(engine(inputs))
         assert engine.stats.batches[0] == 3

@@ -149,7 +149,7 @@ def _write_stages(model: PreTrainedModel, output_dir: Path, format: str, dtype: 
             stage = StageFile(f"stage_{index}{SUFFIXES[format]}", outputs, list(passed_on))
             path = output_dir / stage.file
             if format == "openvino":
-                _write_openvino(program, state, path)
+                write_openvino(program, state, path)
             else:
                 names = [f"{'state' if output.is_state else 'answer'}.{output.name}" for output in outputs]
                 write_onnx(program, model, list(state), names, path, own_weights=True)
@@ -158,7 +158,7 @@ def _write_stages(model: PreTrainedModel, output_dir: Path, format: str, dtype: 
     return stages
 
 
-def _write_openvino(program: torch.export.ExportedProgram, state: State, path: Path) -> None:
+def write_openvino(program: torch.export.ExportedProgram, state: State, path: Path) -> None:
     import openvino
 
     converted = openvino.convert_model(program)
