@@ -197,11 +197,12 @@ class Stream:
             while not following.fits(state):
                 results += self._run_queue(stage + 1)
             following.put(state, going_on, since)
-        entropies, logits = answer.pop("entropy").tolist(), answer.pop("logits")
+        entropies, logits = answer.pop("entropy").tolist(), answer.pop("logits").unbind()
+        others = {name: rows.unbind() for name, rows in answer.items()}
         # Copies, because a view would hold (and pickle) the answers to the whole batch.
         for row, index in enumerate(index for index, exit_ in zip(indices, exits) if exit_):
-            others = {name: rows[row].clone() for name, rows in answer.items()}
-            results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=others))
+            own = {name: rows[row].clone() for name, rows in others.items()} if others else {}
+            results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=own))
         return results
 
     def _thresholds_of(self, indices: list[int]) -> torch.Tensor | None:
