@@ -4,7 +4,7 @@ Export a model, and compare its predictions with the PyTorch model's:
     hf-thinkingvit export --model MODEL --dataset FOLDER
     hf-thinkingvit export --model MODEL --dataset FOLDER --runtime openvino --precision int8
 
-Without `--runtime`, ONNX files for programs without Python: `adaptive.onnx` takes one image and runs the stages until it
+Without `--runtime`, ONNX files for programs without Python: `adaptive.onnx` takes one image and runs stages until it
 exits; `stage_0.onnx` and so on hold one stage each, for batches of any size. With it, a folder that `from_exported`
 loads for the engine (docs/runtimes.md); for int8, one half of the images calibrates and the other is compared. Without
 `--dataset`, nothing is compared. Needs the extra `onnx` or `openvino`.
