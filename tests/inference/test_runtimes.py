@@ -16,6 +16,7 @@ from hf_thinkingvit.inference import AdaptiveEngine, export_model, from_exported
 from hf_thinkingvit.inference.runtimes import RUNTIMES, programs
 from hf_thinkingvit.inference.runtimes.folder import read_manifest, sha256
 from tests.inference.conftest import NETWORKS, need_runtime, with_exits
+from tests.models.segmentation_models import lively_segmenter
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively, lively_model, random_images
 
@@ -111,6 +112,20 @@ class TestAnswers:
         assert len(expected.exit_stage.unique()) > 1
         assert torch.equal(found.exit_stage, expected.exit_stage)
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+
+    def test_of_segmentation(self):
+        """Scores over pixels are the task's own, taken in float32 from what the program answers."""
+        need_runtime("openvino")
+        model, images = lively_segmenter(thinking_stages=[1, 4]), random_images(8)
+        with torch.no_grad():
+            scores = model(images, max_stages=1).entropy.sort().values
+            model.config.threshold = ((scores[3] + scores[4]) / 2).item()
+            expected = model(images)
+        found = with_runtime(model, "openvino", threads=1)(images)
+        assert type(found) is type(expected)
+        assert found.exit_stage.tolist() == expected.exit_stage.tolist() and expected.exit_stage.sum() == 4
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.entropy, expected.entropy, atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     def test_in_half_precision(self, exported, precision):
