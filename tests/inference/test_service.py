@@ -8,6 +8,7 @@ import torch
 
 from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull, WithThreshold
 from tests.inference.conftest import NETWORKS, with_exits
+from tests.inference.test_engine import no_thread_stays  # noqa: F401  a fixture that runs by itself
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import random_images
 

@@ -128,6 +128,7 @@ class EngineService:
             with self._lock:
                 left, self._futures = list(self._futures.values()), {}
                 self._closed = True
+            self._arriving.put(_END)  # the engine's reader may still wait for images
             for future in left:
                 refusal = ServiceClosed("The engine failed before it could answer.")
                 refusal.__cause__ = self.failure
