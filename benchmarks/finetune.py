@@ -96,10 +96,12 @@ def main() -> None:
     parser.add_argument("--source", default="examples/checkpoints/thinkingvit-cifar10")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/finetune-benchmark"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--per-class", type=int, default=PER_CLASS, help="photographs; fewer to try it out")
+    parser.add_argument("--most-tested", type=int, default=MOST_TESTED, help="test crops of a class, at most")
     arguments = parser.parse_args()
     files = {split: str(arguments.camvid / f"{split}.parquet") for split in ("train", "test")}
     frames = datasets.load_dataset("parquet", data_files=files)
-    test = as_dataset(crops(frames["test"], 0), MOST_TESTED)
+    test = as_dataset(crops(frames["test"], 0), arguments.most_tested)
     print(describe_run(torch.device("cpu"), "float32"))
     print(f"{len(test)} test images: {dict(zip(CLASSES, np.bincount(test['label'][:]).tolist()))}\n")
     print(
@@ -108,7 +110,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for seed in arguments.seeds:
         folder = arguments.output_dir / f"seed-{seed}"
-        train = as_dataset(crops(frames["train"], seed), PER_CLASS)
+        train = as_dataset(crops(frames["train"], seed), arguments.per_class)
         save_folder(train, folder / "photos")
         started, cpu = time.perf_counter(), time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):

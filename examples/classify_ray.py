@@ -21,7 +21,7 @@ import numpy as np
 import ray
 from PIL import Image
 
-from hf_thinkingvit.commands.command import load_model
+from hf_thinkingvit.commands.loading import load_model
 from hf_thinkingvit.inference import AdaptiveEngine, from_exported
 from hf_thinkingvit.models.image_files import as_rgb
 

@@ -25,7 +25,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from PIL import Image
 
-from hf_thinkingvit.commands.command import load_model
+from hf_thinkingvit.commands.loading import load_model
 from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull, from_exported
 
 

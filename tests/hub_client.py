@@ -8,6 +8,16 @@ imported, and the tests run offline.
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def outcome(function: Callable, *arguments: Any, **options: Any) -> dict[str, str]:
+    """The commit that a push made, or its error."""
+    try:
+        return {"commit": function(*arguments, **options).oid}
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
 
 
 def main() -> None:
@@ -15,7 +25,7 @@ def main() -> None:
     from transformers import AutoModelForImageClassification
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from hf_thinkingvit.hub import push
+    from hf_thinkingvit.hub import push, push_space
 
     for line in sys.stdin:
         job = json.loads(line)
@@ -23,13 +33,12 @@ def main() -> None:
         os.environ.pop("HF_TOKEN", None)
         if token is not None:
             os.environ["HF_TOKEN"] = token
+        if folder is None:  # a Space
+            print(json.dumps(outcome(push_space, **job)), file=answers, flush=True)
+            continue
         model = AutoModelForImageClassification.from_pretrained(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
-        try:
-            answer = {"commit": push(model, processor, **job).oid}
-        except Exception as error:
-            answer = {"error": type(error).__name__, "message": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(outcome(push, model, processor, **job)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

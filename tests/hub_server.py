@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 TOKEN = "hf_token_of_org"  # may write to repositories of `org`
 LFS_SUFFIXES = (".safetensors", ".png")
 ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
+SPACE = r"(?P<repo>spaces/[\w.-]+/[\w.-]+)"  # a Space is listed as "spaces/organization/name"
 
 
 class Repository:
@@ -181,6 +182,10 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         wanted = json.loads(self.body())
         repo = f"{wanted['organization']}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") not in ("gradio", "docker", "static"):
+                return self.refuse(400, None, "a Space needs an sdk")
+            repo = f"spaces/{repo}"
         if self.token() != TOKEN:
             return self.refuse(401, None, "Invalid username or password.")
         if wanted["organization"] != "org":
@@ -269,5 +274,9 @@ ROUTES = [
     ("POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)", Handler.commit),
     ("GET", rf"/api/models/{ID}(?:/revision/(?P<revision>[^/]+))?", Handler.model_info),
     ("GET", rf"/api/models/{ID}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Handler.tree),
+    ("POST", rf"/api/{SPACE}/preupload/(?P<revision>[^/]+)", Handler.preupload),
+    ("POST", rf"/{SPACE}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", rf"/api/{SPACE}/commit/(?P<revision>[^/]+)", Handler.commit),
+    ("GET", rf"/api/{SPACE}", Handler.model_info),
     (("GET", "HEAD"), rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]

@@ -3,9 +3,10 @@
 import datasets
 import pytest
 
-from hf_thinkingvit.data import find_split, is_missing_path, load_splits, num_shared_rows
+from hf_thinkingvit.data import find_split, load_splits, num_shared_rows
 from hf_thinkingvit.evaluation import evaluate_thresholds
 from hf_thinkingvit.image_processing import evaluation_image_processor
+from hf_thinkingvit.public_names import is_missing_path
 from hf_thinkingvit.training import parse_config
 from tests.training.tiny_runs import flags, write_images
 from tests.utils import lively_model

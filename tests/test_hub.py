@@ -23,6 +23,7 @@ from tests.models.test_modeling_avit import lively_avit
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
+IMAGES = EXAMPLE.parent / "images"
 CLIENT = Path(__file__).parent / "hub_client.py"
 
 
@@ -125,7 +126,10 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server, saved, tmp_path_factory):
-    """`client("avit", "org/name", results=...)` pushes that model from another process and returns the result."""
+    """
+    `client("avit", "org/name", results=...)` pushes that model (a Space for `None`) from another process and returns
+    the result.
+    """
     environment = online(server, tmp_path_factory.mktemp("client"))
     command = [sys.executable, str(CLIENT)]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -133,8 +137,9 @@ def client(server, saved, tmp_path_factory):
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     ) as process:
 
-        def push_from_there(name: str, repo_id: str, logged_in_with: str | None = TOKEN, **arguments) -> dict:
-            job = {"folder": str(saved / name), "repo_id": repo_id, "logged_in_with": logged_in_with, **arguments}
+        def push_from_there(name: str | None, repo_id: str, logged_in_with: str | None = TOKEN, **arguments) -> dict:
+            folder = None if name is None else str(saved / name)
+            job = {"folder": folder, "repo_id": repo_id, "logged_in_with": logged_in_with, **arguments}
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
@@ -214,6 +219,30 @@ class TestPush:
         seen = len(server.requests)
         outcome = client("avit", "org/wrong", results=results())
         assert outcome["error"] == "ValueError" and len(server.requests) == seen
+
+
+class TestPushSpace:
+    def test_one_commit_with_the_page_and_the_package(self, client, server):
+        outcome = client(None, "org/animals-demo", models=["org/animals"], samples=[str(IMAGES / "cat.png")])
+        assert "commit" in outcome, outcome
+        (_, before), (sha, files) = server.repositories["spaces/org/animals-demo"].commits
+        assert sha == outcome["commit"] and before.keys() == {".gitattributes"}
+        assert files.keys() >= {"app.py", "README.md", "requirements.txt", "hf_thinkingvit/demo/app.py"}
+        assert files["images/cat.png"] == (IMAGES / "cat.png").read_bytes()
+        assert b"- org/animals" in files["README.md"] and b"sdk: gradio" in files["README.md"]
+        assert "org/animals-demo" not in server.repositories
+
+    def test_modules_of_an_earlier_version_go(self, client, server):
+        client(None, "org/moving", models=["org/animals"])
+        repository = server.repositories["spaces/org/moving"]
+        repository.commit({**repository.files, "hf_thinkingvit/old.py": b"", "notes.md": b"mine"})
+        assert "commit" in client(None, "org/moving", models=["org/animals"])
+        assert "hf_thinkingvit/old.py" not in repository.files and repository.files["notes.md"] == b"mine"
+
+    def test_without_a_token(self, client, server):
+        seen = len(server.requests)
+        outcome = client(None, "org/nobody", logged_in_with=None, models=["org/animals"])
+        assert outcome["error"] == "PermissionError" and len(server.requests) == seen
 
 
 LOAD = """

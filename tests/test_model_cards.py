@@ -93,13 +93,27 @@ class TestCard:
         text = str(model_card(staged(thinking_stages=[4]), name="animals"))
         assert "| stage 0 | 4 | 32 |" in text and "τ = " not in text and "from_pretrained(" not in text
 
+    @pytest.mark.parametrize("stages", [[2, 4], [4]])
+    def test_says_which_patches_are_removed(self, stages):
+        pruning = {"pruning_layers": [1, 2], "pruning_keep_rate": 0.5}
+        model = staged(thinking_stages=stages, **pruning)
+        measured = {"top1": [60.0] * len(stages), "top5": [90.0] * len(stages), "images": 10}
+        found = accuracy_results(model, measured, "digits")
+        text = str(model_card(model, found, name="animals"))
+        assert "before layers 1, 2 (counted from 0): 50, 25 % of the image's patches remain" in text
+        assert f"| {sum(stage_macs(model.config)) / 1e9:.4g} |" in text and "\n\n\n" not in text
+        assert "remain" not in str(model_card(staged(), name="animals"))
+        model.config.pruning_keep_rate = 0.75
+        with pytest.raises(ValueError, match="measured with `pruning_keep_rate` = 0.5, but the model's is 0.75"):
+            model_card(model, found, name="animals")
+
     def test_shows_a_long_sweep_at_even_distances_and_at_the_models_threshold(self):
         text = str(model_card(staged(threshold=9.9), results(sweep=sweep(201)[:80]), name="animals"))
         assert "12 of 80 thresholds" in text
         rows = re.findall(r"^\| ([\d.]+) \| \d+\.00 \|", text, re.MULTILINE)
         assert (len(rows), rows[0], rows[-1]) == (12, "0", "7.9")
         text = str(model_card(staged(threshold=[0.5]), results(sweep=sweep(80)), name="animals"))
-        assert "13 of 80 thresholds" in text and "| 0.5 | 75.00 |" in text
+        assert "13 of 80 thresholds" in text and "| **0.5** (as configured) | 75.00 |" in text
 
     def test_of_what_training_evaluates(self):
         model = staged()

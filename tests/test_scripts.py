@@ -197,7 +197,7 @@ def test_classify_folder(folders, tmp_path):
     picture.write_bytes(content[::-1])  # of the same size
     os.utime(picture, ns=(changed, changed))
     done = run("classify_folder.py", folders, *words)
-    assert done.returncode == 2 and "contents was" in done.stderr and not output.exists()
+    assert done.returncode == 2 and "is of other images" in done.stderr and not output.exists()
 
     table = tmp_path / "found.parquet"
     done = run("classify_folder.py", folders, "--images", str(folders / "images"), "--output", str(table))
@@ -221,6 +221,7 @@ def test_export_onnx(folders, tmp_path):
     (tmp_path / "images").mkdir()
     for index in range(3):
         (tmp_path / "images" / f"{index}.png").write_bytes(encoded_image(index))
+    (tmp_path / "images" / "broken.png").write_bytes(b"broken")
     words = ["--images", str(tmp_path / "images"), "--output-dir", str(tmp_path / "onnx"), "--threshold", "1.0"]
     wrong = run("export_onnx.py", folders, *words, "2.0")
     assert wrong.returncode == 2 and "one per exit" in wrong.stderr and not (tmp_path / "onnx").exists()
@@ -228,6 +229,6 @@ def test_export_onnx(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"adaptive.onnx", "stage_0.onnx", "stage_1.onnx"}
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("0.png", "1.png", "2.png"))]
-    assert len(rows) == 3
+    assert len(rows) == 3 and "broken.png | cannot be read" in done.stdout
     for _, label, exit_stage, entropy, _, models_own in rows:
         assert models_own == f"{label}, {exit_stage}, {entropy}"

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from hf_thinkingvit import AViTConfig, AViTForImageClassification
+from hf_thinkingvit.commands.loading import load_model
+from hf_thinkingvit.evaluation.token_pictures import depth_scale, side_by_side
 from hf_thinkingvit.image_processing import evaluation_image_processor
 
-from .utils import lively_model, tiny_config
+from .utils import lively_model
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "visualize_tokens.py"
@@ -130,14 +132,14 @@ def test_parquet(call, refused, model_folder, tmp_path, whole_folder):
 
 def test_depths_and_scores(script, model_folder):
     """The pictures show the model's values: patches only, and scores of active tokens only."""
-    model, processor = script.load_model(str(model_folder))
+    model, processor = load_model(str(model_folder))
     images = [random_image(seed) for seed in range(5)]
     named = [(str(index), image) for index, image in enumerate(images)]
-    results, scores = script.analyse(model, processor, named, script.read_halting, batch_size=2, pictures=2)
+    results, scores = script.analyse(model, processor, named, batch_size=2, pictures=2)
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        expected = model(pixel_values.to(model.device), output_token_depth=True)
-    depth = expected.token_depth.cpu()
+        expected = model(pixel_values, output_token_depth=True)
+    depth = expected.token_depth
     assert len(depth.unique()) > 1
     np.testing.assert_array_equal(np.stack([tokens.depth for tokens in results]).reshape(5, -1), depth[:, 1:])
     assert [len(layer) for layer in scores] == [int((depth >= layer).sum()) for layer in (1, 2, 3)]
@@ -148,9 +150,9 @@ def test_depths_and_scores(script, model_folder):
     cropped = np.asarray(resized)[1:33, 5:37].astype(int)
     assert np.abs(results[0].pixels - cropped).mean() < 3
 
-    left, right = np.split(script.side_by_side(results[0], model.config), [608], axis=1)  # 32 pixels enlarged by 19
+    left, right = np.split(side_by_side(results[0], model.config), [608], axis=1)  # 32 pixels enlarged by 19
     assert (left[::19, ::19] == results[0].pixels).all()
-    colors, norm = script.depth_scale(3, discrete=True)
+    colors, norm = depth_scale(3, discrete=True)
     assert (right[76::152, -608 + 76 :: 152] == colors(norm(results[0].depth), bytes=True)[..., :3]).all()
 
 
@@ -179,31 +181,22 @@ def test_pictures_of_pruning(call, pruned_folder, image_folder):
     assert "patches: 1.75 of 3 layers" in stdout and "halting_scores" not in stdout
     _, stdout, _ = call(pruned_folder, image_folder, "--pictures", 1, "--keep-rate", 1)
     assert "patches: 3.00 of 3 layers" in stdout
-
-
-def test_depths_of_pruned_patches(script, pruned_folder):
-    model, processor = script.load_model(str(pruned_folder))
-    pixel_values = processor([random_image(seed) for seed in range(3)], return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        pixel_values = pixel_values.to(model.device)
-        _, depth, _ = script.read_pruning(model, pixel_values)
-        first, second = model(pixel_values, threshold=0.0, output_kept_tokens=True).kept_tokens
-    for row in range(3):
-        assert set((depth[row] > 1).nonzero().flatten().tolist()) == set(first[row].tolist())
-        assert set((depth[row] > 2).nonzero().flatten().tolist()) == set(second[row].tolist())
-    assert depth.max() == 3 and depth.min() == 1
+    _, stdout, _ = call(pruned_folder, image_folder, "--pictures", 1, "--keep-rate", 0.25, 0.125)
+    assert "patches: 1.38 of 3 layers" in stdout  # 12 leave after 1 layer, 2 after 2
 
 
 def test_arguments_of_the_other_kind_of_model(refused, model_folder, pruned_folder, image_folder):
-    refused("--keep-rate is of models that prune", model_folder, image_folder, "--keep-rate", 0.5)
-    refused("--halting-epsilon is of an A-ViT", pruned_folder, image_folder, "--halting-epsilon", 0.5)
+    refused("`--keep-rate` is of models that prune", model_folder, image_folder, "--keep-rate", 0.5)
+    refused("`--halting-epsilon` is of an A-ViT", pruned_folder, image_folder, "--halting-epsilon", 0.5)
     refused("--keep-rate", pruned_folder, image_folder, "--keep-rate", 1.5)
 
 
 def test_models_and_images_that_do_not_fit(refused, model_folder, image_folder, tmp_path):
     other = tmp_path / "other"
-    tiny_config().save_pretrained(other)
-    refused(r"other lets no patch leave: .* of type 'thinkingvit'", other, image_folder)
+    lively_model().save_pretrained(other)
+    refused("has no image processor", other, image_folder)
+    evaluation_image_processor(32).save_pretrained(other)
+    refused("No patch leaves this model: .* of type 'thinkingvit'", other, image_folder)
     refused("neither images nor Parquet files", model_folder, other)
     refused(r"no readable images in .*broken.png \(1 unreadable\)", model_folder, image_folder / "broken.png")
     table = tmp_path / "table.parquet"

@@ -6,6 +6,7 @@ Images stay encoded until they are used, so that the error for a broken one can 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from .models.image_files import as_rgb
+from .public_names import is_missing_path
 
 
 DIGITS = "sklearn-digits"
@@ -117,12 +119,6 @@ def load_splits(dataset: str, streaming: bool = False) -> dict[str, Rows]:
             f"There is no dataset `{dataset}`: it must be a Hub id, a folder of images (one folder a label) or "
             f"of Parquet files, a Parquet file, or {DIGITS!r}. If it is private, log in with `hf auth login`."
         ) from error
-
-
-def is_missing_path(name: str) -> bool:
-    """Whether `name` is written as a path, which no Hub id can be, and there is nothing under it."""
-    written_so = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
-    return written_so and "://" not in name and not Path(name).exists()
 
 
 def find_split(splits: Mapping[str, Rows], name: str | None, dataset: str, candidates: Sequence[str] = ()) -> Rows:
@@ -236,6 +232,26 @@ def load_digits() -> datasets.DatasetDict:
 def decode(image: dict[str, Any]) -> Image.Image:
     """An encoded image of `datasets` as RGB (see `as_rgb`)."""
     return as_rgb(datasets.Image().decode_example(image), image.get("path"))
+
+
+def without_unreadable(split: ImageSplit) -> tuple[ImageSplit, list[str]]:
+    """
+    A split, not a stream, without the images that cannot be decoded, and the names of those. Decodes every image once.
+    """
+
+    def unreadable(index: int) -> str | None:
+        image = split.rows[index][split.image_column]
+        try:
+            decode(image)
+        except Exception as error:  # Pillow's decoders raise many types
+            return f"{(image or {}).get('path') or f'image {index}'} ({error})"
+
+    with ThreadPool() as threads:  # decoders leave the interpreter to other threads
+        found = threads.map(unreadable, range(len(split.rows)))
+    if not any(found):
+        return split, []
+    whole = [index for index, problem in enumerate(found) if problem is None]
+    return replace(split, rows=split.rows.select(whole)), [problem for problem in found if problem is not None]
 
 
 @dataclass

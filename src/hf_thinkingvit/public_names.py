@@ -94,3 +94,9 @@ def _exists(name: str) -> bool:
         return Path(name).exists()
     except (OSError, ValueError):  # too long, or characters that file names cannot have
         return False
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether `name` is written as a path, which no Hub id can be, and there is nothing under it."""
+    written_so = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return written_so and "://" not in name and not Path(name).exists()

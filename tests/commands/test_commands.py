@@ -1,8 +1,11 @@
 """Messages and exit codes of the commands, called in this process."""
 
+import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,8 +18,17 @@ from hf_thinkingvit.inference import from_exported
 from tests.conversion.segmenter_files import write_official
 from tests.inference.conftest import need_runtime
 from tests.models.segmentation_models import lively_segmenter
+from tests.models.test_modeling_early_exit_vit import lively_method
 from tests.training.tiny_runs import encoded_image
 from tests.utils import FIXTURES, lively_model
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Images with the labels that a model of three classes has by default."""
+    images = [{"bytes": encoded_image(index), "path": None} for index in range(count)]
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"LABEL_{index}" for index in range(3)])}
+    rows = {"image": images, "label": [index % 3 for index in range(count)]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(path)
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -175,14 +187,96 @@ def test_classify_skips_hidden_files_and_says_what_is_new(folder, tmp_path, caps
     assert "other facts: threshold was" in refused(capsys, *words, "--threshold", "0.5")
 
 
+def test_flags_may_be_spelled_with_underscores(folder, tmp_path, capsys):
+    names = ["--batch_size", "1", "--image_column=pictures", "--output_dir", str(tmp_path)]
+    main(["classify", "--model", str(folder / "model"), "--dataset", str(folder / "pictures"), *names])
+    assert (tmp_path / "classified.jsonl").is_file()
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["classify", "--help"])
+    assert "_" not in "".join(word for word in capsys.readouterr().out.split() if word.startswith("--"))
+
+
+@TRAINS
+def test_fields_of_a_run_have_one_spelling_in_help_and_messages(capsys, tmp_path):
+    for name in ("train", "finetune"):
+        with pytest.raises(SystemExit, match="^0$"):
+            main([name, "--help"])
+        flags = [word for word in capsys.readouterr().out.split() if word.startswith("--")]
+        assert "--mixed-precision" in flags and "--model.thinking-stages" in flags
+        assert not [flag for flag in flags if "_" in flag]
+    for spelling in ("--batch_size", "--batch-size"):
+        assert "`--batch-size` must be above 0" in refused(capsys, "train", spelling, "0")
+    for spelling in ("--model.patch_sise", "--model.patch-sise"):
+        message = refused(capsys, "train", spelling, "4")
+        assert "no field `--model.patch-sise`. Did you mean `--model.patch-size`?" in message
+
+
+SIZES = [(300, "--max-drop 0.02"), (60, "--max-drop 0.1"), (20, "--gmacs ")]
+
+
+@pytest.mark.parametrize("count, goal", SIZES)
+def test_sweep_proposes_a_calibration_that_is_not_refused(count, goal, folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "rows.parquet", count)
+    dataset = ["--dataset", str(tmp_path / "rows.parquet")]
+    main(["sweep", "--model", str(folder / "model"), *dataset, "--output-dir", str(tmp_path / "sweep")])
+    said = capsys.readouterr().out
+    following = next(line for line in said.splitlines() if line.startswith("next "))
+    assert goal in following and ("too few for a promise" in said) == (count == 20)
+    main([*shlex.split(following)[2:], "--output-dir", str(tmp_path / "calibrated")])
+    assert "τ = " in capsys.readouterr().out
+
+
+def test_sweep_does_not_propose_to_calibrate_on_images_that_are_not_new(tmp_path, folder, capsys):
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "rows.parquet", 40)
+    model = lively_model(thinking_stages=[1, 4], num_hidden_layers=1, num_labels=3)
+    model.config.training_data = {"dataset": "rows.parquet", "split": "train", "selected_on": "validation"}
+    model.save_pretrained(tmp_path / "model")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "model")
+    words = ["--dataset", str(tmp_path / "rows.parquet"), "--output-dir", str(tmp_path / "sweep")]
+    main(["sweep", "--model", str(tmp_path / "model"), *words])
+    said = capsys.readouterr().out
+    assert "--dataset NEW_IMAGES --max-drop 0.01\n" in said and "no part in making the model" in said
+
+
+def test_tables_show_thresholds_apart(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "rows.parquet", 20)
+    words = ["--dataset", str(tmp_path / "rows.parquet"), "--output-dir", str(tmp_path)]
+    main(["sweep", "--model", str(folder / "model"), *words, "--thresholds", "0.1234567", "0.1234589", "1"])
+    said = capsys.readouterr().out
+    assert "0.123457 " in said and "0.123459 " in said
+
+
+def test_classify_says_that_answers_are_random_and_repeats_them(folder, tmp_path, capsys):
+    model = lively_method("pondernet", num_labels=3)
+    model.save_pretrained(tmp_path / "model")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "model")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(12):
+        (pictures / f"{index:02d}.png").write_bytes(encoded_image(index))
+    lines = []
+    for output in ("one", "two"):
+        words = ["classify", "--model", str(tmp_path / "model"), "--dataset", str(pictures), "--output-dir"]
+        main([*words, str(tmp_path / output)])
+        assert "answers       random, by numbers drawn from the seed 0" in capsys.readouterr().out
+        lines.append((tmp_path / output / "classified.jsonl").read_text())
+    assert lines[0] == lines[1] and len(set(re.findall('"exit_stage": (.)', lines[0]))) > 1
+    main(["classify", "--model", str(folder / "model"), "--dataset", str(pictures), "--output-dir", str(tmp_path)])
+    assert "random" not in capsys.readouterr().out
+
+
 def test_messages_name_flags():
     parser = LineParser(prog="command")
     parser.add_argument("--output-dir")
     parser.add_argument("--max_steps", "--max-steps")
     parser.add_argument("--allow-it", action="store_true")
     assert with_flags("pass `allow_it=True`", parser) == "pass `--allow-it`"
+    assert with_flags("give a `max_steps` (--max-steps)", parser) == "give a `--max-steps`"
     message = with_flags("`output_dir` and `max_steps=3` and `model.size`, but `other`", parser)
-    assert message == "`--output-dir` and `--max_steps=3` and `--model.size`, but `other`"
+    assert message == "`--output-dir` and `--max-steps=3` and `--model.size`, but `other`"
 
 
 def test_version(capsys):

@@ -220,7 +220,7 @@ class TestRefusals:
 
     def test_nothing_there(self, tmp_path):
         (tmp_path / "empty").mkdir()
-        self.refuse(tmp_path / "empty", tmp_path, "No weights in .*empty", error=FileNotFoundError)
+        self.refuse(tmp_path / "empty", tmp_path, "There is no model in .*empty", error=FileNotFoundError)
         self.refuse("no-such-org/no-such-model", tmp_path, "no file or folder here", error=FileNotFoundError)
         self.refuse(tmp_path / "absent.pth", tmp_path, "no file or folder here", error=FileNotFoundError)
 

@@ -10,10 +10,11 @@ from scipy.stats import binom
 from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.evaluation import (
     StageAnswers,
+    calibrate_accuracy,
     calibrate_budget,
     calibrate_risk,
-    calibration,
     measure_stage_milliseconds,
+    stage_times,
 )
 from hf_thinkingvit.evaluation.calibration import _grid, _pareto_order, binomial_p_value, least_images, threshold_grid
 from tests.utils import lively_model, lively_swin, random_images
@@ -265,8 +266,19 @@ def test_times_of_stages(make, monkeypatch):
         return run_stage(stage_index, state, *args, **kwargs)
 
     model.run_stage = slow_stage
-    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(stage_times, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     times = measure_stage_milliseconds(model, random_images(2), repeats=5)
     assert times == [500.0, 1500.0, 3500.0]  # per image of a batch of two
     assert calls == [21, 14, 7]  # stage 0 in each of the three passes of each round, two of them to warm up
     assert model.training
+
+
+def test_without_limit_and_budget_the_most_accurate_threshold_is_the_cheapest_of_such():
+    answers = draw(200, seed=0)
+    found = calibrate_accuracy(answers)
+    rows = [answers.row(threshold) for threshold in threshold_grid(answers)]
+    best = max(row["top1"] for row in rows)
+    assert found.top1 == best and found.gmacs == min(row["gmacs"] for row in rows if row["top1"] == best)
+    assert found.achieved == best / 100 and f"on 200 images ({best:.2f} %)" in found.statement
+    assert found.statement.endswith("promises nothing for others.")
+    assert calibrate_budget(answers, gmacs=1.5).statement.endswith("promises nothing for others.")

@@ -122,7 +122,10 @@ def test_whatever_changes_the_answers_ends_the_promise(change, words):
         ({"threshold": 1.6}, "1.6 now"),
         ({"dtype": torch.bfloat16}, "bfloat16 now"),
         ({"exit_criterion": "margin", "threshold": 0.5}, "margin now"),
-        ({"drop_path_rate": 0.5, "stage_loss_weights": [1.0, 2.0]}, None),  # fields for training only
+        (
+            {"drop_path_rate": 0.5, "stage_loss_weights": [1.0, 2.0], "pruning_ratio_loss_weight": 3.0},
+            None,  # fields for training only
+        ),
     ],
 )
 def test_what_is_overridden_on_loading(folder, overrides, words):
@@ -185,6 +188,17 @@ def test_that_no_image_exits_early_was_saved_as_a_sentence(exits_early):
     del facts["exits_early"]
     assert calibration_statement({**facts, "statement": said}) == said
     assert calibration_statement(published_calibration({**facts, "statement": said})) == said
+
+
+@pytest.mark.parametrize("split, shares", [("test", True), ("test[:50%]", True), ("all", True), ("validation", False)])
+def test_the_card_says_whether_the_threshold_was_chosen_on_the_images_that_are_reported(split, shares):
+    model = calibrated()
+    facts = model.config.calibration = {**model.config.calibration, "dataset": "org/animals", "split": split}
+    results = {"dataset": "org/animals", "split": "test", "stages": [{"top1": 60.0}, {"top1": 70.0}]}
+    text = str(model_card(model, results, name="animals"))
+    assert ("was chosen on these images or some of them" in text) == shares
+    assert f"* GMACs per image on them at this τ: {facts['gmacs']:.4g}" in text
+    assert "was chosen on" not in str(model_card(model, {**results, "dataset": "org/others"}, name="animals"))
 
 
 def test_results_of_another_calibration():

@@ -13,7 +13,8 @@ from datasets import load_dataset
 from PIL import Image
 
 from hf_thinkingvit.commands.__main__ import main
-from hf_thinkingvit.commands.evaluation import add_sides, sides_of
+from hf_thinkingvit.commands.evaluation import sides_of
+from hf_thinkingvit.commands.options import add_sides
 from hf_thinkingvit.evaluation import (
     StageConfusions,
     calibrate_budget,
@@ -153,7 +154,8 @@ def test_sweep_calibrate_and_segment_follow_each_other(model, tmp_path, capsys):
     sides = ["--short-side", "20", "--long-side", "36"]
     out = ["--output-dir", str(tmp_path / "sweep")]
     main(["sweep", "--model", str(tmp_path / "model"), *words, *sides, *out, "--points", "3"])
-    assert "--max-drop 0.01 --short-side 20 --long-side 36" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--short-side 20 --long-side 36\n" in said and "30 images are too few for a promise" in said
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert results["preprocessing"]["short_side"] == 20
     out = ["--output-dir", str(tmp_path / "calibrated")]
@@ -225,9 +227,9 @@ def test_windows_in_a_forward_pass_are_bounded(model, tmp_path):
 
 
 def test_qualities_read_only_windows_that_move(answers, monkeypatch):
-    grid, read, sum_at = threshold_grid(answers), [], StageConfusions._sum_at
+    grid, read, sum_at = threshold_grid(answers), [], StageConfusions.sum_at
     monkeypatch.setattr(
-        StageConfusions, "_sum_at", lambda self, rows, stages: read.append(len(rows)) or sum_at(self, rows, stages)
+        StageConfusions, "sum_at", lambda self, rows, stages: read.append(len(rows)) or sum_at(self, rows, stages)
     )
     found = answers.qualities(grid)
     assert sum(read) <= len(answers.scores) * (1 + 2 * (answers.num_stages - 1))

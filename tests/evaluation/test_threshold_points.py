@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hf_thinkingvit.evaluation import StageAnswers
-from hf_thinkingvit.evaluation.plots import distinct_labels, plot_accuracy_against_macs
+from hf_thinkingvit.evaluation.plots import plot_accuracy_against_macs
 from hf_thinkingvit.evaluation.threshold_points import distinct_thresholds
+from hf_thinkingvit.evaluation.wording import distinct_labels
 
 
 def answers(scores: list[list[float]], criterion: str = "topk_entropy", **options) -> StageAnswers:
@@ -50,3 +51,21 @@ def test_labels_do_not_repeat():
     labels = [text.get_text() for text in axes.texts]
     assert 4 <= len(labels) == len(set(labels))
     assert len(axes.lines[0].get_xdata()) == len(rows)  # the points of the table
+
+
+def test_the_models_own_threshold_is_one_of_the_points():
+    """In its place, and instead of one that gives the same exits."""
+    measured = answers([[score, 0.0] for score in torch.linspace(0.05, 1.95, 39).tolist()])
+    points = distinct_thresholds(measured, 12)
+    for own in (0.0, 0.777, [1.234], 2.2):
+        shown = distinct_thresholds(measured, 12, own)
+        assert own in shown and len(shown) <= 13
+        shares = [measured.row(threshold)["exit_shares"][0] for threshold in shown]
+        assert shares == sorted(set(shares))
+    assert distinct_thresholds(measured, 12, 0.777) != points
+
+
+def test_labels_tell_thresholds_apart():
+    assert distinct_labels([1.2345678, 1.2345699, 2.0]) == ["1.234568", "1.23457", "2"]
+    assert distinct_labels([[0.123456, 1.0], [0.12345, 1.0]]) == ["0.12346, 1", "0.12345, 1"]
+    assert distinct_labels([0.5, 0.5]) == ["0.5", "0.5"]

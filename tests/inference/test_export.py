@@ -26,8 +26,10 @@ def exits_at_every_stage(images: torch.Tensor, make=lively_model, **config):
 
 
 MODELS = {
-    "three stages, margin, distillation token": {
+    "three stages, margin, distillation token, pruning": {
         "num_hidden_layers": 1,
+        "pruning_layers": [0],
+        "pruning_keep_rate": 0.3,
         "exit_criterion": "margin",
         "use_distillation_token": True,
     },
@@ -179,6 +181,8 @@ class TestOnnx:
         assert metadata["model_type"] == model.config.model_type
         assert json.loads(metadata["threshold"]) == pytest.approx(model.config.threshold)
         assert '"0": "LABEL_0"' in metadata["id2label"]
+        rate = getattr(model.config, "pruning_keep_rate", None)
+        assert metadata.get("pruning_keep_rate") == (None if rate is None else json.dumps(rate))
 
 
 def test_the_model_stays_as_it_was():

@@ -34,8 +34,29 @@ def test_pabee_weights_by_layer():
     assert EarlyExitViTConfig.pabee(num_hidden_layers=4, exit_layers=[2]).stage_loss_weights == [2 / 6, 4 / 6]
 
 
+def test_presets_take_any_field():
+    assert EarlyExitViTConfig.pabee(num_hidden_layers=4, exit_layers=[]).stage_loss_weights == [1.0]
+    assert EarlyExitViTConfig.pabee(num_hidden_layers=4, exit_layers=None).exit_layers == [1, 2, 3]
+    assert EarlyExitViTConfig.branchynet(num_hidden_layers=6, exit_layers=None).exit_layers == [2, 4]
+    assert EarlyExitViTConfig.pabee(self_distillation=True).stage_loss_weights is None
+    assert EarlyExitViTConfig.pabee(num_hidden_layers=12, exit_layers=[2, 4, 6, 8, 10]).threshold == 3
+    with pytest.raises(ValueError, match="`exit_layers` must be a list"):
+        EarlyExitViTConfig.pabee(exit_layers="3")
+
+
+@pytest.mark.parametrize("method", ["branchynet", "vit_ee", "fastbert", "pabee", "pondernet"])
+def test_another_criterion_does_not_get_the_methods_threshold(method):
+    """It would be on another scale: by a patience of 6, every entropy is low enough."""
+    preset = getattr(EarlyExitViTConfig, method)
+    with pytest.raises(ValueError, match="'margin' needs a `threshold` on its own scale"):
+        preset(exit_criterion="margin")
+    assert preset(exit_criterion="margin", threshold=0.8).threshold == 0.8
+    assert preset(exit_criterion="topk_entropy").threshold == 0.5
+
+
 def test_thresholds_of_learned_halting():
     assert EarlyExitViTConfig.act().threshold == 0.99 and EarlyExitViTConfig.pondernet().threshold == 1.0
+    assert EarlyExitViTConfig.pondernet(exit_criterion="q_exit").threshold == 0.5
     assert EarlyExitViTConfig.pondernet(exit_criterion="max_probability", threshold=0.8).threshold == 0.8
 
 
@@ -52,7 +73,6 @@ def test_thresholds_of_learned_halting():
         ({"halting": "act", "exit_head": "shared", "exit_criterion": "entropy", "threshold": 1}, "`exit_criterion` ="),
         ({"exit_criterion": "act", "threshold": 0.99}, "`EarlyExitViTConfig` with `halting` = 'act'"),
         ({"halting": "pondernet", "halting_prior": 1.0}, "`halting_prior` must be above 0 and below 1"),
-        ({"halting": "pondernet", "halting_seed": -1}, "`halting_seed`"),
         ({"self_distillation": True, "exit_head": "shared"}, "`self_distillation` trains the exits' own heads"),
         ({"self_distillation": True, "stage_loss_weights": [1.0] * 12}, "`stage_loss_weights` has no effect"),
         ({"halting": "pondernet", "problem_type": "multi_label_classification"}, "single-label|judges"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_thinkingvit import EXIT_CRITERIA, ExitRule, ThinkingViTConfig
+from hf_thinkingvit.evaluation import measure_stage_milliseconds
 from hf_thinkingvit.evaluation.calibration import threshold_grid
 from hf_thinkingvit.evaluation.sweep import StageAnswers
 from hf_thinkingvit.inference import AdaptiveEngine
@@ -78,3 +79,20 @@ def test_regression_is_refused():
     """Its score is 0 for every image, which equals the only τ that it may have."""
     with pytest.raises(ValueError, match="`exit_at_threshold` lets every image of a regression exit"):
         tiny_config(num_labels=1, exit_at_threshold=True)
+
+
+@torch.no_grad()
+def test_times_are_of_every_stage(model):
+    """Also where every answer is certain beyond what float32 can tell, so that an image exits even at τ = 0."""
+    model.classifier.weight.mul_(1e4)
+    images, ran = random_images(2), []
+    assert model(images, threshold=0.0).exit_stage.tolist() == [0, 0]
+    run_stage = model.run_stage
+
+    def counted(stage_index, *args, **kwargs):
+        ran.append(stage_index)
+        return run_stage(stage_index, *args, **kwargs)
+
+    model.run_stage = counted
+    assert len(measure_stage_milliseconds(model, images, repeats=1)) == 2
+    assert ran == 3 * [0, 0, 1]

@@ -160,6 +160,21 @@ def test_onnx_files(model, tmp_path):
     assert [stage.item() for stage in found] == exit_stages_of(model, images).tolist()
 
 
+def test_a_differing_answer_starts_patience_anew():
+    """The shipped rule counts equal answers in a row, of each image for itself; a broken one passes no τ."""
+    predictions = torch.tensor([[0, 0, 1, 1, 1], [2, 1, 2, 2, 1], [1, 1, 1, 1, 1]])
+    rule = ThinkingViTForImageClassification(
+        tiny_config(thinking_stages=[1, 1, 1, 2, 4], exit_criterion="patience", threshold=2)
+    ).exit_rule()
+    memory, counts = {}, []
+    for stage in range(5):
+        verdict = rule.judge(stage, {"logits": torch.eye(3)[predictions[:, stage]]}, memory)
+        memory, counts = verdict.memory, [*counts, verdict.score]
+    assert torch.stack(counts, dim=1).tolist() == [[1, 2, 1, 2, 3], [1, 1, 1, 2, 1], [1, 2, 3, 4, 5]]
+    broken = rule.judge(3, {"logits": torch.full((3, 3), torch.nan)}, memory)
+    assert broken.score.isnan().all() and not broken.exits.any()
+
+
 def test_a_memory_does_not_reach_the_model(model):
     seen = []
     recycle = model.recycle

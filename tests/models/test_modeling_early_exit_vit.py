@@ -10,9 +10,8 @@ from hf_thinkingvit.evaluation.stages import measure_stages
 from hf_thinkingvit.evaluation.sweep import StageAnswers
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.inference.export import export_adaptive, export_onnx, export_stages
-from hf_thinkingvit.models.exit_memory import image_noise
-from hf_thinkingvit.models.staged_loop import run_stages
-from tests.models.staged_tests import StagedClassifierTests, assert_gradients
+from hf_thinkingvit.models.staged_loop import MEMORY_PREFIX
+from tests.models.staged_tests import StagedClassifierTests
 from tests.models.test_weights_from_vit import trained_vit
 from tests.reference import leading_linear, leading_norm, patch_embeddings
 from tests.utils import counted_flops, lively, random_images
@@ -98,6 +97,11 @@ def gates(model):
     return list(model.halting_gates)
 
 
+def drawing(model) -> dict:
+    """Arguments that make random answers the same in every call; none where answers are not random."""
+    return {"generator": torch.Generator().manual_seed(1)} if model.exit_rule().draws else {}
+
+
 class TestLinearHeads(StagedClassifierTests):
     lively = staticmethod(lively_exits)
     reference = staticmethod(reference)
@@ -152,86 +156,6 @@ class TestCosts:
         assert published_stage_macs(config)[0] > sum(stage_macs(config)[:1])
 
 
-class TestLosses:
-    def test_equal_weights(self):
-        assert_gradients(lively_exits(), reference)
-
-    def test_pabee_weights_losses_by_layer(self):
-        model, pixel_values, labels = lively_method("pabee").train(), random_images(), torch.arange(6)
-        losses = [F.cross_entropy(logits, labels) for logits in reference(model, pixel_values)[0]]
-        expected = sum(layer * loss for layer, loss in enumerate(losses, 1)) / 10
-        torch.testing.assert_close(model(pixel_values, labels=labels).loss, expected)
-
-    def test_act(self):
-        model, pixel_values = lively_method("act", halting_loss_weight=0.3), random_images()
-        scores, logits = reference_scores(model.train(), pixel_values), reference(model, pixel_values)[0]
-        expected, stages = 0.0, set()
-        for image in range(6):
-            total, stage = 0.0, 0
-            while stage < 3 and total + scores[image, stage].item() <= 0.99:
-                total, stage = total + scores[image, stage], stage + 1
-            stages.add(stage)
-            task = F.cross_entropy(logits[stage][image], torch.tensor(image))
-            expected = expected + (task + 0.3 * (stage + 1 + 1 - total)) / 6
-        assert len(stages) > 1
-        assert_loss_and_gradients(model, pixel_values, expected)
-
-    def test_pondernet(self):
-        model, pixel_values = lively_method("pondernet", halting_loss_weight=0.3, halting_prior=0.4), random_images()
-        scores, logits = reference_scores(model.train(), pixel_values), reference(model, pixel_values)[0]
-        prior = torch.tensor([0.4, 0.4 * 0.6, 0.4 * 0.6**2, 0.6**3])
-        expected = 0.0
-        for image in range(6):
-            left, p = 1.0, []
-            for score in scores[image, :3]:
-                p.append(left * score)
-                left = left * (1 - score)
-            p = torch.stack([*p, left])
-            losses = torch.stack([F.cross_entropy(each[image], torch.tensor(image)) for each in logits])
-            expected = expected + ((p * losses).sum() + 0.3 * (p * (p / prior).log()).sum()) / 6
-        assert_loss_and_gradients(model, pixel_values, expected)
-
-    def test_self_distillation_trains_nothing_but_the_exits(self):
-        model, pixel_values = lively_method("fastbert").train(), random_images()
-        model.freeze_backbone()
-        probabilities = [logits.softmax(-1) for logits in reference(model, pixel_values)[0]]
-        divergences = [(p * (p / probabilities[-1]).log()).sum(-1).mean() for p in probabilities[:-1]]
-        expected = sum(divergences) / 3
-        assert_loss_and_gradients(model, pixel_values, expected)
-        trained = {name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trained == {"exit_classifiers", "exit_layernorms"}
-        assert not any(parameter.grad is not None for parameter in model.early_exit_vit.parameters())
-
-    @pytest.mark.parametrize("method", ["act", "pondernet", "fastbert"])
-    def test_parts_of_a_batch_sum_to_the_whole(self, method):
-        model, pixel_values = lively_method(method).train(), random_images()
-        labels = torch.tensor([3, -100, 0, 5, 7, -100])
-        whole = model(pixel_values, labels=labels).loss
-        parts = [
-            model(pixel_values[rows], labels=labels[rows], num_items_in_batch=4).loss
-            for rows in (slice(0, 2), slice(2, 6))
-        ]
-        torch.testing.assert_close(sum(parts), whole)
-
-    def test_evaluation_measures_the_accepted_answers(self):
-        model, labels = lively_method("pondernet"), torch.arange(6)
-        with torch.no_grad():
-            outputs = model(random_images(), labels=labels)
-        torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
-
-
-def assert_loss_and_gradients(model, pixel_values, expected):
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gradients = torch.autograd.grad(expected, list(trained.values()), allow_unused=True)
-    loss = model(pixel_values, labels=torch.arange(6)).loss
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    loss.backward()
-    for (name, parameter), gradient in zip(trained.items(), gradients):
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(found, gradient, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
 CRITERIA = {
     "normalised_entropy": ("fastbert", 0.72),
     "similarity": ("fastbert", 3.0),
@@ -239,19 +163,23 @@ CRITERIA = {
     "confident_twice": ("fastbert", 0.3),
     "act": ("act", 0.9),
     "pondernet": ("pondernet", 1.0),
+    "q_exit": ("pondernet", 0.6),
 }
 
 
 @pytest.fixture(params=sorted(CRITERIA))
 def deciding(request):
-    """A model with a criterion and τ at which images differ in their exits, and those of each image computed alone."""
+    """
+    A model with a criterion and τ at which images differ in their exits, and those of each image computed alone, one
+    after the other.
+    """
     method, threshold = CRITERIA[request.param]
     model = lively_method(method, **({"exit_head": "shared"} if request.param == "patience" else {}))
     model.config.exit_criterion = request.param
     model.config.threshold = threshold
-    images = random_images(12)
+    images, draws = random_images(12), drawing(model)
     with torch.no_grad():
-        alone = torch.cat([model(image).exit_stage for image in images.split(1)])
+        alone = torch.cat([model(image, **draws).exit_stage for image in images.split(1)])
     assert len(alone.unique()) > 1
     return model, images, alone
 
@@ -260,26 +188,29 @@ class TestExits:
     @torch.no_grad()
     def test_forward_and_every_answer(self, deciding):
         model, images, stages = deciding
-        assert torch.equal(model(images).exit_stage, stages)
-        outputs = model(images, output_stage_logits=True)
+        accepted = model(images, **drawing(model))
+        assert torch.equal(accepted.exit_stage, stages)
+        outputs = model(images, output_stage_logits=True, **drawing(model))
         assert torch.equal(outputs.exit_stage, stages)
         of_its_stage = torch.stack(outputs.stage_logits)[stages, torch.arange(12)]
-        torch.testing.assert_close(model(images).logits, of_its_stage)
+        torch.testing.assert_close(accepted.logits, of_its_stage)
 
     def test_engine(self, deciding):
         model, images, stages = deciding
-        results = {result.index: result.exit_stage for result in AdaptiveEngine(model, batch_size=5)(images)}
+        engine = AdaptiveEngine(model, batch_size=5, in_order=False, **drawing(model))
+        results = {result.index: result.exit_stage for result in engine(images)}
         assert [results[index] for index in range(12)] == stages.tolist()
 
     @torch.no_grad()
     def test_compiled_stages(self, deciding):
         model, images, stages = deciding
         model.compile_stages([4], backend="eager")
-        assert torch.equal(model(images).exit_stage, stages)
+        assert torch.equal(model(images, **drawing(model)).exit_stage, stages)
 
     def test_one_pass_serves_every_threshold(self, deciding):
         model, images, stages = deciding
-        measured = measure_stages(model, [{"pixel_values": images}], lambda answer, batch: {}, progress=False)
+        batches = [{"pixel_values": images[:7]}, {"pixel_values": images[7:]}]
+        measured = measure_stages(model, batches, lambda answer, batch: {}, progress=False, **drawing(model))
         right = torch.ones(12, 4, dtype=torch.bool)
         config = model.config
         macs = tuple(torch.tensor(stage_macs(config)).cumsum(0).tolist())
@@ -297,13 +228,15 @@ class TestExits:
         model, images, stages = deciding
         images[4, 0, 3, 3] = broken
         stages[4] = 3
-        assert torch.equal(model(images).exit_stage, stages)
+        assert torch.equal(model(images, **drawing(model)).exit_stage, stages)
 
     @pytest.mark.parametrize("deciding", ["act", "pondernet"], indirect=True)
     def test_exported_programs(self, deciding):
         model, images, stages = deciding
         threshold = torch.tensor(model.exit_rule().thresholds)
         state, rows = {"pixel_values": images}, torch.arange(12)
+        if model.exit_rule().draws:  # programs take the numbers that `forward` draws
+            state[MEMORY_PREFIX + "noise"] = torch.rand(12, **drawing(model))
         for stage, program in enumerate(export_stages(model)):
             outputs = program.module()(state, threshold)
             assert torch.equal(outputs["exits"], stages[rows] == stage)
@@ -327,47 +260,12 @@ class TestExits:
         session = onnxruntime.InferenceSession(export_onnx(model, tmp_path).adaptive)
         threshold = torch.tensor(model.exit_rule().thresholds).numpy()
         place = [output.name for output in session.get_outputs()].index("exit_stage")
-        inputs = [{"pixel_values": image.numpy(), "threshold": threshold} for image in images.split(1)]
+        noise = torch.rand(12, **drawing(model)).split(1)
+        inputs = [
+            {"pixel_values": image.numpy(), "threshold": threshold, "noise": drawn.numpy()}
+            for image, drawn in zip(images.split(1), noise)
+        ]
         assert [session.run(None, each)[place].item() for each in inputs] == stages.tolist()
-
-
-class TestSampledHalting:
-    @torch.no_grad()
-    def test_frequencies_are_the_probabilities(self):
-        """Of one image, drawn often; within four standard deviations."""
-        model, draws = lively_method("pondernet"), 4000
-        image = random_images(1, seed=7)
-        scores = reference_scores(model, image)[0]
-        probabilities = scores * torch.cat([torch.ones(1), (1 - scores[:-1]).cumprod(0)])
-        torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0))
-        generator = torch.Generator().manual_seed(0)
-        stages = model(image.expand(draws, -1, -1, -1), generator=generator).exit_stage
-        shares = torch.bincount(stages, minlength=4) / draws
-        assert ((shares - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / draws).sqrt()).all()
-        assert probabilities.min() > 0.03
-
-    @torch.no_grad()
-    def test_a_generator_makes_it_reproducible(self):
-        model, images = lively_method("pondernet"), random_images(24)
-        runs = [model(images, generator=torch.Generator().manual_seed(seed)).exit_stage for seed in (0, 0, 1)]
-        assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-
-    def test_a_generator_is_for_a_criterion_that_draws(self):
-        with pytest.raises(ValueError, match="`generator` is for `exit_criterion` 'pondernet'"):
-            lively_exits()(random_images(), generator=torch.Generator())
-
-    def test_noise_of_images_is_uniform_and_differs_by_seed(self):
-        images = torch.rand(2000, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        noise, other = image_noise(images, 0), image_noise(images, 1)
-        for each in (noise, other):
-            assert each.min() >= 0 and each.max() < 1
-            assert (torch.histc(each, 10, 0, 1) - 200).abs().max() < 60
-        assert abs(torch.corrcoef(torch.stack([noise, other]))[0, 1]) < 0.1
-        assert torch.equal(image_noise(images[7:9], 0), noise[7:9])
-        nearly = images[:1].clone()
-        nearly[0, 0, 0, 0] += 1e-3
-        assert image_noise(nearly, 0) != noise[:1]
-        assert torch.isfinite(image_noise(torch.tensor([[[[float("nan"), float("inf")]]]]), 0)).all()
 
 
 @torch.no_grad()
@@ -394,12 +292,3 @@ def test_act_weights_sum_to_one():
         expected = model.classifier(model.base_model.layernorm(token[:, 0]))
         torch.testing.assert_close(model.answer(stage, state)["logits"], expected, atol=1e-4, rtol=1e-4)
         state = model.recycle(stage, state)
-
-
-def test_run_stages_with_a_given_memory():
-    """A number above any halting probability keeps an image from halting; 0 lets it halt at once."""
-    model, images = lively_method("pondernet"), random_images(4)
-    noise = torch.tensor([0.0, 0.9999999, 0.0, 0.9999999])
-    with torch.no_grad():
-        run = run_stages(model, model.exit_rule(), range(4), images, memory={"noise": noise})
-    assert run.exit_stage.tolist() == [0, 3, 0, 3]

@@ -6,8 +6,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_thinkingvit import ElasticViTConfig, ElasticViTForImageClassification, SubNetwork
 from hf_thinkingvit.evaluation import stage_macs, sub_network_macs
 from hf_thinkingvit.inference import AdaptiveEngine
-from hf_thinkingvit.training import TrainingConfig
-from hf_thinkingvit.training.losses import TrainingLoss
 from tests.models.test_weights_from_vit import trained_vit
 from tests.utils import counted_flops, lively, random_images
 
@@ -138,6 +136,19 @@ class TestMixedWidths:
         with pytest.raises(ValueError, match=message):
             lively_elastic()(random_images(), intermediate_size=widths)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "fields", [{"intermediate_size": [24] * 4}, {"intermediate_size": [9, 24, 8, 24], "layers": [1, 3]}]
+    )
+    def test_one_width_in_all_layers_that_run_is_extracted(self, fields):
+        config = ElasticViTConfig(
+            sub_networks=[{"num_attention_heads": 4, "hidden_size": 32, **fields}], **SIZES, intermediate_size=48
+        )
+        model, pixel_values = lively(ElasticViTForImageClassification, config), random_images()
+        vit = model.extract_sub_network()
+        assert vit.config.intermediate_size == 24
+        torch.testing.assert_close(vit(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-5)
+
     def test_no_plain_vit_has_them(self):
         network = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": [8, 8, 8, 9]}
         model = ElasticViTForImageClassification(ElasticViTConfig(sub_networks=[network], **SIZES))
@@ -206,31 +217,6 @@ class TestWiderThanTheSource:
             from_vit(vit, "hydravit", "importance", images, labels, num_attention_heads=4, heads=[2, 4])
 
 
-class TestLossWeights:
-    def test_of_those_that_run_keep_their_sum(self):
-        model = lively_elastic(sub_network_loss_weights=[1.0, 2.0, 0.0, 3.0])
-        images, labels = random_images(), torch.arange(6)
-        small, large = (F.cross_entropy(model(images, sub_network=number).logits, labels) for number in (1, 3))
-        torch.testing.assert_close(model(images, labels, sub_network=[1, 3]).loss, (small + large) / 2)
-        model.train()
-        torch.testing.assert_close(model(images, labels, sub_network=[1, 3]).loss, 6 * (2 * small + 3 * large) / 5)
-        torch.testing.assert_close(model(images, labels).loss, 6 * large)
-        with pytest.raises(ValueError, match=r"`sub_network_loss_weights` .* has weight 0 for all of \[2, 2\]"):
-            model(images, labels, sub_network=[2, 2])
-
-    def test_are_those_of_a_weighted_draw(self):
-        """HydraViT draws a sub-network for each step, uniformly or by weights."""
-        drawn = {}
-        for weights in (None, [0.0, 1.0, 0.0, 3.0]):
-            config = ElasticViTConfig.hydravit(**SIZES, sub_network_loss_weights=weights)
-            loss = TrainingLoss(TrainingConfig(stage_sampling="one"), config)
-            numbers = [loss.model_arguments(step, 0)["sub_network"] for step in range(400)]
-            drawn[weights is None] = torch.bincount(torch.tensor(numbers).flatten(), minlength=4) / 400
-        torch.testing.assert_close(drawn[True], torch.full((4,), 0.25), atol=0.07, rtol=0)
-        torch.testing.assert_close(drawn[False], torch.tensor([0, 0.25, 0, 0.75]), atol=0.07, rtol=0)
-        assert drawn[False][0] == drawn[False][2] == 0
-
-
 class TestConfiguration:
     def test_published_sub_networks(self):
         def sizes(method, **fields):
@@ -249,6 +235,29 @@ class TestConfiguration:
         assert widths.networks == ElasticViTConfig.dynabert().networks[8:] and widths.whole_sub_network == 3
         with pytest.raises(ValueError, match="`depths`"):
             ElasticViTConfig.dynabert(depths=[0])
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_presets_take_any_field(self, method):
+        """Also an MLP that the heads cannot share equally; but the sub-networks are the preset's to choose."""
+        preset = getattr(ElasticViTConfig, method)
+        config = preset(**{**SIZES, "num_attention_heads": 3, "hidden_size": 48}, intermediate_size=100)
+        widths = {"matformer": [12, 25, 50, 100], "sortednet": [25, 50, 75, 100]}.get(method, [33, 66, 100])
+        assert [network.intermediate_size for network in config.networks[-len(widths) :]] == widths
+        assert config.whole_sub_network == config.default_sub_network == len(config.networks) - 1
+        with pytest.raises(ValueError, match=f"`{method}` chooses the `sub_networks`: leave them out"):
+            preset(sub_networks=config.sub_networks)
+
+    @pytest.mark.parametrize(
+        "heads, widths", [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (6, [2, 3, 4, 6])]
+    )
+    def test_few_heads_and_layers_give_no_sub_network_twice(self, heads, widths):
+        networks = ElasticViTConfig.dynabert(num_attention_heads=heads, depths=[1.0]).networks
+        assert [network.num_attention_heads for network in networks] == widths
+        networks = ElasticViTConfig.dynabert(num_attention_heads=heads, num_hidden_layers=2).networks
+        assert len(set(networks)) == len(networks) == 2 * len(widths)
+        for method in METHODS:
+            tiny = getattr(ElasticViTConfig, method)(num_attention_heads=1, hidden_size=2, num_hidden_layers=1)
+            assert len(set(tiny.networks)) == len(tiny.networks)
 
     @pytest.mark.parametrize(
         "fields, message",
@@ -285,18 +294,6 @@ def test_the_engine_runs_the_default():
     with torch.no_grad():
         expected = model(images, sub_network=1).logits
     torch.testing.assert_close(torch.stack([torch.as_tensor(result.logits) for result in results]), expected)
-
-
-@pytest.mark.parametrize("sampling, count", [("all", 4), ("one", 1), ("sandwich", 3), ("accumulate", 1)])
-def test_a_training_step_computes_the_drawn_ones_only(sampling, count):
-    model, labels = lively_elastic().train(), torch.arange(4)
-    loss = TrainingLoss(TrainingConfig(stage_sampling=sampling, label_smoothing=0.0), model.config)
-    arguments = loss.model_arguments(3, 1)
-    outputs = model(random_images(4), labels, **arguments)
-    assert len(arguments["sub_network"]) == len(outputs.sub_network_logits) == count
-    total, parts = loss(outputs, None, labels, 3, 1)
-    torch.testing.assert_close(total, outputs.loss)  # equal weights with the sum 1
-    assert list(parts) == [f"sub_network_{number}_loss" for number in arguments["sub_network"]]
 
 
 def test_a_plain_vit_of_the_same_sizes_has_the_same_parameters():

@@ -36,8 +36,25 @@ def test_linear_without_bias_and_without_a_width():
 def test_patch_embedding_computes_any_range_of_channels(start, stop):
     layer, pixel_values = NestedConv2d(3, 6, kernel_size=(4, 2), stride=(4, 2)), torch.randn(2, 3, 13, 9)
     expected = conv2d(pixel_values, layer.weight, layer.bias, stride=(4, 2)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(layer(pixel_values), expected)
     torch.testing.assert_close(layer(pixel_values, start, stop), expected[..., start:stop])
+    torch.testing.assert_close(layer(pixel_values).flatten(2).transpose(1, 2), expected)  # a plain convolution
+
+
+@torch.no_grad()
+def test_a_plain_layer_in_the_place_of_a_nested_one():
+    """For example a classifier for other labels: narrow stages use its leading columns."""
+    model, images = lively_model(), random_images()
+    head = torch.nn.Linear(32, 5)
+    model.classifier = head
+    for stage, logits in enumerate(model(images, output_stage_logits=True).stage_logits):
+        tokens = model.thinkingvit(images, max_stages=stage + 1).last_hidden_state[:, 0]
+        torch.testing.assert_close(logits, linear(tokens, head.weight[:, : tokens.shape[-1]], head.bias))
+    model.classifier = torch.nn.Linear(8, 5)  # as wide as the first stage, too narrow for the others
+    assert model(images, max_stages=1).logits.shape == (6, 5)
+    with pytest.raises(ValueError, match="A Linear of 8 inputs and 5 outputs is in a place where 16 and 5 are needed"):
+        model(images)
+    model.classifier = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(32, 5))  # anything else: as it is
+    assert model(images, sub_network=2).logits.shape == (6, 5)
 
 
 def test_layer_norm_normalises_the_leading_channels():
@@ -298,7 +315,10 @@ class TestWritingOver:
         before = held.clone()
 
         def answer(hidden_states, *args, **kwargs):
-            output = held[..., : args[0] if replaced.endswith(("fc1", "fc2", "proj")) else hidden_states.shape[-1]]
+            width = hidden_states.shape[-1]
+            if replaced.endswith(("fc1", "fc2", "proj")):  # in the place of a linear layer, called at full width
+                width = args[0] if args else held.shape[-1]
+            output = held[..., :width]
             return (output, None) if replaced == "attention" else output
 
         old = layer.get_submodule(replaced)

@@ -77,7 +77,7 @@ for family, overrides in cases.items():
 
 PIXEL_VALUES = random_images()
 MODELS = {
-    "thinkingvit": lively_model(),
+    "thinkingvit": lively_model(pruning_layers=[1, 2], pruning_keep_rate=0.5),
     "thinking_swin": lively_swin(),
     "avit": lively_avit(),
     "early_exit_vit": lively_method("pondernet"),

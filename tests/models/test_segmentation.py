@@ -84,7 +84,7 @@ def test_positions_follow_the_grid_and_not_the_number_of_patches():
     table = model.thinkingvit.embeddings.position_embeddings
     grid = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(2, 8), mode="bilinear", align_corners=False)
-    expected = model.thinkingvit.embeddings.patch_embeddings(images) + grid.flatten(2).transpose(1, 2)
+    expected = model.thinkingvit.embeddings.patch_embeddings(images, 0) + grid.flatten(2).transpose(1, 2)
     tokens = model.begin(images, stages=range(2, 3))["embeddings"]
     torch.testing.assert_close(tokens[:, 1:], expected)
     with pytest.raises(ValueError, match="must be images of 32×32 pixels"):
@@ -176,6 +176,20 @@ def test_starts_from_a_classifier_at_another_image_size():
         tokens = same_size.base_model(images).last_hidden_state
         torch.testing.assert_close(tokens, classifier.base_model(images).last_hidden_state, atol=0, rtol=0)
     assert same_size.config.id2label == {0: "road", 1: "sky"} and same_size.decoder.head.out_features == 2
+
+
+def test_starts_from_a_pruned_classifier_without_its_pruning():
+    """Every patch is read; loading its weights as they are says how."""
+    classifier = lively_model(pruning_layers=[1], pruning_keep_rate=0.5)
+    model = ThinkingViTForSemanticSegmentation.from_thinkingvit(classifier, num_labels=5)
+    assert model.config.pruning_layers is None and model.config.pruning_keep_rate is None
+    images = random_images(2)
+    with torch.no_grad():
+        expected = classifier.base_model(images, max_stages=2).last_hidden_state
+        assert torch.equal(model.base_model(images, max_stages=2).last_hidden_state, expected)
+        assert model(images).logits.shape == (2, 5, 4, 4)
+    with pytest.raises(ValueError, match=r"reads every patch.*pruning_layers=None, pruning_keep_rate=None"):
+        ThinkingViTForSemanticSegmentation.from_thinkingvit(classifier, num_labels=5, pruning_layers=[1])
 
 
 def test_starts_from_a_folder_and_from_a_plain_vit(tmp_path):

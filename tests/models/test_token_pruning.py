@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
-from hf_thinkingvit.inference import AdaptiveEngine
-from hf_thinkingvit.inference.export import export_adaptive, export_stages
 from hf_thinkingvit.models.token_pruning import ScorePredictor
 from tests.utils import lively_model, middle_threshold, random_images, tiny_config
 
@@ -121,38 +119,18 @@ def test_copies_and_saved_models(model, tmp_path):
 
 
 @torch.no_grad()
-def test_compiled_stages(model):
+def test_compiled_stages():
+    """They follow the rate of a call and that of the configuration, also where it is changed later."""
+    model = lively_model(thinking_stages=[4], num_hidden_layers=1, pruning_layers=[0], pruning_keep_rate=0.5)
     images = random_images(5)
-    expected, other = model(images), model(images, keep_rate=0.75)
+    expected = {rate: model(images, keep_rate=rate).logits for rate in (0.5, 0.25)}
     model.compile_stages([8], backend="eager")
-    torch.testing.assert_close(model(images).logits, expected.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model(images, keep_rate=0.75).logits, other.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(images).logits, expected[0.5], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(images, keep_rate=0.25).logits, expected[0.25], atol=1e-5, rtol=0)
+    model.config.pruning_keep_rate = 0.25
+    torch.testing.assert_close(model(images).logits, expected[0.25], atol=1e-5, rtol=0)
     kept = model(images, keep_rate=0.75, output_kept_tokens=True).kept_tokens
-    assert [tuple(rows.shape) for rows in kept] == [(5, 12), (5, 9)]
-
-
-@torch.no_grad()
-def test_exported_programs(model):
-    images = random_images(5)
-    threshold = torch.zeros(2)
-    state = {"pixel_values": images}
-    for program in export_stages(model):
-        answer = program.module()(state, threshold)
-        state = answer["state"]
-    expected = model(images)
-    torch.testing.assert_close(answer["logits"], expected.logits, atol=1e-5, rtol=0)
-    adaptive = export_adaptive(model).module()(images[:1], threshold)
-    torch.testing.assert_close(adaptive["logits"], expected.logits[:1], atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_the_engine_gives_the_models_answers(model):
-    images = random_images(20)
-    threshold = middle_threshold(model, images)
-    expected = model(images, threshold=threshold)
-    results = list(AdaptiveEngine(model, batch_size=8, threshold=threshold)(images))
-    assert [result.exit_stage for result in results] == expected.exit_stage.tolist()
-    torch.testing.assert_close(torch.stack([r.logits for r in results]), expected.logits, atol=1e-5, rtol=0)
+    assert [tuple(rows.shape) for rows in kept] == [(5, 12)]
 
 
 def test_without_pruning_layers_nothing_is_added():

@@ -165,6 +165,18 @@ def test_left_out_tokens_are_keys_for_themselves_alone():
     torch.testing.assert_close(some[0, 0, 0], (probabilities[0, 0] @ value[0, 0])[0])
 
 
+@torch.no_grad()
+def test_the_epsilon_is_the_official_one():
+    """Far below the goldens' tolerance. With scores of 0 a visible key weighs 1, and a left-out one ε / tokens."""
+    query = torch.zeros(1, 8, 4, 8)
+    kept = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    _, probabilities = attention_to_kept(query, query, query, kept, 0.3)
+    assert probabilities[0, 0, 0, 2].item() == pytest.approx(1e-6 / 4 / (2 + 1e-6), rel=1e-4)
+    _, dropped = attention_to_kept(query, query, query, kept, 0.3, dropout=0.5)
+    torch.testing.assert_close(dropped, torch.where(dropped == 0, 0.0, 2 * probabilities))
+    assert 0.2 < (dropped == 0).float().mean() < 0.8
+
+
 def test_images_without_any_kept_patch_stay_finite(monkeypatch):
     removing = torch.tensor([-50.0, 50.0])
     monkeypatch.setattr(token_pruning_training, "gumbel_noise", lambda log: removing.expand_as(log))

@@ -80,7 +80,7 @@ def test_heads_of_a_narrower_round_are_heads_of_the_source():
     model = ThinkingSwinForImageClassification.from_swin(swin, [[2, 2], [2, 4]])
     source = swin.swin.encoder.layers[1].blocks[0].attention
     hidden_states = torch.randn(3, 9, 8)
-    found = model.thinking_swin.layers[1].blocks[0].attention.qkv(hidden_states, head_dim=4)
+    found = model.thinking_swin.layers[1].blocks[0].attention._project(hidden_states)
     for part, projection in zip(found, (source.q_proj, source.k_proj, source.v_proj)):
         expected = hidden_states @ projection.weight[:8, :8].T + projection.bias[:8]
         torch.testing.assert_close(part, expected.unflatten(-1, (2, 4)).transpose(1, 2))

@@ -10,10 +10,19 @@ from tests.training.tiny_runs import write_images
 # Names of the tests that need the extra `train`.
 NEEDS_TIMM = ("config", "data", "divergence", "loop", "losses", "objectives", "preprocessing", "recipe", "reporting")
 NEEDS_TIMM += ("resuming", "setup", "splits", "stage_samplers", "training_log")
-NEEDS_TIMM += ("early_exit_runs", "elastic_runs", "memory_images", "pruning_runs", "sub_network_distillation")
 NEEDS_TIMM += (
+    "distributed_runs",
+    "early_exit_runs",
+    "elastic_runs",
+    "memory_images",
+    "pruning_runs",
+    "sub_network_distillation",
+)
+NEEDS_TIMM += (
+    "adapters",
     "augmentation",
     "baseline_configurations",
+    "distributed_runs",
     "finetuning",
     "layer_decay",
     "photographs",

@@ -66,7 +66,7 @@ def test_the_learning_rate_scales_with_the_global_batch():
     "words, message",
     [
         (["--epoch", "7"], "no flag `--epoch`. Did you mean `--epochs`?"),
-        (["--model.patchsize", "7"], "no field `--model.patchsize`. Did you mean `--model.patch_size`?"),
+        (["--model.patchsize", "7"], "no field `--model.patchsize`. Did you mean `--model.patch-size`?"),
         (
             ["--model_type", "avit", "--mixup", "0", "--cutmix", "0", "--model.thinking_stages", "[3]"],
             "no field `--model.",
@@ -74,10 +74,10 @@ def test_the_learning_rate_scales_with_the_global_batch():
         (["--epochs", "many"], "invalid int value: 'many'"),
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         (["--model_type", "avit"], "A-ViT is trained without mixup and cutmix"),
-        (["--epochs", "3", "--warmup_epochs", "3"], "`--warmup_epochs` (3.0) must be fewer than `--epochs` (3)"),
-        (["--batch_size", "0"], "`--batch_size` must be above 0, got 0"),
-        (["--ema_decay", "1"], "`--ema_decay` must be at least 0 and below 1"),
-        (["--label_smoothing", "nan"], "`--label_smoothing` must be between 0 and 1"),
+        (["--epochs", "3", "--warmup_epochs", "3"], "`--warmup-epochs` (3.0) must be fewer than `--epochs` (3)"),
+        (["--batch_size", "0"], "`--batch-size` must be above 0, got 0"),
+        (["--ema_decay", "1"], "`--ema-decay` must be at least 0 and below 1"),
+        (["--label_smoothing", "nan"], "`--label-smoothing` must be between 0 and 1"),
         (["--from_vit", "a", "--from_pretrained", "b"], "two ways to start"),
         (["--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
         (["--model.thinking_stages", "[3,", "6]"], "`[3,` is no value: quote lists"),
@@ -98,7 +98,7 @@ def test_refuses_what_cannot_work(words, message, capsys):
         ("epochs: 1\nseed: [1\n", [], "run.yaml: line 3: no valid YAML: "),
         ("epochs: many\n", [], "run.yaml: argument --epochs: invalid int value: 'many'"),
         ("batch_size: 0\n", [], "run.yaml: `batch_size` must be above 0"),
-        ("batch_size: 8\n", ["--batch_size", "0"], "error: `--batch_size` must be above 0"),  # not the file's
+        ("batch_size: 8\n", ["--batch_size", "0"], "error: `--batch-size` must be above 0"),  # not the file's
         ("model: {patchsize: 4}\n", [], "run.yaml: There is no field `model.patchsize`"),
         ("- 1\n", [], "run.yaml: it must hold `field: value` lines"),
     ],
@@ -122,7 +122,7 @@ def test_help_has_groups_defaults_and_the_models_own_fields(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         parse_config(["--help", "--model_type", "thinking_swin"])
     text = capsys.readouterr().out
-    assert "optimisation:" in text and "(default: 300)" in text and "--model.head_rounds" in text
+    assert "optimisation:" in text and "(default: 300)" in text and "--model.head-rounds" in text
 
 
 def test_smoothing_is_of_the_run_not_of_the_models_own_loss():

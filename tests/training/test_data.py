@@ -119,7 +119,7 @@ class TestBrokenImages:
     def test_training_skips_and_counts_them(self, tmp_path, streaming, caplog):
         folder = write_images(tmp_path, broken={"train": [2, 5, 6]})
         batches = read(plain(folder, streaming=streaming, shuffle=False), stop=5)
-        assert sum(int(batch["skipped"]) for batch in batches) >= 3
+        assert len({image for batch in batches for image in batch["skipped"]}) == 3
         assert all(batch["pixel_values"].shape == (4, 3, 16, 16) for batch in batches)
         assert "train-2.png" in caplog.text
         readable = fingerprints(read(plain(write_images(tmp_path / "whole"), shuffle=False)))
@@ -131,7 +131,7 @@ class TestBrokenImages:
         for one, other in zip(streamed, mapped, strict=True):
             assert torch.equal(one["pixel_values"], other["pixel_values"])
             assert torch.equal(one["labels"], other["labels"])
-            assert one["skipped"] == other["skipped"]
+            assert len(one["skipped"]) == len(other["skipped"])
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_training_needs_one_that_is_whole(self, tmp_path, streaming):

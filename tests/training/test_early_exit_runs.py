@@ -57,4 +57,20 @@ def test_self_distillation_leaves_the_plain_vit_as_it_was(images, tmp_path):
         torch.testing.assert_close(model(pixel_values).logits, vit.eval()(pixel_values).logits)
 
 
+@pytest.mark.parametrize("start", ["nothing", "other labels"])
+def test_exits_do_not_learn_from_a_random_answer(images, tmp_path, start):
+    fields = {"model.self_distillation": "true", "model.exit_criterion": "normalised_entropy", "model.threshold": 0.5}
+    if start == "other labels":
+        trained_vit(image_size=16, num_labels=5).save_pretrained(tmp_path / "vit")
+        fields["from_vit"] = tmp_path / "vit"
+    words = flags(images, tmp_path / "run", model_type="early_exit_vit", **fields)
+    sizes = [word for word in words if word.startswith("--model.") and word.split(".")[1] in SIZES]
+    for word in sizes if "from_vit" in fields else ["--model.thinking_stages"]:
+        at = words.index(word)
+        del words[at : at + 2]
+    why = "it has 5 labels, the data 3" if "from_vit" in fields else "its weights are new"
+    with pytest.raises(ValueError, match=f"`self_distillation` teaches the exits by the last answer.* {why}"):
+        train(parse_config([*words, *(() if "from_vit" in fields else ("--model.num_attention_heads", "2"))]))
+
+
 SIZES = ("thinking_stages", "hidden_size", "num_hidden_layers", "image_size", "patch_size")

@@ -3,24 +3,36 @@
 import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
+from transformers import (
+    AutoModelForImageClassification,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+    pipeline,
+)
 
-from hf_thinkingvit.evaluation import calibration_status
+from hf_thinkingvit.evaluation import calibration_status, evaluate_thresholds
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.training import TrainingConfig, finetune
 from hf_thinkingvit.training.finetuning import choose_model
 from hf_thinkingvit.training.finetuning_plan import find_source, settings_for
+from hf_thinkingvit.training.loop import TrainingRun
 from tests.utils import lively_model
 
 
 SHORT = {"epochs": 2, "cpu": True, "num_workers": 0}
+ONE_EPOCH = {**SHORT, "epochs": 1}
 LABELS = ["blue", "red"]
 
 
@@ -60,10 +72,19 @@ def test_the_folder_is_a_calibrated_model_with_its_reports(done):
     assert len(results["stages"]) == 2 and results["images"] == 4
     shares = [row["exit_shares"] for row in results["sweep"]]
     assert all(one != other for one, other in pairwise(shares))
+    assert results["at_threshold"] in results["sweep"]  # at the τ that is shipped
     card = (done.folder / "README.md").read_text()
     assert "4 images of `photos`" in card and "the other half of the images held out from train" in card
     assert "too few" not in card and "With probability" not in card  # 4 images promise nothing
-    assert "promises nothing for others" in done.summary and str(done.folder) in done.summary
+    assert "(as configured)" in card
+    assert f"τ = {done.calibration.threshold:.4g} was chosen on these images or some of them" in card
+    assert "τ is the one of greatest accuracy on 8 images" in card and "promises nothing for others" in card
+    assert "They are not new to the model either: half of them chose its best epoch" in card
+    assert (
+        "promises nothing for others" in done.summary
+        and "τ was chosen on these images" in done.summary
+        and str(done.folder) in done.summary
+    )
     image = Image.new("RGB", (24, 20), (200, 0, 0))
     assert pipeline("image-classification", model=str(done.folder))(image)[0]["label"] in LABELS
 
@@ -84,15 +105,16 @@ def test_a_promise_where_there_are_enough_images(photos, source, tmp_path):
     """And data as objects, with a test split, which is what is reported."""
     rows = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
     splits = rows.train_test_split(0.25, seed=0, stratify_by_column="label")
-    done = finetune(splits, source, tmp_path, held_out=0.4, max_drop=0.5, delta=0.1, **{**SHORT, "epochs": 1})
+    done = finetune(splits, source, tmp_path, held_out=0.4, max_drop=0.5, delta=0.1, **ONE_EPOCH)
     assert done.calibration.epsilon == 0.5 and done.calibration.images == 6
     assert "With probability at least 90%" in done.summary
     assert done.results["split"] == "test" and done.results["images"] == 10
+    assert "was chosen on these images" not in (tmp_path / "README.md").read_text() + done.summary
     assert json.loads((tmp_path / "splits.json").read_text())["selects"][0].startswith("sha256:")
 
 
 def test_images_that_the_source_was_trained_on_promise_nothing(photos, source, tmp_path):
-    finetune(photos, source, tmp_path / "once", **{**SHORT, "epochs": 1})
+    finetune(photos, source, tmp_path / "once", **ONE_EPOCH)
     options = {**SHORT, "epochs": 1, "held_out": 0.4, "max_drop": 0.5, "delta": 0.1}
     done = finetune(photos, tmp_path / "once", tmp_path / "again", **options)
     assert "With probability" not in done.summary and "of the source, the model was trained on" in done.summary
@@ -107,7 +129,7 @@ def test_splits_that_share_images_are_refused(photos, source, tmp_path):
 def test_a_run_that_goes_on_must_hold_out_the_same_images(photos, source, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
-    finetune(folder, source, tmp_path / "out", **{**SHORT, "epochs": 1})
+    finetune(folder, source, tmp_path / "out", **ONE_EPOCH)
     record = (tmp_path / "out" / "splits.json").read_text()
     for name in json.loads(record)["selects"]:
         (folder / name).rename((folder / name).with_suffix(".PNG.png"))
@@ -122,7 +144,7 @@ def test_a_plain_vit_becomes_the_last_stage(photos, tmp_path):
     vit = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=7))
     vit.save_pretrained(tmp_path / "vit")
     evaluation_image_processor(32).save_pretrained(tmp_path / "vit")
-    done = finetune(photos, tmp_path / "vit", tmp_path / "out", **{**SHORT, "epochs": 1})
+    done = finetune(photos, tmp_path / "vit", tmp_path / "out", **ONE_EPOCH)
     assert list(done.model.config.thinking_stages) == [2, 4] and done.model.config.hidden_size == 32
 
 
@@ -131,7 +153,7 @@ def test_a_model_without_stages_has_no_threshold(photos, tmp_path):
     source = AutoModelForImageClassification.from_pretrained(folder)
     source.save_pretrained(tmp_path / "avit")
     evaluation_image_processor(source.config.image_size).save_pretrained(tmp_path / "avit")
-    done = finetune(photos, tmp_path / "avit", tmp_path / "out", **{**SHORT, "epochs": 1})
+    done = finetune(photos, tmp_path / "avit", tmp_path / "out", **ONE_EPOCH)
     assert done.calibration is None and 0 <= done.results["top1"] <= 100
 
 
@@ -146,6 +168,9 @@ def test_what_cannot_be_used_is_said_before_anything_is_trained(photos, source, 
         finetune(tmp_path / "absent", source, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no file or folder here"):
         finetune(photos, tmp_path / "absent", tmp_path / "out")
+    shutil.copytree(source, tmp_path / "run" / "best")
+    with pytest.raises(FileNotFoundError, match="Did you mean `.*best`"):
+        finetune(photos, tmp_path / "run", tmp_path / "out")
     with pytest.raises(ValueError, match="have no labels: put them into folders, one a label"):
         finetune(photos / "red", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -194,3 +219,76 @@ def test_settings_follow_those_that_are_given():
     settings = settings_for(1000, "thinkingvit", False, {"epochs": 2, "batch_size": 100})
     assert "epochs" not in settings and settings["warmup_epochs"] == 0.2 and settings["learning_rate_batch"] == 100
     assert settings["ema_decay"] == 0.5  # 20 steps
+
+
+def test_images_that_cannot_be_read_are_left_out_before_training(photos, source, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    record = json.loads((finetune(folder, source, tmp_path / "whole", **ONE_EPOCH).folder / "splits.json").read_text())
+    broken = [record["selects"][0], record["calibrates"][0]]
+    for name in broken:
+        (folder / name).write_bytes(b"no image")
+    capsys.readouterr()
+    done = finetune(folder, source, tmp_path / "out", **ONE_EPOCH)
+    started = capsys.readouterr().out
+    assert "left out      2 images that cannot be decoded" in started and Path(broken[0]).name in started
+    assert "left out      2 images" in done.summary and done.results["images"] == 3
+    left = json.loads((done.folder / "splits.json").read_text())
+    assert set(left["selects"] + left["calibrates"]) == set(record["selects"] + record["calibrates"]) - set(broken)
+
+
+def test_a_finished_run_is_not_lost_when_its_evaluation_fails(photos, source, tmp_path):
+    """Here an image becomes unreadable during the training, and is restored afterwards."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    finetune(folder, source, tmp_path / "first", **ONE_EPOCH)
+    name = json.loads((tmp_path / "first" / "splits.json").read_text())["calibrates"][0]
+    content, train = (folder / name).read_bytes(), TrainingRun.run
+
+    def run(self):
+        results = train(self)
+        (folder / name).write_bytes(b"no image")
+        return results
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingRun, "run", run)
+        with pytest.raises(ValueError, match="What was trained is not lost: .* `resume='auto'` goes on"):
+            finetune(folder, source, tmp_path / "out", **ONE_EPOCH)
+    (folder / name).write_bytes(content)
+    done = finetune(folder, source, tmp_path / "out", resume="auto", **ONE_EPOCH)
+    assert done.results["images"] == 4 and (done.folder / "model.safetensors").is_file()
+
+
+def test_what_is_said_of_the_images_at_the_start(photos, source, tmp_path, capsys):
+    finetune(photos, source, tmp_path, **ONE_EPOCH)
+    printed = capsys.readouterr().out
+    half, other = (f"{which} of the images held out from train" for which in ("one half", "the other half"))
+    assert f"the best epoch is chosen by `{half}`; `{other}` is measured once, at the end" in printed
+    assert f"chosen by     {half} (4 images)" in printed and f"τ by          {other} (4 images)" in printed
+
+
+def test_runs_of_one_process_may_differ_in_precision(photos, source, tmp_path):
+    finetune(photos, source, tmp_path / "bf16", mixed_precision="bf16", **ONE_EPOCH)
+    done = finetune(photos, source, tmp_path / "float32", **ONE_EPOCH)
+    evaluate_thresholds(done.model, str(photos), done.processor, split="train", progress=False)
+    finetune(photos, source, tmp_path / "again", mixed_precision="bf16", **ONE_EPOCH)
+    Accelerator(cpu=True)  # of somebody else, who goes on with it
+    try:
+        with pytest.raises(ValueError, match="one precision for a process.*restart the kernel"):
+            finetune(photos, source, tmp_path / "refused", mixed_precision="bf16", **ONE_EPOCH)
+        assert AcceleratorState().mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("kind", [ViTModel, SwinModel])
+def test_a_backbone_without_classifier_gets_one(kind, photos, tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        ViTModel: {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64},
+        SwinModel: {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
+    }[kind]
+    backbone = kind(kind.config_class(**sizes, image_size=32, patch_size=8))
+    backbone.save_pretrained(tmp_path / "backbone")
+    done = finetune(photos, tmp_path / "backbone", tmp_path / "out", **ONE_EPOCH)
+    assert list(done.model.config.id2label.values()) == LABELS

@@ -1,5 +1,8 @@
 """Images kept in memory and augmented in batches, against images decoded one by one and Pillow."""
 
+from collections import Counter
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hf_thinkingvit.training.batch_augmentation import (
 from hf_thinkingvit.training.data import Place, load_data, train_batches
 from hf_thinkingvit.training.memory_images import load_in_memory
 from hf_thinkingvit.training.recipe import train_transform
+from hf_thinkingvit.training.seeding import seeded
 from tests.training.tiny_runs import assert_same, flags, weights, write_images
 
 
@@ -72,6 +76,43 @@ class TestPixels:
             top, left = image.any(dim=1), image.any(dim=0)
             assert image[top][:, left].all()
             assert 0 < image.sum() <= 16 * 16 / 3 + 16
+
+
+class TestPositions:
+    """Crops of 8 by 8 pixels out of 12 by 20, whose pixels say where they were."""
+
+    SETTINGS = {"crop_scale": [64 / 240] * 2, "crop_ratio": [1.0, 1.0], "horizontal_flip": 0.5, "random_erasing": 0.0}
+    LEVELS = {"image_mean": [0.0] * 3, "image_std": [1 / 255] * 3}  # pixels are levels again
+
+    def places(self, crops: torch.Tensor) -> list[tuple[int, int, bool]]:
+        """Top, left and whether it is mirrored, of crops `(images, 3, 8, 8)` that must be whole parts of the image."""
+        crops = crops.round().long()
+        tops, lefts = crops[:, 0, 0, 0], crops[:, 1, 0].amin(dim=1)
+        mirrored = crops[:, 1, 0, 0] > crops[:, 1, 0, 1]
+        rows, columns = tops[:, None] + torch.arange(8), lefts[:, None] + torch.arange(8)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        expected = [rows[:, :, None].expand_as(crops[:, 0]), columns[:, None, :].expand_as(crops[:, 1])]
+        assert torch.equal(crops, torch.stack([*expected, 20 * expected[0] + expected[1]], dim=1))
+        return list(zip(tops.tolist(), lefts.tolist(), mirrored.tolist()))
+
+    def image(self) -> np.ndarray:
+        rows, columns = np.mgrid[:12, :20]
+        return np.stack([rows, columns, 20 * rows + columns], axis=-1).astype(np.uint8)
+
+    def test_every_place_is_as_likely_as_any_other(self):
+        count = 13_000
+        pixels = torch.from_numpy(self.image().transpose(0, 2, 1).copy()).expand(count, 12, 3, 20)
+        augmentation = BatchAugmentation(config(**{**self.SETTINGS, **self.LEVELS}), 8)
+        found = Counter(self.places(augmentation(pixels, 0, np.arange(count))))
+        assert set(found) == set(product(range(5), range(13), (False, True)))
+        # 100 of each of 130 are expected, with a standard deviation of 10.
+        assert min(found.values()) > 55 and max(found.values()) < 145
+
+    def test_they_are_the_places_of_the_transform_for_single_images(self):
+        transform, image = train_transform(config(**{**self.SETTINGS, **self.LEVELS}), 8), Image.fromarray(self.image())
+        with seeded(0):
+            crops = torch.stack([transform(image) for _ in range(2000)])
+        assert set(self.places(crops)) == set(product(range(5), range(13), (False, True)))
 
 
 class TestRectangles:

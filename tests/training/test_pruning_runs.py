@@ -1,5 +1,7 @@
 """Runs that train token pruning: their loss, and their start from a model that prunes nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from tests.utils import lively_model, random_images
 
 
 PRUNING = {"pruning_layers": [1], "pruning_keep_rate": 0.5}
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
 
 def start(source, **model):
@@ -126,10 +129,33 @@ def test_the_backbone_learns_later_and_slower():
     assert decays[0] == decays[1]
 
 
+def test_a_slower_backbone_keeps_its_layer_decay():
+    """Both factors count; the predictors have neither."""
+    model = lively_model(**PRUNING)
+    both, decayed = TrainingConfig(backbone_learning_rate=0.01, layer_decay=0.5), TrainingConfig(layer_decay=0.5)
+    expected = learning_rates(model, decayed, 1500)
+    assert len(set(expected.values())) > 3
+    for name, found in learning_rates(model, both, 1500).items():
+        assert found == pytest.approx(expected[name] * (1.0 if "score_predictors" in name else 0.01)), name
+
+
 @pytest.mark.parametrize("fields", [{"backbone_learning_rate": 0.1}, {"frozen_backbone_epochs": 1.0}], ids=str)
 def test_rates_of_a_backbone_need_predictors(fields):
     with pytest.raises(ValueError, match=r"are of models with `model.pruning_layers`"):
         build_optimizer(TrainingConfig(**fields), lively_model())
+
+
+@pytest.mark.parametrize("name, rate", [("dynamicvit_small", 0.7), ("thinkingvit_3_6_dynamicvit", 0.8)])
+def test_the_shipped_recipe_is_dynamicvits(name, rate, tmp_path):
+    """Also where it starts from a model that was trained with stochastic depth, which DynamicViT's recipe has not."""
+    config = parse_config(["--config", str(CONFIGS / f"{name}_imagenet.yaml")])
+    assert (config.epochs, config.batch_size, config.scaled_learning_rate) == (30, 1024, 1e-3)
+    assert (config.backbone_learning_rate, config.frozen_backbone_epochs, config.distillation_weight) == (0.01, 5, 0.5)
+    assert (config.model["pruning_keep_rate"], config.model["pruning_ratio_loss_weight"]) == (rate, 2.0)
+    lively_model(drop_path_rate=0.1, **named(*LABELS.values())).save_pretrained(tmp_path)
+    fields = {name: value for name, value in config.model.items() if name != "pruning_layers"}
+    model, _ = start(tmp_path, **{**fields, "pruning_layers": [1], "threshold": 0.5})
+    assert model.config.drop_path_rate == 0 and "cls_token" in "".join(config.freeze)
 
 
 def test_a_run_with_a_frozen_backbone_goes_on(images, tmp_path):

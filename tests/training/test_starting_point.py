@@ -176,7 +176,7 @@ class TestLabels:
         model, said = start(saved / "thinkingvit", id2label={0: "0", 1: "1", 2: "2"})
         source = lively_model(**named(*LABELS.values()))
         assert not torch.equal(model.classifier.weight, source.classifier.weight)
-        assert "freshly initialised: label 0 is 'cat' there and '0' in the data; `--label_map index` would" in said
+        assert "freshly initialised: label 0 is 'cat' there and '0' in the data; `--label-map index` would" in said
 
     def test_labels_without_names_are_taken_by_number(self, tmp_path):
         source = lively_model(num_labels=3)

@@ -55,6 +55,23 @@ def test_loss_and_gradients_of_a_step(source):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_without_settings_hidden_states_have_the_weight_of_the_first_phase():
+    """0.1, and they are learned from the whole teacher."""
+    teacher, model, images = lively_elastic("dynabert"), lively_elastic("dynabert", depths=[1.0]), random_images(2)
+    losses = []
+    for fields in ({}, {"hidden_states_weight": 0.1, "teacher_sub_network": "whole"}, {"hidden_states_weight": 0.0}):
+        loss = training_loss(model, teacher, **fields)
+        losses.append(loss(model(images, **loss.model_arguments(0, 0)), images, None, 0)[0])
+    torch.testing.assert_close(losses[0], losses[1])
+    with torch.no_grad():
+        wanted, _ = states_of(teacher, images, 11)
+        distances = [
+            sum((one - other).square().mean() for one, other in zip(states_of(model, images, number)[0], wanted))
+            for number in range(4)
+        ]
+    torch.testing.assert_close(losses[0] - losses[2], 0.1 * sum(distances) / 4, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("sampling, count", [("one", 1), ("sandwich", 3)])
 def test_only_the_drawn_ones_and_their_sources_are_computed(sampling, count):
     teacher, model, images = lively_elastic("dynabert"), lively_elastic("dynabert").train(), random_images(2)

@@ -82,13 +82,13 @@ def flags(dataset: Path, output_dir: Path, **overrides) -> list[str]:
     return words
 
 
-def launch(words: list[str], processes: int) -> subprocess.Popen:
+def launch(words: list[str], processes: int, script: Path = SCRIPT) -> subprocess.Popen:
     # Accelerate starts several CPU processes as it starts several GPUs' (or through MPI); the run itself says `cpu`.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [*command, str(SCRIPT), *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, str(script), *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

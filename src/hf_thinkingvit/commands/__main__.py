@@ -4,10 +4,13 @@ import difflib
 import sys
 from importlib import import_module
 
+from ..flags import quiet_pipe
 from ..version import __version__
-from . import COMMANDS
+from . import COMMANDS, options
+from .command import run_command
 
 
+@quiet_pipe()
 def main(words: list[str] | None = None) -> None:
     """Run the command that the first word names; without one, list them."""
     words = sys.argv[1:] if words is None else words
@@ -17,12 +20,10 @@ def main(words: list[str] | None = None) -> None:
         print(__version__)
     elif words[0] in COMMANDS:
         prog = f"hf-thinkingvit {words[0]}"
-        try:
-            module = import_module(f".{words[0]}", __package__)
-        except ImportError as error:  # of an extra that is not installed; the message says which
-            print(f"{prog}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        module.main(words[1:], prog=prog)
+        if hasattr(options, words[0]):
+            run_command(words[0], words[1:], prog)
+        else:  # with the fields of a training run
+            import_module(f".{words[0]}", __package__).main(words[1:], prog)
     else:
         nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
         suggestion = f" Did you mean `{nearest[0]}`?" if nearest else ""

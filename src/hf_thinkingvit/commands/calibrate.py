@@ -1,21 +1,8 @@
-"""
-Choose τ for a limit on the loss of accuracy, or for a budget of compute:
-
-    hf-thinkingvit calibrate --model MODEL --dataset uoft-cs/cifar10 --max-drop 0.01 --delta 0.05
-    hf-thinkingvit calibrate --model MODEL --dataset uoft-cs/cifar10 --gmacs 0.03
-
-A share of the images (`--check`) is held out from the calibration; accuracy and cost at τ are printed for both parts.
-`--output-dir` gets the model with the new τ, in the dtype in which it was measured, and `calibration.json`.
-
-A classifier loses an image that the last stage gets right and its exit wrong; a segmentation model loses shares of an
-image's pixels so. The limit is statistical: it holds only with images that were used neither to train the model nor to
-select its best epoch.
-"""
+"""Chooses τ, and saves the model with it. `options.py` has its options and description."""
 
 import argparse
 import json
 import shlex
-import sys
 
 import torch
 from transformers import PreTrainedModel
@@ -26,33 +13,16 @@ from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
 from ..models.configuration_checks import as_pair
 from . import command
-from .evaluation import add_evaluation, batch_size_of, evaluate, measure_of, segments
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_model(parser)
-    command.add_output_dir(parser, "outputs/calibrated", "the model with the new τ")
-    parser.add_argument("--dtype", default="float32", choices=command.DTYPES, help="to measure in")
-    goals = parser.add_argument_group("goal, one of")
-    goal = goals.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--max-drop", type=float, help="greatest share of answers that only the last stage gets right")
-    goal.add_argument("--max-error", type=float, help="greatest share of wrong answers, a fraction")
-    goal.add_argument("--gmacs", type=float, help="mean multiply-accumulates per image, in 10^9")
-    goal.add_argument("--milliseconds", type=float, help="mean time per image, on this device in this batch size")
-    parser.add_argument("--delta", type=float, default=0.05, help="probability that the limit on accuracy is exceeded")
-    parser.add_argument("--per-exit", action="store_true", help="one τ per exit")
-    add_evaluation(parser)
-    parser.add_argument("--allow-training-images", action="store_true", help="also on those that chose the epoch")
-    parser.add_argument("--check", type=float, default=0.5, help="share of the images to check on")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of these images")
+from .evaluation import batch_size_of, evaluate, measure_of, segments
+from .loading import best_device, load_model, start
 
 
 def run(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.check < 1:
         raise ValueError("`check` must be at least 0 and below 1.")
-    model, processor = command.load_model(arguments.model, task=None, dtype=getattr(torch, arguments.dtype))
-    model.to(command.best_device())
-    command.start(model, dataset=arguments.dataset, saved_to=arguments.output_dir)
+    model, processor = load_model(arguments.model, task=None, dtype=getattr(torch, arguments.dtype))
+    model.to(best_device())
+    start(model, dataset=arguments.dataset, saved_to=arguments.output_dir)
     answers, _ = evaluate(model, processor, arguments)
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed))
     held_out = round(arguments.check * len(answers))
@@ -110,7 +80,7 @@ def calibrate(
 
 
 def main(words: list[str] | None = None, prog: str | None = None) -> None:
-    command.run_command(sys.modules[__name__], words, prog)
+    command.run_command("calibrate", words, prog)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,4 @@
-"""
-Classify many images with full batches at every stage, and write one line per image:
-
-    hf-thinkingvit classify --model MODEL --dataset examples/images
-    hf-thinkingvit classify --model MODEL --dataset uoft-cs/cifar10 --split test --format parquet
-
-`--dataset` is a folder of images, searched with its subfolders, or what `datasets` reads. The output is JSONL or
-Parquet; `OUTPUT.run.json` beside it records model, τ and source. A further run with the same output resumes, with any
-number of processes; with a complete output, it classifies the images of the folder that are new or have changed (by
-names, sizes and modification times). If model, τ or source differ, it is refused. Images that cannot be read are
-lines with an `error`, and further runs try them again. `accelerate launch` splits the images among processes.
-"""
+"""Classifies many images, one line each. `options.py` has its options and description."""
 
 import argparse
 import sys
@@ -20,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -29,19 +19,7 @@ from ..inference import AdaptiveEngine, ResumableOutput
 from ..inference.resumable import fingerprint, model_fingerprint, printable
 from ..public_names import public_name
 from . import command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_model(parser)
-    command.add_dataset(parser, "folder of images, Hub id, Parquet file", "--images")
-    parser.add_argument("--split", help="of a dataset; by default test, else validation, else train")
-    parser.add_argument("--image-column", help="of a dataset; found by its type where not given")
-    command.add_output_dir(parser, "outputs/classified", "the output and the record of the run")
-    parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="of the output")
-    parser.add_argument("--output", type=Path, help="file instead of OUTPUT_DIR/classified.FORMAT: .jsonl or .parquet")
-    parser.add_argument("--batch-size", type=command.positive, default=64, help="images in a forward pass")
-    parser.add_argument("--threshold", type=float, nargs="+", help="τ, one or one per exit; by default the model's")
-    parser.add_argument("--max-stages", type=command.positive, help="run at most this many stages")
+from .loading import answers_are_random, best_device, load_model, start
 
 
 class ImageSource(NamedTuple):
@@ -78,24 +56,28 @@ def decode_row(rows: datasets.Dataset, place: int, column: str) -> Image.Image:
 
 def run(arguments: argparse.Namespace) -> None:
     # Accelerate does not find out by itself that several processes run on CPUs.
-    state = PartialState(cpu=command.best_device().type == "cpu")
+    state = PartialState(cpu=best_device().type == "cpu")
     source = find_images(arguments.dataset, arguments.split, arguments.image_column)
     path = arguments.output or arguments.output_dir / f"classified.{arguments.format}"
-    model, processor = command.load_model(arguments.model)
+    model, processor = load_model(arguments.model)
     model.to(state.device)
-    threshold = command.one_or_list(arguments.threshold)
+    threshold, keep_rate = command.one_or_list(arguments.threshold), command.one_or_list(arguments.keep_rate)
     engine = AdaptiveEngine(
         model,
         processor,
         batch_size=arguments.batch_size,
         threshold=threshold,
         max_stages=arguments.max_stages,
+        keep_rate=keep_rate,
+        # So that the command can be repeated; processes must not draw the same numbers.
+        generator=torch.Generator().manual_seed(state.process_index) if answers_are_random(model) else None,
         on_error="return",
     )
     facts = {
         "model": public_name(arguments.model),
         "model_fingerprint": model_fingerprint(model, processor),
         "threshold": getattr(model.config, "threshold", None) if threshold is None else threshold,
+        "keep_rate": getattr(model.config, "pruning_keep_rate", None) if keep_rate is None else keep_rate,
         "max_stages": arguments.max_stages,
         "source": public_name(arguments.dataset),
         "split": arguments.split,
@@ -103,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = ResumableOutput(path, facts, source.names, state, source.identities)
     if state.is_main_process:
         answered = f", {output.done} of them are classified already" if output.done else ""
-        command.start(model, images=f"{len(source.names)}{answered}", saved_to=printable(str(path)))
+        start(model, images=f"{len(source.names)}{answered}", saved_to=printable(str(path)))
         if output.is_update and not output.places and state.num_processes == 1:
             print("nothing is new: every image is classified already")
 
@@ -146,7 +128,7 @@ def classify(engine: AdaptiveEngine, source: ImageSource, output: ResumableOutpu
 
 
 def main(words: list[str] | None = None, prog: str | None = None) -> None:
-    command.run_command(sys.modules[__name__], words, prog)
+    command.run_command("classify", words, prog)
 
 
 if __name__ == "__main__":

@@ -1,50 +1,73 @@
-"""What the commands share: options, errors without a traceback, loading of models, and summaries for the console."""
+"""What the commands share: errors without a traceback, paths that are looked for, and lines for the console."""
 
 import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import AutoConfig, PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
 
-from ..auto import TASKS, AutoImageProcessor, saved_task
-from ..data import is_missing_path
-from ..families.record import IMAGE_CLASSIFICATION
-from ..flags import HelpFormatter, LineParser, with_flags
+from ..flags import HelpFormatter, LineParser, quiet_pipe, stdout_is_closed, with_flags
+from ..public_names import is_missing_path
+from . import options
 
 
 DEBUG_HELP = "show where an error was raised"
-DTYPES = ("float32", "float16", "bfloat16")
 USER_ERRORS = (OSError, ValueError, ImportError)  # what the package raises for wrong arguments, files and data
 
 
-def run_command(module: ModuleType, words: list[str] | None = None, prog: str | None = None) -> None:
+@quiet_pipe()
+def run_command(name: str, words: list[str] | None = None, prog: str | None = None) -> None:
     """
-    Parse the words of a command line and run a command.
+    Parse the words of a command line, look for the paths in them, and only then import and run a command.
 
     Args:
-        module: of the command: its docstring is the description, `add_arguments(parser)` adds the options, and
-            `run(arguments)` does the work.
+        name (`str`): of the command: `options.py` has a function of that name which adds the options, and the module of
+            that name a function `run(arguments)` which does the work.
         words (`list[str]`, *optional*): by default those of this process.
         prog (`str`, *optional*): how the command was called.
 
     Raises:
         SystemExit: with code 2 after an error of the user, which is printed in one or two lines.
     """
-    parser = LineParser(prog=prog, description=module.__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    module.add_arguments(parser)
+    parser = LineParser(prog=prog, formatter_class=HelpFormatter, allow_abbrev=False)
+    getattr(options, name)(parser)
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     arguments = parser.parse_args(words)
-    logging.disable_progress_bar()  # of loading weights, which takes no time
     with user_errors(parser, arguments.debug):
-        module.run(arguments)
+        check_paths(arguments)
+        import_command(name).run(arguments)
+
+
+def import_command(name: str) -> ModuleType:
+    """The module of a command, and the package, which the console command has not imported so far."""
+    import_package()
+    return import_module(f".{name}", __package__)
+
+
+def import_package() -> None:
+    """Register the models, and leave progress bars out that show nothing."""
+    import_module("..library", __package__)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights, which takes no time
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """`FileNotFoundError` or `ValueError` for inputs that are written as paths and are not there."""
+    given = {name: getattr(arguments, name, None) for name in ("model", "dataset", "source", "results")}
+    if given["model"] is not None:
+        check_model_folder(given["model"])
+    if given["dataset"] is not None and is_missing_path(str(given["dataset"])):
+        raise FileNotFoundError(f"There is no dataset `{given['dataset']}` (--dataset): no such file or folder.")
+    if given["source"] is not None and is_missing_path(given["source"]):
+        raise FileNotFoundError(f"There is no file or folder `{given['source']}` to start from.")
+    if given["results"] is not None and not given["results"].is_file():
+        raise FileNotFoundError(f"There is no file `{given['results']}` (--results).")
 
 
 @contextmanager
@@ -60,7 +83,7 @@ def user_errors(parser: argparse.ArgumentParser, debug: bool) -> Iterator[None]:
             raise
         raise SystemExit(130) from None
     except USER_ERRORS as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and stdout_is_closed()):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         message = with_flags(" ".join(lines[:2]), parser)
@@ -68,37 +91,13 @@ def user_errors(parser: argparse.ArgumentParser, debug: bool) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def add_model(parser: argparse._ActionsContainer, help: str = "folder or Hub id") -> None:
-    parser.add_argument("--model", required=True, help=help)
-
-
-def add_dataset(parser: argparse._ActionsContainer, help: str | None = None, *others: str) -> None:
-    text = "Hub id, folder of images (one folder a label) or Parquet files, Parquet file"
-    parser.add_argument("--dataset", *others, required=True, help=help or text)
-
-
-def add_output_dir(parser: argparse._ActionsContainer, default: str, help: str) -> None:
-    parser.add_argument("--output-dir", type=Path, default=Path(default), help=help)
-
-
-def positive(word: str) -> int:
-    """The type of an option that is an integer of at least 1."""
-    try:
-        number = int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, got {word!r}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {word}")
-    return number
-
-
 def one_or_list(values: list[float] | None) -> float | list[float] | None:
     """What `--threshold` gives: one τ, or one per exit."""
     return values[0] if values and len(values) == 1 else values
 
 
-def _check_folder(name: str) -> None:
-    """That a local folder has a model and an image processor; errors of `load_model`."""
+def check_model_folder(name: str) -> None:
+    """`FileNotFoundError` or `ValueError` for a local folder without a model or an image processor."""
     if is_missing_path(name):
         raise FileNotFoundError(f"There is no folder `{name}` (--model).")
     path = Path(name)
@@ -112,40 +111,6 @@ def _check_folder(name: str) -> None:
                 inside = [other for other in ("best", "last") if (path / other / file).is_file()]
                 hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
                 raise FileNotFoundError(f"The folder `{name}` has no {what} (there is no {file} in it).{hint}")
-
-
-def load_model(
-    name: str, task: str | None = IMAGE_CLASSIFICATION, **options: Any
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """
-    A model in evaluation mode, and its image processor.
-
-    Args:
-        name (`str`): folder or Hub id.
-        task (`str`, *optional*): that the model must be for; `None` for any, which its configuration says.
-        options: of `from_pretrained`.
-
-    Raises:
-        OSError, ValueError: if there is none, or it is for another task (another head would get random weights); the
-            message says what is missing.
-    """
-    _check_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        saved = saved_task(config)
-        if task is None and saved is None:
-            raise ValueError(f"`{name}` is no model of this package with a head: its class is {config.architectures}.")
-        if task is not None and saved not in (task, None):
-            raise ValueError(f"`{name}` is a model for {saved}, and this command is for {task}.")
-        model = TASKS[saved or task][0].from_pretrained(name, **options).eval()
-        return model, AutoImageProcessor.from_pretrained(name)
-    except OSError as error:
-        if Path(name).exists():
-            raise
-        raise OSError(
-            f"`{name}` is no folder here, and cannot be loaded from the Hub: it is not there, or needs "
-            "`hf auth login`, or the Hub cannot be reached."
-        ) from error
 
 
 def find_image_files(folder: Path) -> list[Path]:
@@ -170,25 +135,8 @@ def find_images_or_fail(folder: Path) -> list[Path]:
     return files
 
 
-def start(model: PreTrainedModel, **facts: Any) -> None:
-    """Print what a command is about to do: device, precision and model, then `facts`."""
-    device = next(model.parameters()).device
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    stages = getattr(model.config, "num_stages", None)
-    size = f"{model.num_parameters() / 1e6:.2f} M parameters, {model.config.num_labels} classes"
-    say(
-        device=f"{device}, {dtype}",
-        model=f"{type(model).__name__}, {size}" + (f", {stages} stages" if stages else ""),
-        **facts,
-    )
-
-
 def say(**facts: Any) -> None:
     """Print facts with their names, one a line; those that are `None` are left out."""
     for name, value in facts.items():
         if value is not None:
             print(f"{name.replace('_', ' '):<14}{value}")
-
-
-def best_device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

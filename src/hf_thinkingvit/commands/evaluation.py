@@ -8,14 +8,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..evaluation import evaluate_segmentation_thresholds, evaluate_thresholds, label_map_argument
+from ..evaluation import evaluate_segmentation_thresholds, evaluate_thresholds
 from ..evaluation.segmentation import StageConfusions
 from ..evaluation.sweep import StageAnswers
 from ..families import task_of
 from ..families.record import IMAGE_SEGMENTATION
 from ..image_sizes import recorded_sides
 from ..masks import read_mask_values
-from . import command
 
 
 # Columns of a table of τ: what a row calls it, its title, its format, and its factor.
@@ -27,41 +26,6 @@ COLUMNS = (
     ("gmacs", "GMACs", "12.5g", 1.0),
     ("gmacs_per_window", "a window", "12.5g", 1.0),
 )
-
-
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that evaluate a model on labelled images."""
-    images = parser.add_argument_group("images")
-    command.add_dataset(images)
-    images.add_argument(
-        "--split", help="by default validation, else test; first what is new to the model. Slices as test[:50%%] work"
-    )
-    images.add_argument(
-        "--label-map", type=label_map_argument, help="JSON file from the dataset's labels to the model's, or \"index\""
-    )
-    count = command.positive
-    images.add_argument("--max-samples", type=count, help="use this many random images; of a stream, the first ones")
-    images.add_argument(
-        "--batch-size",
-        type=count,
-        help="images in a forward pass, by default 64; windows of a segmentation model, by default 16",
-    )
-    images.add_argument("--num-workers", type=int, default=0, help="processes that read images")
-    masks = parser.add_argument_group("masks, of a segmentation model")
-    masks.add_argument("--mask-values", nargs="+", default=[], help="of each class in the masks, such as 1-150")
-    masks.add_argument("--ignored-mask-values", nargs="+", default=["255"], help="of pixels that do not count")
-    add_sides(masks)
-
-
-def add_sides(parser: argparse._ActionsContainer) -> None:
-    """Options of the size of images, whose default is the same in every command: see `sides_of`."""
-    parser.add_argument(
-        "--short-side",
-        type=int,
-        help="pixels of the shorter side, 0 for images as they are; by default (with the longer side) as the model was "
-        "calibrated, or else trained, if that is recorded, else images as they are",
-    )
-    parser.add_argument("--long-side", type=command.positive, help="the most pixels of the longer side")
 
 
 def sides_of(arguments: argparse.Namespace, config: PreTrainedConfig) -> tuple[int | None, int | None]:

@@ -1,17 +1,6 @@
-"""
-Export a model, and compare its predictions with the PyTorch model's:
-
-    hf-thinkingvit export --model MODEL --dataset FOLDER
-    hf-thinkingvit export --model MODEL --dataset FOLDER --runtime openvino --precision int8
-
-Without `--runtime`, ONNX files for programs without Python: `adaptive.onnx` takes one image and runs stages until it
-exits; `stage_0.onnx` and so on hold one stage each, for batches of any size. With it, a folder that `from_exported`
-loads for the engine (docs/runtimes.md); for int8, one half of the images calibrates and the other is compared. Without
-`--dataset`, nothing is compared. Needs the extra `onnx` or `openvino`.
-"""
+"""Exports a model to ONNX or for a runtime, and compares it with what was exported. Options: `options.py`."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -23,19 +12,11 @@ from ..inference.runtimes import RUNTIMES
 from ..models.exit_rules import ExitRule
 from ..models.image_files import read_image
 from . import command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_model(parser)
-    parser.add_argument("--dataset", "--images", type=Path, help="folder of images to compare the predictions on")
-    command.add_output_dir(parser, "outputs/onnx", "the exported programs")
-    parser.add_argument("--threshold", type=float, nargs="+", help="τ for these images, one or one per exit")
-    parser.add_argument("--runtime", choices=list(RUNTIMES), help="write a folder for the engine in this runtime")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], help="of that folder; fp32 by default")
+from .loading import load_model, start
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model, processor = command.load_model(arguments.model, dtype=torch.float32)
+    model, processor = load_model(arguments.model, dtype=torch.float32)
     # Before the export, which is slow.
     thresholds = ExitRule.from_config(model.config, command.one_or_list(arguments.threshold)).thresholds
     paths = [] if arguments.dataset is None else command.find_images_or_fail(arguments.dataset)
@@ -43,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("`--precision` is of the folder for a runtime: choose a `--runtime`.")
     if arguments.precision == "int8" and len(paths) < 2:
         raise ValueError("int8 is calibrated on images: give at least two, by `--dataset`; a few hundred are better.")
-    command.start(model, images=len(paths) or None, saved_to=arguments.output_dir)
+    start(model, images=len(paths) or None, saved_to=arguments.output_dir)
     if arguments.runtime:
         export_for_runtime(model, processor, arguments, paths, thresholds)
         return
@@ -87,7 +68,12 @@ def compare(model, processor, program: Path, paths: list[Path], thresholds: tupl
     session = onnxruntime.InferenceSession(program)
     print("\nimage | label | exit stage | entropy | ms | the model's")
     for path in paths:
-        pixel_values = processor(read_image(path), return_tensors="pt")["pixel_values"]
+        try:
+            image = read_image(path)
+        except Exception as error:  # decoders raise many types
+            print(f"{path.name} | cannot be read: {error}")
+            continue
+        pixel_values = processor(image, return_tensors="pt")["pixel_values"]
         started = time.perf_counter()
         feed = {"pixel_values": pixel_values.numpy(), "threshold": np.array(thresholds, dtype=np.float32)}
         logits, exit_stage, entropy = session.run(None, feed)
@@ -101,7 +87,7 @@ def compare(model, processor, program: Path, paths: list[Path], thresholds: tupl
 
 
 def main(words: list[str] | None = None, prog: str | None = None) -> None:
-    command.run_command(sys.modules[__name__], words, prog)
+    command.run_command("export", words, prog)
 
 
 if __name__ == "__main__":

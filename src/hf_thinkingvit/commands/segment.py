@@ -1,13 +1,4 @@
-"""
-Segment the images of a folder in sliding windows, each of which leaves at its own stage:
-
-    hf-thinkingvit segment --model MODEL --dataset FOLDER --output-dir outputs/segmented --threshold 0.5
-
-For each image `NAME` of the folder, three files are written: `NAME.labels.png`, a palette PNG whose values are class
-indices, at the size of the image; `NAME.overlay.png`, the image with its classes in colour; and `NAME.windows.png`, the
-exit stage (from 1) and the entropy of each window. `--scales` and `--flip` average several views, as the papers'
-multi-scale evaluation does; the windows shown are those of the first view. Unreadable images are reported and skipped.
-"""
+"""Segments the images of a folder. `options.py` has its options and description."""
 
 import argparse
 import colorsys
@@ -26,25 +17,8 @@ from ..inference import ImageViews, SlidingResult, SlidingWindowSegmenter, scale
 from ..models.image_files import read_image
 from ..windows import WindowPlan
 from . import command
-from .evaluation import add_sides, sides_of
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_model(parser, "folder or Hub id of a segmentation model")
-    parser.add_argument(
-        "--dataset", "--images", required=True, type=Path, help="folder of images, searched with its subfolders"
-    )
-    parser.add_argument(
-        "--output-dir", "--output", type=Path, default=Path("outputs/segmented"), help="three pictures per image"
-    )
-    parser.add_argument("--threshold", type=float, nargs="+", help="τ, one or one per exit; by default the model's")
-    views = parser.add_argument_group("windows and views")
-    add_sides(views)
-    views.add_argument("--window", type=command.positive, help="pixels; by default the model's image size")
-    views.add_argument("--stride", type=command.positive, help="pixels; by default 32 less than a window")
-    views.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the views that are averaged")
-    views.add_argument("--flip", action="store_true", help="average with the mirror images")
-    views.add_argument("--batch-size", type=command.positive, default=16, help="windows in a forward pass")
+from .evaluation import sides_of
+from .loading import best_device, load_model, start
 
 
 def palette() -> list[int]:
@@ -103,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     files = [path for path in files if output_dir not in path.resolve().parents]  # not what an earlier run has drawn
     if not files:
         raise FileNotFoundError(f"All images in `{arguments.dataset}` (--dataset) are in the output folder.")
-    model, processor = command.load_model(arguments.model, IMAGE_SEGMENTATION)
-    model.to(command.best_device())
+    model, processor = load_model(arguments.model, IMAGE_SEGMENTATION)
+    model.to(best_device())
     if model.config.num_labels > 256:
         raise ValueError(f"A palette PNG holds 256 classes, the model has {model.config.num_labels}.")
     segmenter = SlidingWindowSegmenter(
@@ -117,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     short_side, long_side = sides_of(arguments, model.config)
     plan = WindowPlan((segmenter.window_size,) * 2, short_side, long_side, (segmenter.stride,) * 2)
-    command.start(
+    start(
         model,
         images=f"{len(files)} in {arguments.dataset}, {_size(plan)}, windows {segmenter.window_size}",
         calibration=_calibration(arguments, model, plan),
@@ -153,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(words: list[str] | None = None, prog: str | None = None) -> None:
-    command.run_command(sys.modules[__name__], words, prog)
+    command.run_command("segment", words, prog)
 
 
 if __name__ == "__main__":

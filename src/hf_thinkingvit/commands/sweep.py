@@ -1,66 +1,89 @@
-"""
-Accuracy and cost of a model at every τ, from one pass over the images:
-
-    hf-thinkingvit sweep --model MODEL --dataset uoft-cs/cifar10
-
-prints a table, and writes `results.json` (which `push` takes) and plots as PNG and SVG. Without `--thresholds`, τ lies
-at quantiles of the scores, where images change their exit. Needs `pip install "hf-thinkingvit[examples]"`; several GPUs
-share the images under `accelerate launch`.
-"""
+"""Measures a model at every τ, and writes results and plots. `options.py` has its options and description."""
 
 import argparse
 import json
 import shlex
-import sys
 
 import torch
 from accelerate import Accelerator
 
+from ..evaluation.p_values import least_images
 from ..evaluation.plots import plot_accuracy_against_macs, plot_exit_shares, plot_score_histogram, save_figure
 from ..evaluation.segmentation import StageConfusions
+from ..evaluation.splits import is_training_split
 from ..evaluation.sweep import StageAnswers
-from ..evaluation.threshold_points import POINTS, distinct_thresholds
-from . import command
-from .evaluation import COLUMNS, add_evaluation, evaluate, measure_of, segments, sides_of, size_words
+from ..evaluation.threshold_points import distinct_thresholds
+from ..evaluation.wording import distinct_labels
+from . import command, options
+from .evaluation import COLUMNS, evaluate, measure_of, segments, sides_of, size_words
+from .loading import load_model, start
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_model(parser)
-    command.add_output_dir(parser, "outputs/sweep", "results and plots")
-    parser.add_argument("--dtype", default="float32", choices=command.DTYPES, help="to measure in")
-    parser.add_argument("--thresholds", type=float, nargs="+", help="τ to measure; by default where exits change")
-    parser.add_argument("--points", type=command.positive, default=POINTS, help="values of τ, where none are given")
-    add_evaluation(parser)
-    parser.add_argument("--streaming", action="store_true", help="read the images without downloading them first")
+DROPS = (0.01, 0.02, 0.05, 0.1)  # greatest falls of accuracy to ask for
 
 
 def run(arguments: argparse.Namespace) -> None:
     # Accelerate does not find out by itself that several processes run on CPUs.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    model, processor = command.load_model(arguments.model, task=None, dtype=getattr(torch, arguments.dtype))
+    model, processor = load_model(arguments.model, task=None, dtype=getattr(torch, arguments.dtype))
     model.to(accelerator.device)
     if accelerator.is_main_process:
-        command.start(model, dataset=arguments.dataset, saved_to=arguments.output_dir)
+        start(model, dataset=arguments.dataset, saved_to=arguments.output_dir)
     answers, rows = evaluate(model, processor, arguments, arguments.thresholds or (), accelerator, arguments.streaming)
     if not accelerator.is_main_process:
         return
-    rows = rows or [answers.row(threshold) for threshold in distinct_thresholds(answers, max(2, arguments.points))]
+    if not rows:
+        own = model.config.threshold  # None after `exit_criterion` was changed
+        rows = [answers.row(each) for each in distinct_thresholds(answers, max(2, arguments.points), own)]
     print(f"{answers.dataset}, split {answers.split}, {len(answers)} images, measured in {arguments.dtype}")
     print(table(rows))
     save(answers, rows, arguments.output_dir)
     best = max(rows, key=lambda row: (measure_of(row)[2], -row["gmacs"]))
     _, words, value = measure_of(best)
+    sides = sides_of(arguments, model.config) if segments(model) else None
+    following, remark = calibration_command(arguments, answers, sides)
     command.say(
-        best=f"τ = {one_threshold(best['threshold'])}: {words} {value:.2f} % at {best['gmacs']:.4g} GMACs",
+        best=f"τ = {distinct_labels([best['threshold']])[0]}: {words} {value:.2f} % at {best['gmacs']:.4g} GMACs",
         files=f"results.json and plots in {arguments.output_dir}",
-        next=f"hf-thinkingvit calibrate --model {shlex.quote(arguments.model)} "
-        f"--dataset {shlex.quote(arguments.dataset)} --max-drop 0.01"
-        + (f" {size_words(*sides_of(arguments, model.config))}" if segments(model) else ""),
+        next=following,
+        note=remark,
     )
 
 
-def one_threshold(threshold: float | list[float]) -> str:
-    return f"{threshold:.4g}" if not isinstance(threshold, list) else ", ".join(f"{each:.4g}" for each in threshold)
+def calibration_command(
+    arguments: argparse.Namespace, answers: StageAnswers | StageConfusions, sides: tuple | None = None
+) -> tuple[str, str | None]:
+    """
+    The command that calibrates the model on these images, with the smallest usual limit for which they are enough; on
+    others, where it would refuse these; and why it is not the usual one, if it is not.
+    """
+    usable = answers.seen is None and not is_training_split(answers.split)
+    judged = len(answers.judged())
+    images = judged - round(options.CHECKED * judged)
+    drop = next((drop for drop in DROPS if least_images(drop, options.DELTA) <= images), None)
+    words = ["hf-thinkingvit", "calibrate", "--model", arguments.model, "--dataset", arguments.dataset]
+    if not usable:
+        words[-1] = "NEW_IMAGES"
+        drop, remark = DROPS[0], "on images that had no part in making the model"
+    elif drop is None:
+        remark = f"{judged} images are too few for a promise about accuracy"
+        words += ["--gmacs", f"{answers.macs[-1] / 1e9:.4g}"]
+    else:
+        remark = None
+    if usable and arguments.split is not None:
+        words += ["--split", arguments.split]
+    if usable and arguments.label_map is not None:
+        words += ["--label-map", arguments.label_map if isinstance(arguments.label_map, str) else "FILE"]
+    if usable and arguments.max_samples is not None:
+        words += ["--max-samples", str(arguments.max_samples)]
+    if drop is not None:
+        words += ["--max-drop", str(drop)]
+    if arguments.dtype != options.DTYPES[0]:
+        words += ["--dtype", arguments.dtype]
+    for flag, default in options.MASK_VALUES.items() if sides is not None and usable else ():
+        if (values := getattr(arguments, flag[2:].replace("-", "_"))) != default:
+            words += [flag, *values]
+    return shlex.join(words) + (f" {size_words(*sides)}" if sides is not None else ""), remark
 
 
 def table(rows: list[dict]) -> str:
@@ -68,11 +91,13 @@ def table(rows: list[dict]) -> str:
     shares = "".join(f"{f'stage {stage}':>10}" for stage in range(num_stages))
     columns = [column for column in COLUMNS if column[0] in rows[0]]
     titles = "".join(f"{title:>{form.split('.')[0]}}" for _, title, form, _ in columns)
-    lines = [f"{'τ':>8}{titles}{shares}"]
-    for row in rows:
+    labels = distinct_labels([row["threshold"] for row in rows])
+    width = max(8, *map(len, labels))
+    lines = [f"{'τ':>{width}}{titles}{shares}"]
+    for label, row in zip(labels, rows):
         shares = "".join(f"{share:>10.1%}" for share in row["exit_shares"])
         cells = "".join(f"{factor * row[name]:>{form}}" for name, _, form, factor in columns)
-        lines.append(f"{one_threshold(row['threshold']):>8}{cells}{shares}")
+        lines.append(f"{label:>{width}}{cells}{shares}")
     return "\n".join(lines)
 
 
@@ -91,7 +116,7 @@ def save(answers: StageAnswers | StageConfusions, rows: list[dict], folder) -> N
 
 
 def main(words: list[str] | None = None, prog: str | None = None) -> None:
-    command.run_command(sys.modules[__name__], words, prog)
+    command.run_command("sweep", words, prog)
 
 
 if __name__ == "__main__":

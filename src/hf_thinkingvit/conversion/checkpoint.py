@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..data import is_missing_path
 from ..families.official import Checkpoint
+from ..public_names import is_missing_path
 from .variant import VARIANT_FILE, read_variant
 
 
@@ -35,9 +36,14 @@ PLAIN_OBJECTS = [
 ]
 
 
-def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
+def read_checkpoint(source: str | os.PathLike, subfolder: str = "", **hub: Any) -> Checkpoint:
     """
     Read a checkpoint from a file, a folder, or a Hub id.
+
+    Args:
+        source (`str` or `os.PathLike`): which.
+        subfolder (`str`, *optional*): of the folder or repository, where the files are.
+        hub: arguments of `huggingface_hub.snapshot_download`: `revision`, `cache_dir`, `token` and so on.
 
     Raises:
         FileNotFoundError: if there is no such file, folder or repository, or no weights in it.
@@ -47,11 +53,14 @@ def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
     if is_missing_path(str(source)):
         raise FileNotFoundError(f"{source} is no file or folder here.")
     if not path.exists():
-        path = _download(str(source))
+        path = _download(str(source), subfolder, hub)
     if path.is_dir():
+        path = path / subfolder
         found = [file for pattern in WEIGHT_FILES for file in sorted(path.glob(pattern))]
         if not found:
-            raise FileNotFoundError(f"No weights in {path}: expected one of {', '.join(WEIGHT_FILES)}.")
+            raise FileNotFoundError(
+                f"There is no model in {path}: no weights in one of the files {', '.join(WEIGHT_FILES)}."
+            )
         path = found[0]
     config_path = path.parent / CONFIG_FILE
     config = _read_json(config_path) if config_path.is_file() else {}
@@ -65,9 +74,11 @@ def read_checkpoint(source: str | os.PathLike) -> Checkpoint:
     return Checkpoint(path, _state_dict(content, path), config, training_args, variant)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, subfolder: str, hub: dict[str, Any]) -> Path:
+    names = [CONFIG_FILE, VARIANT_FILE, *WEIGHT_FILES]
+    patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, VARIANT_FILE, *WEIGHT_FILES]))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **hub))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id} is no file or folder here, and cannot be downloaded from the Hub: {error}"

@@ -2,12 +2,12 @@
 
 import functools
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -69,8 +69,36 @@ def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike,
     return model
 
 
+@dataclass(frozen=True)
+class Converted:
+    """
+    A checkpoint in the form of this package.
+
+    Attributes:
+        family (`Family`): which it is of.
+        model_class (`type`): with its head.
+        config (`PreTrainedConfig`): of the model.
+        state_dict (`dict[str, torch.Tensor]`): exactly the model's parameters.
+        dtype (`torch.dtype`): of the tensors; if they differ, the one that holds all of them.
+    """
+
+    family: Family
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    state_dict: dict[str, torch.Tensor]
+    dtype: torch.dtype
+
+
 def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel:
     """The model of a checkpoint, in its dtype; `ValueError` if a tensor is missing, unknown or has another shape."""
+    converted = convert(checkpoint, **config_overrides)
+    model = converted.model_class(converted.config).eval().to(converted.dtype)
+    model.load_state_dict(converted.state_dict)
+    return model
+
+
+def convert(checkpoint: Checkpoint, **config_overrides) -> Converted:
+    """Convert a checkpoint in memory; `ValueError` if a tensor is missing, unknown or has another shape."""
     family, official = _detect(checkpoint, config_overrides)
     _require(checkpoint, list(official.required))
     for name, dimensions in official.required.items():
@@ -79,9 +107,10 @@ def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel
             raise ValueError(f"{checkpoint.path}: {name} must have {dimensions} dimensions, got the shape {shape}.")
     checkpoint = replace(checkpoint, state_dict=official.prepare(checkpoint, **config_overrides))
     labels = label_fields(checkpoint, official.num_labels(checkpoint.state_dict), config_overrides)
-    model = family.heads[official.task](official.build_config(checkpoint, **{**labels, **config_overrides})).eval()
-
-    parameters = model.state_dict()
+    config = official.build_config(checkpoint, **{**labels, **config_overrides})
+    model_class = family.heads[official.task]
+    with torch.device("meta"):  # names and shapes alone
+        parameters = model_class(config).state_dict()
     official_names = {name: official.official_name(name) for name in parameters}
     _require(checkpoint, list(dict.fromkeys(official_names.values())), check_unexpected=True)
     converted = {
@@ -95,9 +124,8 @@ def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel
     ]
     if misshapen:
         raise ValueError(f"{checkpoint.path} does not fit its configuration:\n" + "\n".join(misshapen))
-    model.to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in converted.values()}))
-    model.load_state_dict(converted)
-    return model
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in converted.values()})
+    return Converted(family, model_class, config, converted, dtype)
 
 
 def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> BaseImageProcessor:

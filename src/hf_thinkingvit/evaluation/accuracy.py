@@ -1,6 +1,7 @@
-"""Top-1 and top-5 accuracy of every stage of a model."""
+"""Top-1 and top-5 accuracy of every stage or sub-network of a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,16 +11,35 @@ from ..models.configuration_staged import thinks_in_stages
 from .labels import check_single_label
 
 
+DEFAULT = "default_sub_network"  # in what is measured of several sub-networks, the number of the model's default one
+
+
+def main_measure(measured: Mapping[str, Any], name: str) -> float:
+    """
+    Of an entry of `evaluate_accuracy` (or of segmentation), the measure `name` of the answer that decides: that of the
+    last stage, or of the default sub-network.
+    """
+    return measured[name][measured.get(DEFAULT, -1)]
+
+
+def kind_of_answers(measured: Mapping[str, Any]) -> str:
+    """What the lists of such an entry have one number for: `"stage"` or `"sub-network"`."""
+    return "sub-network" if DEFAULT in measured else "stage"
+
+
 def _every_logits(
-    model: nn.Module, pixel_values: torch.Tensor
+    model: nn.Module, pixel_values: torch.Tensor, sub_networks: int
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """
-    Logits of every stage for every image (of a model that does not think in stages, one entry), and the measurements
-    per image that the model's output has: `mean_depth`, `macs`.
+    Logits of every stage, or of that many sub-networks, for every image (of a model without, one entry), and the
+    measurements per image that the model's output has: `mean_depth`, `macs`.
     """
-    outputs = model(pixel_values, **({"output_stage_logits": True} if thinks_in_stages(model) else {}))
+    arguments: dict[str, Any] = {"output_stage_logits": True} if thinks_in_stages(model) else {}
+    if sub_networks:
+        arguments = {"sub_network": list(range(sub_networks))}
+    outputs = model(pixel_values, **arguments)
     measured = {name: outputs[name] for name in ("mean_depth", "macs") if outputs.get(name) is not None}
-    return outputs.get("stage_logits") or (outputs.logits,), measured
+    return outputs.get("stage_logits") or outputs.get("sub_network_logits") or (outputs.logits,), measured
 
 
 def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -30,7 +50,10 @@ def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate_accuracy(
-    accelerator: Accelerator, models: dict[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]]
+    accelerator: Accelerator,
+    models: dict[str, nn.Module],
+    batches: Iterable[dict[str, torch.Tensor]],
+    every_sub_network: bool = False,
 ) -> dict[str, dict]:
     """
     Evaluate several models in one pass over the images. Every process must call it.
@@ -39,16 +62,19 @@ def evaluate_accuracy(
         accelerator (`Accelerator`): has prepared `batches`; images that it repeats to fill a batch count once.
         models (`dict[str, nn.Module]`): unwrapped models, run in evaluation mode; their modes are restored.
         batches: `pixel_values` and `labels` (class indices).
+        every_sub_network (`bool`): of an elastic ViT, evaluate all sub-networks instead of the default one.
 
     Returns:
-        For each model `top1` and `top5`, lists of percentages with one entry per stage; `images`, the number of images;
-        and the means of `mean_depth` and `macs`, if the model returns them.
+        For each model `top1` and `top5`, lists of percentages with one entry per stage (or sub-network); `images`, the
+        number of images; the means of `mean_depth` and `macs`, if the model returns them; and of several sub-networks
+        `default_sub_network`, the number of the default one.
 
     Raises:
         ValueError: if there are no images, or a model is not for single-label classification.
     """
     for model in models.values():
         check_single_label(model.config)
+    counts = {name: len(getattr(model.config, "sub_networks", None) or ()) for name, model in models.items()}
     was_training = {name: model.training for name, model in models.items()}
     sums: dict[str, torch.Tensor] = {}
     names: dict[str, list[str]] = {}
@@ -60,7 +86,7 @@ def evaluate_accuracy(
             labels = batch["labels"]
             for name, model in models.items():
                 with accelerator.autocast():
-                    logits, measured = _every_logits(model, batch["pixel_values"])
+                    logits, measured = _every_logits(model, batch["pixel_values"], every_sub_network * counts[name])
                 hits = [_hits(stage, labels) for stage in logits]
                 columns = [hit[:, 0] for hit in hits] + [hit.any(dim=1) for hit in hits] + list(measured.values())
                 names[name] = list(measured)
@@ -82,4 +108,6 @@ def evaluate_accuracy(
             "images": images,
             **dict(zip(names[name], means[2 * num_stages :])),
         }
+        if every_sub_network and counts[name]:
+            results[name][DEFAULT] = models[name].config.default_sub_network
     return results

@@ -11,7 +11,6 @@ images on which it was trained, or on which its best epoch was chosen, are not d
 
 import itertools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from .conditions import check_same_model
 from .p_values import binomial_p_value, hoeffding_bentkus_p_value, least_images
 from .segmentation import StageConfusions
 from .splits import UNKNOWN, is_training_split
-from .statements import calibration_statement
+from .statements import UNITS, calibration_statement, quality_of
 from .sweep import StageAnswers, Threshold
 from .wording import at_least, at_most
 
@@ -41,11 +40,11 @@ class Calibration:
 
     Attributes:
         threshold: τ, one or one per exit.
-        target: a risk by name, "macs" or "milliseconds".
+        target: a risk by name, "macs", "milliseconds" or, without limit and budget, "accuracy".
         dataset, split, images: the calibration images; `images` is the number of those that were tested or measured.
-        epsilon, delta: of a promise; `None` for a budget.
-        budget: GMACs or milliseconds per image; `None` for a promise.
-        achieved: the risk (a fraction), GMACs or milliseconds per image on these images.
+        epsilon, delta: of a promise; else `None`.
+        budget: GMACs or milliseconds per image; `None` where there is none.
+        achieved: the risk or the accuracy (fractions), GMACs or milliseconds per image on these images.
         top1, gmacs: accuracy (%) and cost at this τ on these images; `mean_iou` (a fraction) instead of `top1` for a
             segmentation model.
         conditions: the model that was measured, as [`model_conditions`] describes it; [`calibration_status`] compares.
@@ -271,8 +270,26 @@ def calibrate_budget(
         raise ValueError("Give one budget: `gmacs` or `milliseconds`.")
     if milliseconds is not None and (stage_milliseconds is None or len(stage_milliseconds) != answers.num_stages):
         raise ValueError(f"`milliseconds` needs `stage_milliseconds`, {answers.num_stages} of them, one per stage.")
-    unit, budget = ("GMACs", gmacs) if milliseconds is None else ("ms", milliseconds)
-    costs = [macs / 1e9 for macs in answers.macs] if milliseconds is None else list(stage_milliseconds)
+    if milliseconds is not None:
+        return _most_accurate(answers, "milliseconds", stage_milliseconds, milliseconds, per_exit)
+    return _most_accurate(answers, "macs", [macs / 1e9 for macs in answers.macs], gmacs, per_exit)
+
+
+def calibrate_accuracy(answers: StageAnswers | StageConfusions, per_exit: bool = False) -> Calibration:
+    """
+    The τ of greatest accuracy on these images, the cheapest where several are equal; without a promise for others.
+
+    Args:
+        answers (`StageAnswers`): the answers to images of the expected distribution.
+        per_exit (`bool`): one τ per exit.
+    """
+    return _most_accurate(answers, "accuracy", [macs / 1e9 for macs in answers.macs], None, per_exit)
+
+
+def _most_accurate(
+    answers: StageAnswers | StageConfusions, target: str, costs: Sequence[float], budget: float | None, per_exit: bool
+) -> Calibration:
+    """The most accurate τ, and the cheapest of these, within a budget of the `costs` of an exit at each stage."""
     costs = torch.tensor(costs, dtype=torch.float64)
     grid = _grid(answers, per_exit, levels=24)
     spent = answers.means(grid, costs.expand(len(answers.scores), -1)).tolist()
@@ -280,19 +297,20 @@ def calibrate_budget(
     best: tuple[float, float, Threshold] | None = None
     for cost, accuracy, threshold in zip(spent, accuracies, grid):
         # A budget equal to the cost of a stage includes it, however the mean over the images is rounded.
-        within = cost <= budget or math.isclose(cost, budget)
+        within = budget is None or cost <= budget or math.isclose(cost, budget)
         if within and (best is None or (accuracy, -cost) > (best[0], -best[1])):
             best = accuracy, cost, threshold
     if best is None:
+        unit = UNITS[target]
         raise ValueError(f"No τ costs at most {budget} {unit} per image: the cheapest takes {min(spent):.4g} {unit}.")
     _, cost, threshold = best
     row = answers.row(threshold)
     return Calibration(
         threshold=threshold,
-        target="macs" if milliseconds is None else "milliseconds",
+        target=target,
         dataset=answers.dataset,
         images=len(answers),
-        achieved=cost,
+        achieved=quality_of(row) if target == "accuracy" else cost,
         top1=row.get("top1"),
         mean_iou=row.get("mean_iou"),
         gmacs=row["gmacs"],
@@ -302,36 +320,3 @@ def calibrate_budget(
         seen=answers.seen,
         prepared=answers.prepared,
     )
-
-
-@torch.no_grad()
-def measure_stage_milliseconds(model: PreTrainedModel, pixel_values: torch.Tensor, repeats: int = 10) -> list[float]:
-    """
-    Median milliseconds per image that exits at each stage, on the device and in the batch size of `pixel_values`.
-
-    Args:
-        model (`PreTrainedModel`): a model that thinks in stages.
-        pixel_values (`torch.Tensor`): one batch.
-        repeats (`int`): timed forward passes per stage, interleaved, after two for warm-up.
-    """
-
-    def seconds(max_stages: int) -> float:
-        if pixel_values.is_cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        model(pixel_values, threshold=never, max_stages=max_stages)
-        if pixel_values.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    # The τ at which nothing exits early.
-    config = model.config
-    criterion = EXIT_CRITERIA[config.exit_criterion]
-    never = 0.0 if criterion.exits_below else 2 * criterion.maximum(config.num_labels, config.entropy_top_k)
-    was_training = model.training
-    model.eval()
-    try:
-        runs = [[seconds(stage + 1) for stage in range(model.config.num_stages)] for _ in range(repeats + 2)]
-    finally:
-        model.train(was_training)
-    return [1e3 / len(pixel_values) * float(np.median(column)) for column in zip(*runs[2:])]

@@ -23,7 +23,9 @@ from ..models.exit_rules import resolve_thresholds
 
 
 # Configuration fields that do not affect answers in evaluation mode; and τ, which is compared separately.
-NO_CONDITION = TRAINING_FIELDS | {"threshold", "stage_loss_weights"}
+NO_CONDITION = TRAINING_FIELDS | {"threshold", "stage_loss_weights", "pruning_ratio_loss_weight"}
+# Those of token policies: how many tokens the same weights compute, and so what they answer and cost.
+TOKEN_FIELDS = ("pruning_keep_rate", "halting_epsilon")
 WORDS = {
     "exit_criterion": "the exit criterion",
     "dtype": "the dtype",
@@ -31,6 +33,11 @@ WORDS = {
     "preprocessing": "how images are resized and cut",
 }
 NOT_OF_MODEL = ("dtype", "preprocessing")  # conditions that a configuration does not record
+
+
+def token_fields(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Of conditions, or of a configuration as a `dict`, the `TOKEN_FIELDS` that are set."""
+    return {name: conditions[name] for name in TOKEN_FIELDS if conditions.get(name) is not None}
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
@@ -124,8 +131,8 @@ def calibration_status(
 
     Returns:
         [`CalibrationStatus`]; its `holds` is true only if everything could be compared and is equal. It does not cover
-        a τ passed to `forward`, a pipeline or an engine instead of the configuration's, nor, without `preprocessing`,
-        images that are prepared otherwise.
+        a τ or a keep rate passed to `forward`, a pipeline or an engine instead of the configuration's, nor, without
+        `preprocessing`, images that are prepared otherwise.
     """
     calibration = calibration if isinstance(calibration, Mapping) else calibration.to_dict()
     model = extract_model_from_parallel(model, keep_torch_compile=False)

@@ -11,6 +11,7 @@ from ..public_names import public_name
 from .segmentation import StageConfusions
 from .splits import ALL, UNKNOWN
 from .sweep import StageAnswers
+from .wording import distinct_labels
 
 
 BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
@@ -56,7 +57,7 @@ def plot_accuracy_against_macs(
     costs, accuracies = [row["gmacs"] * scale for row in rows], [percent * row[measure] for row in rows]
     axes.plot(costs, accuracies, "-o", color=BLUE, linewidth=2, markersize=4, label="τ varies")
     labelled = [row for row in rows if row["threshold"] in marked] if marked else _spread_in_cost(rows, 6)
-    for row, label in zip(labelled, distinct_labels([row["threshold"] for row in labelled])):
+    for row, label in zip(labelled, distinct_labels([row["threshold"] for row in labelled], 2)):
         point = row["gmacs"] * scale, percent * row[measure]
         axes.plot(*point, "o", color=BLUE, markersize=7)
         axes.annotate(f"τ = {label}", point, xytext=(6, -13), textcoords="offset points", fontsize=9)
@@ -88,15 +89,6 @@ def _spread_in_cost(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str
     return [rows[index] for index in chosen]
 
 
-def distinct_labels(thresholds: Sequence[float]) -> list[str]:
-    """The values of τ with as few digits, two at the least, as tell different values apart."""
-    for digits in range(2, 17):
-        labels = [f"{threshold:.{digits}g}" for threshold in thresholds]
-        if len(set(labels)) == len(set(thresholds)):
-            break
-    return labels if thresholds else []
-
-
 def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) -> Any:
     """Plot the histogram of a stage's exit scores, for right and for wrong answers. Returns a matplotlib `Figure`."""
     figure, axes = _figure()
@@ -121,8 +113,12 @@ def plot_score_histogram(answers: StageAnswers, stage: int = 0, bins: int = 40) 
 
 
 def plot_exit_shares(answers: StageAnswers, rows: Sequence[dict[str, Any]]) -> Any:
-    """Plot the share of images that exit at each stage over τ (one for all exits). Returns a matplotlib `Figure`."""
+    """
+    Plot the share of images that exit at each stage over τ, for the rows with one τ for all exits. Returns a matplotlib
+    `Figure`.
+    """
     figure, axes = _figure()
+    rows = [row for row in rows if not isinstance(row["threshold"], Sequence)]
     rows = sorted(rows, key=lambda row: row["threshold"])
     for stage in range(answers.num_stages):
         color, line, marker = STYLES[stage % len(STYLES)]

@@ -214,7 +214,7 @@ class StageConfusions(StageScores):
         """
         threshold = as_plain_numbers(threshold)
         stages = self.exit_stages(threshold)
-        confusion = self._sum_at(torch.arange(len(stages)), stages)
+        confusion = self.sum_at(torch.arange(len(stages)), stages)
         spent = torch.tensor(self.macs)[stages].double().sum().item() / 1e9
         return {
             "threshold": list(threshold) if isinstance(threshold, Sequence) else threshold,
@@ -270,15 +270,15 @@ class StageConfusions(StageScores):
         for start in range(0, len(thresholds), together):
             for stages in self.exit_stages_of_each(thresholds[start : start + together]):
                 if before is None:
-                    confusion = self._sum_at(torch.arange(len(stages)), stages)
+                    confusion = self.sum_at(torch.arange(len(stages)), stages)
                 else:
                     moved = (stages != before).nonzero()[:, 0]
-                    confusion = confusion + self._sum_at(moved, stages) - self._sum_at(moved, before)
+                    confusion = confusion + self.sum_at(moved, stages) - self.sum_at(moved, before)
                 before = stages
                 found.append(segmentation_measures(confusion)["mean_iou"] or 0.0)
         return found
 
-    def _sum_at(self, windows: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
+    def sum_at(self, windows: torch.Tensor, exit_stages: torch.Tensor) -> torch.Tensor:
         """The int64 confusion matrix of `windows` (indices) at their exits; copies those of a few at a time."""
         total = torch.zeros(self.num_labels, self.num_labels, dtype=torch.long)
         for some in windows.split(256):

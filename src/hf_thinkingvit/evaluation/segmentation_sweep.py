@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ..accelerate_state import released_afterwards
 from ..masks import MaskLabels, as_mask_split
 from ..models.configuration_checks import as_pair
 from ..models.exit_rules import ExitRule
@@ -15,6 +16,7 @@ from .splits import evaluation_rows, warn_if_not_new
 from .stages import Threshold
 
 
+@released_afterwards()
 def evaluate_segmentation_thresholds(
     model: PreTrainedModel,
     dataset: Any,

@@ -108,13 +108,27 @@ def why_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) 
     if not trained_on or not same_data(trained_on.get("dataset"), dataset):
         return None
     learned, selected = str(trained_on.get("split") or ""), str(trained_on.get("selected_on") or "")
-    parts = {part.partition("[")[0].strip().lower() for part in split.split("+")}
+    parts = _parts(split)
     whole = bool(parts & {ALL, UNKNOWN})
     if whole or learned.lower() in parts:
         return f"the model was trained on split {learned!r} of data called `{trained_on['dataset']}`"
     if selected.lower() in parts:
         return f"the best epoch of the model was chosen by split {selected!r} of data called `{trained_on['dataset']}`"
     return None
+
+
+def may_share_images(one: str, other: str) -> bool:
+    """
+    Whether two splits of the same data can have images in common, by their names: slices of one split may, and `"all"`
+    and `"unknown"` with any.
+    """
+    parts, others = _parts(one), _parts(other)
+    return bool(parts & others or (parts | others) & {ALL, UNKNOWN})
+
+
+def _parts(split: str) -> set[str]:
+    """The names of the splits in a slice or sum of splits."""
+    return {part.partition("[")[0].strip().lower() for part in split.split("+")}
 
 
 def warn_if_not_new(trained_on: Mapping[str, str] | None, dataset: Any, split: str) -> str | None:

@@ -130,6 +130,7 @@ def measure_stages(
     accelerator: Accelerator | None = None,
     progress: bool = True,
     compare: Comparison | None = None,
+    generator: torch.Generator | None = None,
 ) -> StageMeasurements:
     """
     Run every stage once on every image. Every process must call it, and gets the measurements of all images.
@@ -144,6 +145,9 @@ def measure_stages(
         accelerator (`Accelerator`, *optional*): gathers the results of several processes.
         progress (`bool`): show a progress bar, on the main process.
         compare (`Callable`, *optional*): `(answer, last answer, batch) -> dict` of further measurements.
+        generator (`torch.Generator`, *optional*): of a model whose answers are random; by default one with the seed 0,
+            so that measuring again gives the same. An image's number does not depend on the size of the batches, nor on
+            how many processes share them.
 
     Raises:
         ValueError: if the model does not think in stages.
@@ -154,6 +158,9 @@ def measure_stages(
     columns: dict[str, list[torch.Tensor]] = {}
     image_size, num_images, image = None, 0, []
     show = progress and (accelerator is None or accelerator.is_main_process)
+    processes, place = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    if generator is None and rule.draws:
+        generator = torch.Generator().manual_seed(0)
     was_training = model.training
     model.eval()
     try:
@@ -161,9 +168,12 @@ def measure_stages(
             batch = {name: entry.to(model.device) for name, entry in batch.items() if torch.is_tensor(entry)}
             image_size = tuple(batch["pixel_values"].shape[-2:])
             sizes = {} if image_size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
-            measured_parts = []
+            measured_parts, count = [], len(batch["pixel_values"])
+            # Processes read consecutive batches: each draws for all, so that the numbers are those of one process.
+            rule.first_memory(count * place, generator)
             for part in parts_of(batch):
-                run = run_stages(model, rule, stages, part["pixel_values"].to(model.dtype), run_all=True, **sizes)
+                pixel_values = part["pixel_values"].to(model.dtype)
+                run = run_stages(model, rule, stages, pixel_values, run_all=True, generator=generator, **sizes)
                 measured = [{"score": step.score, **measure(step.answer, part)} for step in run.steps]
                 if compare is not None:
                     last = run.steps[-1].answer
@@ -172,6 +182,7 @@ def measure_stages(
                 measured_parts.append(
                     {name: torch.stack([_plain(entry[name]) for entry in measured], dim=1) for name in measured[0]}
                 )
+            rule.first_memory(count * (processes - 1 - place), generator)
             rows = {name: torch.cat([part[name] for part in measured_parts]) for name in measured_parts[0]}
             if "image" in batch:
                 rows, image_of_row = _gather_images(rows, batch["image"], accelerator)

@@ -17,11 +17,12 @@ PROMISES = {
 }
 NONE_EXITS_EARLY = "No τ at which an image exits early keeps this promise."
 UNITS = {"macs": "GMACs", "milliseconds": "ms"}
+NO_PROMISE = "This describes these images, and promises nothing for others."
 
 
 def calibration_statement(facts: Mapping[str, Any]) -> str | None:
     """
-    The promise, or the result for a budget, with its assumptions about the images.
+    The promise with its assumptions about the images; or what was measured where there is none, which it says.
 
     Args:
         facts (`dict`): from [`Calibration.to_dict`] of this or a former version.
@@ -36,8 +37,22 @@ def calibration_statement(facts: Mapping[str, Any]) -> str | None:
         return _promise(facts)
     if target in UNITS and None not in (images, facts.get("achieved"), facts.get("budget")):
         unit = UNITS[target]
-        return f"On {images} images, {facts['achieved']:.4g} {unit} per image on average, within {facts['budget']!r}."
+        return (
+            f"On {images} images, {facts['achieved']:.4g} {unit} per image on average, within {facts['budget']!r}. "
+            f"{NO_PROMISE}"
+        )
+    if target == "accuracy" and None not in (images, facts.get("achieved")):
+        measure = "accuracy" if facts.get("mean_iou") is None else "mean IoU"
+        return (
+            f"τ is the one of greatest {measure} on {images} images ({100 * facts['achieved']:.2f} %), and of several "
+            f"such the cheapest. {NO_PROMISE}"
+        )
     return facts.get("statement")
+
+
+def quality_of(facts: Mapping[str, Any]) -> float:
+    """The accuracy, of a segmentation model the mean IoU, of a row of a sweep or of a calibration: a fraction."""
+    return facts["mean_iou"] if facts.get("top1") is None else facts["top1"] / 100
 
 
 def exits_early(facts: Mapping[str, Any]) -> bool:

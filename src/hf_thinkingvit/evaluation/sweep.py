@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ..accelerate_state import released_afterwards
 from ..data import as_image_split, evaluation_batches
 from ..models.configuration_checks import as_plain_numbers
 from ..models.exit_rules import ExitRule
 from ..models.staged_run import Answer
 from ..public_names import public_name
-from .conditions import model_conditions
+from .conditions import model_conditions, token_fields
 from .labels import LabelMap
 from .macs import stage_macs
 from .splits import UNKNOWN, evaluation_rows, warn_if_not_new
@@ -100,6 +101,7 @@ class StageAnswers(StageScores):
             "split": self.split,
             "images": len(self),
             **({"dtype": self.conditions["dtype"]} if self.conditions else {}),
+            **token_fields(self.conditions or {}),
             "criterion": self.criterion,
             "stages": self.stage_rows(),
             "sweep": [self.row(threshold) for threshold in thresholds],
@@ -114,6 +116,7 @@ def collect_stage_answers(
     progress: bool = True,
     split: str = UNKNOWN,
     seen: str | None = None,
+    generator: torch.Generator | None = None,
 ) -> StageAnswers:
     """
     Run every stage once on every image. Every process must call it, and gets all answers.
@@ -126,6 +129,7 @@ def collect_stage_answers(
         progress (`bool`): show a progress bar, on the main process.
         split (`str`): name of the split of the images.
         seen (`str`, *optional*): why the images are not new to the model.
+        generator (`torch.Generator`, *optional*): of a model whose answers are random, as in `measure_stages`.
 
     Raises:
         ValueError: if the model does not think in stages, or there are no images with labels.
@@ -136,7 +140,7 @@ def collect_stage_answers(
         hits = {f"top{k}": labels.hits(logits, truth, k) for k in (1, 5)}
         return {**hits, "counted": labels.counted(truth)}
 
-    measured = measure_stages(model, batches, measure, accelerator, progress)
+    measured = measure_stages(model, batches, measure, accelerator, progress, generator=generator)
     counted = measured.measures["counted"][:, 0] > 0 if len(measured) else torch.zeros(0, dtype=torch.bool)
     if not counted.any():
         raise ValueError(f"{labels.name} has no images with labels to evaluate on.")
@@ -158,6 +162,7 @@ def collect_stage_answers(
     )
 
 
+@released_afterwards()
 def evaluate_thresholds(
     model: PreTrainedModel,
     dataset: Any,
@@ -175,6 +180,7 @@ def evaluate_thresholds(
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    generator: torch.Generator | None = None,
 ) -> tuple[StageAnswers, list[dict[str, Any]]]:
     """
     Evaluate any number of thresholds in one pass over the images.
@@ -195,6 +201,8 @@ def evaluate_thresholds(
         max_samples (`int`, *optional*): read only this many images: a random sample with a fixed seed; of a stream, the
             first ones, which may have only a few of the labels.
         accelerator (`Accelerator`, *optional*): by default a new one, which supports `accelerate launch`.
+        generator (`torch.Generator`, *optional*): of a model whose answers are random (PonderNet's sampling); by
+            default one with the seed 0, so that the same images give the same rows.
 
     Returns:
         The [`StageAnswers`], which evaluate further τ without running the model, and one row per τ: `threshold`, `top1`
@@ -215,5 +223,5 @@ def evaluate_thresholds(
     labels = LabelMap(model.config, images.label_names, label_map, restrict, name)
     model.to(accelerator.device)
     batches = accelerator.prepare(evaluation_batches(images, processor, batch_size, num_workers))
-    answers = collect_stage_answers(model, batches, labels, accelerator, progress, split, seen)
+    answers = collect_stage_answers(model, batches, labels, accelerator, progress, split, seen, generator)
     return answers, [answers.row(threshold) for threshold in thresholds]

@@ -4,13 +4,15 @@ import numpy as np
 import torch
 
 from .calibration import threshold_grid
-from .sweep import StageAnswers
+from .sweep import StageAnswers, Threshold
 
 
 POINTS = 12  # as many as a table of a card shows
 
 
-def distinct_thresholds(answers: StageAnswers, count: int = POINTS) -> list[float]:
+def distinct_thresholds(
+    answers: StageAnswers, count: int = POINTS, including: Threshold | None = None
+) -> list[Threshold]:
     """
     At most `count` values of τ (one for all exits) at quantiles of the scores, no two of which give the same exits,
     from one at which no image exits early to one at which all do, if there are such. Each is a decimal number with the
@@ -19,9 +21,11 @@ def distinct_thresholds(answers: StageAnswers, count: int = POINTS) -> list[floa
     Args:
         answers (`StageAnswers`): of the images.
         count (`int`): at least 2.
+        including (`float` or `list[float]`, *optional*): one more τ, such as the model's own, in the place of one that
+            gives the same exits.
 
     Returns:
-        `list[float]`: ordered so that more and more images exit early.
+        `list`: ordered so that more and more images exit early.
     """
     grid = threshold_grid(answers)
     strict, loose = float(np.float32(grid[0])), float(np.float32(grid[-1]))  # no image exits early, all do
@@ -41,7 +45,21 @@ def distinct_thresholds(answers: StageAnswers, count: int = POINTS) -> list[floa
     for index in range(len(candidates)):
         if not chosen or not torch.equal(exits[index], exits[chosen[-1]]):
             chosen.append(index)
-    return [candidates[index] for index in chosen]
+    thresholds: list[Threshold] = [candidates[index] for index in chosen]
+    return thresholds if including is None else _with_another(answers, thresholds, including)
+
+
+def _with_another(answers: StageAnswers, thresholds: list[Threshold], another: Threshold) -> list[Threshold]:
+    """The thresholds with `another` where the mean exit is as early as at it, and without those of the same exits."""
+    *exits, its_exits = answers.exit_stages_of_each([*thresholds, another])
+    others = [
+        (threshold, each.double().mean().item())
+        for threshold, each in zip(thresholds, exits)
+        if not torch.equal(each, its_exits)
+    ]
+    place = sum(mean >= its_exits.double().mean().item() for _, mean in others)
+    ordered = [threshold for threshold, _ in others]
+    return [*ordered[:place], another, *ordered[place:]]
 
 
 def shortest_between(one: float, other: float) -> float | None:

@@ -1,5 +1,6 @@
-"""Formats probabilities, rounded so that they never promise more than was found."""
+"""Formats probabilities, rounded so that they never promise more than was found, and thresholds."""
 
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal, localcontext
 
 
@@ -36,3 +37,20 @@ def _rounded_up(share: float) -> Decimal:
 def _percent(share: Decimal) -> str:
     text = f"{share.scaleb(2):f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) + "%"
+
+
+def distinct_labels(thresholds: Sequence[float | Sequence[float]], digits: int = 4) -> list[str]:
+    """
+    Values of τ, each one or one per exit, with as few significant digits as tell different values apart, all with the
+    same number of them.
+
+    Args:
+        thresholds (`list`): the values.
+        digits (`int`): the least number of digits.
+    """
+    listed = [tuple(each) if isinstance(each, Sequence) else (each,) for each in thresholds]
+    for precision in range(digits, 18):  # 17 digits tell all floats apart
+        labels = [", ".join(f"{number:.{precision}g}" for number in each) for each in listed]
+        if len(set(labels)) == len(set(listed)):
+            return labels
+    return labels

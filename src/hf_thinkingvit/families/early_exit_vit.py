@@ -24,9 +24,7 @@ FAMILY = Family(
     heads={IMAGE_CLASSIFICATION: EarlyExitViTForImageClassification},
     costs=Costs(stages=costs_vit.exit_macs, published_stages=costs_vit.published_exit_macs),
     plain=PlainSource("from_vit", frozenset({*weights_from_vit.FIXED_FIELDS, *weights_from_vit.SHARED_FIELDS})),
-    free_fields=TRAINING_FIELDS
-    | EXIT_FIELDS
-    | {"halting_loss_weight", "halting_prior", "halting_seed", "self_distillation"},
+    free_fields=TRAINING_FIELDS | EXIT_FIELDS | {"halting_loss_weight", "halting_prior", "self_distillation"},
     announced_fields=frozenset(),
     card=CardText(
         description="""\

@@ -61,7 +61,8 @@ def cut_to_stages(checkpoint: Checkpoint, head_dim: int, thinking_stages: list[i
 def pruning_fields(checkpoint: Checkpoint, num_layers: int, num_stages: int, overrides: dict) -> dict[str, Any]:
     """
     Fields of a configuration about pruning and, with several stages, about exits: as published, an image exits iff the
-    entropy of all its probabilities is at most τ. No τ is published: with 0, the last stage answers.
+    entropy of all its probabilities is at most τ. No τ is published: with 0, the last stage answers, but for images
+    whose entropy is 0 in float32 (`exit_at_threshold=False` lets none of them leave).
 
     Raises:
         ValueError: if neither files nor `overrides` state the keep rate, or the pruning layers where they are not

@@ -85,12 +85,15 @@ class CardText:
             For families that do not think in stages: when computation ends, with fields of the configuration in braces.
         override (`str`, *optional*):
             For the same: the field that a user sets on loading, to trade accuracy for computation.
+        tokens (`Callable`, *optional*):
+            From a configuration to what happens to tokens between layers, or to `None`.
     """
 
     description: str
     limits: str
     rule: str | None = None
     override: str | None = None
+    tokens: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: there is one record per family

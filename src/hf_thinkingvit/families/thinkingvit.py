@@ -6,6 +6,7 @@ import re
 import torch
 
 from ..models import weights_from_vit
+from ..models.configuration_pruning import resolve_keep_rates
 from ..models.configuration_thinkingvit import ThinkingViTConfig
 from ..models.modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViTModel
 from ..models.modeling_thinkingvit_backbone import ThinkingViTBackbone
@@ -165,6 +166,22 @@ def crop_pct(checkpoint: Checkpoint) -> float | None:
     return CROP_PCT if predictor_width(checkpoint.state_dict) is not None else None
 
 
+def describe_pruning(config: ThinkingViTConfig) -> str | None:
+    """For model cards: where patches are removed and how many remain; `None` if none are."""
+    if not config.pruning_layers:
+        return None
+    rates = resolve_keep_rates(config.pruning_keep_rate, len(config.pruning_layers))
+    layers, shares = (
+        ", ".join(texts) for texts in (map(str, config.pruning_layers), (f"{100 * r:.3g}" for r in rates))
+    )
+    return (
+        "The last stage removes the patches that small predictors score lowest (DynamicViT, "
+        f"[arXiv 2106.02034](https://arxiv.org/abs/2106.02034)) before layers {layers} (counted from 0): {shares} % of "
+        "the image's patches remain from there on. Costs and measurements are for this `pruning_keep_rate`, "
+        f"{config.pruning_keep_rate}; a call takes another as `keep_rate`."
+    )
+
+
 STAGED_LIMITS = (
     "The exit rule measures the model's own certainty, not its being right: a confident wrong answer leaves early. A τ "
     "chosen on one distribution of images may give another accuracy and cost on another."
@@ -199,6 +216,7 @@ A ThinkingViT ([arXiv 2507.10800](https://arxiv.org/abs/2507.10800)), a nested V
 attention heads answer first, and images whose answer is not certain enough go on to a wider stage, which starts from
 the recycled tokens.""",
         limits=STAGED_LIMITS,
+        tokens=describe_pruning,
     ),
     paper=THINKINGVIT_PAPER,
     official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare, crop_pct=crop_pct),

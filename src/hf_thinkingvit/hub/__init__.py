@@ -3,6 +3,7 @@
 from .card import model_card
 from .publish import push
 from .results import accuracy_results, read_results
+from .space import push_space
 
 
-__all__ = ["accuracy_results", "model_card", "push", "read_results"]
+__all__ = ["accuracy_results", "model_card", "push", "push_space", "read_results"]

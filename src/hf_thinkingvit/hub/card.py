@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..evaluation.conditions import calibration_status
 from ..evaluation.macs import stage_macs
-from ..evaluation.splits import ALL, UNKNOWN, same_data, why_not_new
+from ..evaluation.splits import ALL, UNKNOWN, may_share_images, same_data, why_not_new
 from ..evaluation.statements import calibration_statement
+from ..evaluation.wording import distinct_labels
 from ..families import FAMILIES, family_of, task_of
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
@@ -55,7 +56,11 @@ CALIBRATION_FACTS = {
     "prepared": "read",
     "dtype": "measured in",
     "achieved": "achieved on them",
+    "top1": "top-1 (%) on them at this τ",
+    "mean_iou": "mean IoU on them at this τ",
+    "gmacs": "GMACs per image on them at this τ",
 }
+MEASURED = ("achieved", "top1", "mean_iou", "gmacs")  # others are unrounded
 
 
 def model_card(
@@ -133,6 +138,12 @@ def _seen(config: PreTrainedConfig, results: Mapping[str, Any], calibration: Map
     return seen
 
 
+def _shares_images(results: Mapping[str, Any], calibration: Mapping[str, Any]) -> bool:
+    """Whether τ may have been chosen on images of which the results are, so that these are optimistic at this τ."""
+    splits = [facts.get("split") or UNKNOWN for facts in (results, calibration)]
+    return same_data(results.get("dataset"), calibration.get("dataset")) and may_share_images(*splits)
+
+
 def _description(model: PreTrainedModel) -> dict[str, Any]:
     """Fields of the template that follow from the configuration and the family."""
     config, family = model.config, family_of(model)
@@ -145,6 +156,7 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
         "image_size": " × ".join(str(side) for side in as_pair(config.image_size)),
         "patch_size": " × ".join(str(side) for side in as_pair(config.patch_size)),
         "parameters": f"{model.num_parameters() / 1e6:.2f} M",
+        "tokens": family.card.tokens(config),
     }
     if not thinks_in_stages(config):
         field, rule = family.card.override, family.card.rule
@@ -177,7 +189,7 @@ def _measurements(config: PreTrainedConfig, results: Mapping[str, Any]) -> dict[
         "results": results,
         "plot": Path(results["plot"]).name if results.get("plot") else None,
         "accuracy": _accuracy_table(results),
-        "sweep": _sweep_table(shown),
+        "sweep": _sweep_table(config, shown),
         "sweep_picked": f"{len(shown)} of {len(sweep)}" if len(shown) < len(sweep) else None,
         "split": results["split"] if results.get("split") not in (None, ALL, UNKNOWN) else None,
         "training": [
@@ -202,10 +214,11 @@ def _calibration(model: PreTrainedModel, results: Mapping[str, Any]) -> dict[str
         "calibration_status": status,
         "calibration_statement": calibration_statement(calibration),
         "calibration_seen": _seen(model.config, results, calibration),
+        "calibration_measured": _shares_images(results, calibration),
         "calibration_threshold": _exactly(calibration.get("threshold")),
         "calibration_facts": [
             # τ, ε and δ unrounded: the promise holds for exactly these values.
-            f"* {words}: {_readable(facts[fact]) if fact == 'achieved' else _exactly(facts[fact])}"
+            f"* {words}: {_readable(facts[fact]) if fact in MEASURED else _exactly(facts[fact])}"
             for fact, words in CALIBRATION_FACTS.items()
             if facts.get(fact) is not None
         ],
@@ -226,11 +239,14 @@ def _accuracy_table(results: Mapping[str, Any]) -> str | None:
     return _table(header, cells) if header else None
 
 
-def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str | None:
+def _sweep_table(config: PreTrainedConfig, sweep: Sequence[Mapping[str, Any]]) -> str | None:
     if not sweep:
         return None
     header, cells = _columns(sweep)
-    rows = [[_threshold(row["threshold"]), *cell] for row, cell in zip(sweep, cells)]
+    labels = distinct_labels([row["threshold"] for row in sweep])
+    if (shipped := _row_of_config(config, sweep)) is not None:
+        labels[shipped] = f"**{labels[shipped]}** (as configured)"
+    rows = [[label, *cell] for label, cell in zip(labels, cells)]
     if all(row.get("exit_shares") is not None for row in sweep):
         header += [f"leave after stage {index}" for index in range(len(sweep[0]["exit_shares"]))]
         rows = [[*cell, *(f"{100 * share:.1f} %" for share in row["exit_shares"])] for row, cell in zip(sweep, rows)]
@@ -259,7 +275,7 @@ def _counts(heads: int | Sequence[int]) -> str:
 
 
 def _threshold(value: float | Sequence[float]) -> str:
-    return ", ".join(f"{number:.4g}" for number in (value if isinstance(value, Sequence) else [value]))
+    return distinct_labels([value])[0]
 
 
 def _evenly_picked(rows: Sequence[Mapping[str, Any]], wanted: int | None) -> Sequence[Mapping[str, Any]]:

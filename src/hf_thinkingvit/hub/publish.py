@@ -3,20 +3,19 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..families import FAMILIES
+from ..models.nested_projection import check_merged
 from .card import model_card
+from .commit import check_repo_id, publish
 from .results import published_calibration, read_results
 
 
@@ -76,7 +75,7 @@ def push(
 
     >>> push(model, processor, "org/thinkingvit-cifar10", results="results.json", license="apache-2.0")
     ```"""
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     _check_model(model)
     found = None if results is None else read_results(results, model.config)
     card = model_card(
@@ -97,23 +96,15 @@ def push(
             published["plot"] = Path(shutil.copy(found["plot"], folder)).name
         (folder / RESULTS).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
 
-    if dry_run is not None:
-        folder = Path(dry_run)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"`dry_run` must be a folder that is empty or does not exist yet, got {folder}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder)
-        return folder
-
-    token = token or get_token()
-    if not token:
-        raise PermissionError(
-            "There is no Hugging Face token: run `hf auth login`, set HF_TOKEN or pass `token`. It needs write access; "
-            "see https://huggingface.co/settings/tokens."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        return _commit(Path(folder), HfApi(token=token), repo_id, private, commit_message)
+    return publish(
+        write,
+        repo_id,
+        private=private,
+        token=token,
+        commit_message=commit_message,
+        dry_run=dry_run,
+        is_stale=lambda name: name == RESULTS,
+    )
 
 
 @contextmanager
@@ -129,43 +120,9 @@ def _published_configuration(model: PreTrainedModel) -> Iterator[None]:
             model.config.calibration = calibration
 
 
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-        valid = isinstance(repo_id, str) and "/" in repo_id
-        reason = "it has no organization or user name"
-    except HFValidationError as error:
-        valid, reason = False, str(error)
-    if not valid:
-        raise ValueError(f'`repo_id` must be of the form "organization/name", got {repo_id!r}: {reason}')
-
-
 def _check_model(model: PreTrainedModel) -> None:
     # Compared by name, because a model that was loaded as remote code has a class of its own.
     names = [head.__name__ for family in FAMILIES.values() for head in family.heads.values()]
     if type(model).__name__ not in names:
         raise ValueError(f"`model` must be one of {', '.join(names)}, unwrapped, got {type(model).__name__}.")
-
-
-def _commit(folder: Path, api: HfApi, repo_id: str, private: bool, message: str) -> CommitInfo:
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        repository = api.model_info(repo_id)
-        if private and not repository.private:
-            raise ValueError(
-                f"{repo_id} exists and is public: make it private in its settings, choose another name, or push "
-                "without `private`."
-            )
-        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        operations = [CommitOperationAdd(name, path) for name, path in paths.items()]
-        stale = {RESULTS} & {file.rfilename for file in repository.siblings or []} - paths.keys()
-        operations += [CommitOperationDelete(name) for name in stale]
-        # Not `upload_folder`: it may make several commits.
-        return api.create_commit(repo_id, operations, commit_message=message)
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        raise PermissionError(
-            f"The Hub does not let this token write to {repo_id}: log in with one that has write access there "
-            f"(`hf auth login`, https://huggingface.co/settings/tokens). {error}"
-        ) from error
+    check_merged(model, "its published weights")

@@ -11,7 +11,8 @@ Measured results for model cards, as a mapping or as a JSON file of this form. O
      "training": {"epochs": 100, ...}}
 
 `split` is the split of `dataset` that was measured (`"all"` for data without splits), `selected_on` the split by which
-the best epoch of the training was chosen, and `dtype` the dtype of the computation. `calibration` is the result of
+the best epoch of the training was chosen, and `dtype` the dtype of the computation. `pruning_keep_rate` or
+`halting_epsilon` is that of the model when it was measured, which must still be its own. `calibration` is the result of
 [`~hf_thinkingvit.evaluation.Calibration.to_dict`]; without its `conditions` it cannot be verified that it is of this
 model. Each of `stages` is for every image answered by that stage, with cumulative GMACs; `threshold` is one number or
 one per exit; `plot` is the path of a picture, relative to the file's folder. Top-1 and top-5 are percentages, exit
@@ -29,6 +30,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..evaluation.accuracy import main_measure
+from ..evaluation.conditions import token_fields
 from ..evaluation.macs import stage_macs
 from ..evaluation.statements import exits_early
 from ..models.configuration_checks import check_integer, check_number
@@ -53,10 +56,10 @@ def accuracy_results(model: PreTrainedModel, measured: Mapping[str, Any], datase
         dataset (`str`): the data it was measured on; a path is reduced to its name.
         facts: further fields, such as `split`, `selected_on` and `training`; those that are `None` are left out.
     """
-    results = {"dataset": public_name(dataset), "images": measured["images"]}
+    results = {"dataset": public_name(dataset), "images": measured["images"], **token_fields(model.config.to_dict())}
     names = [name for name in MEASURES if measured.get(name) is not None]
     if not thinks_in_stages(model):
-        results |= {name: measured[name][-1] for name in names}
+        results |= {name: main_measure(measured, name) for name in names}
         results |= {name: measured[name] for name in ("mean_depth", "macs") if name in measured}
     else:
         spent = accumulate(stage_macs(model.config))
@@ -153,6 +156,7 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
         if results.get(name) is not None and (not isinstance(results[name], kind) or isinstance(results[name], str)):
             raise ValueError(f"`{name}` of the results must be a {kind.__name__.lower()}, got {results[name]!r}.")
     _check_figures("results", results)
+    _check_token_fields(results, config)
     count = config.num_stages if thinks_in_stages(config) else None
     calibrated = (results.get("calibration") or {}).get("threshold")
     if calibrated is not None and count is not None:
@@ -189,6 +193,20 @@ def check_results(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
             check_number(f"{where}.exit_shares", share, maximum=1.0)
         if abs(sum(shares) - 1) > 0.01:  # shares may be rounded
             raise ValueError(f"`{where}.exit_shares` must sum to 1, got {shares!r}.")
+
+
+def _check_token_fields(results: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    now = token_fields(config.to_dict())
+    for name, then in token_fields(results).items():
+        if _plain(then) != _plain(now.get(name)):
+            raise ValueError(
+                f"The results were measured with `{name}` = {then}, but the model's is {now.get(name)}: it answers "
+                "otherwise, and at another cost. Set the model's, or measure again."
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _needed(config: PreTrainedConfig) -> str:

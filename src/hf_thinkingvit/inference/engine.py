@@ -38,6 +38,9 @@ class _WholeModel(Task):
     def answer(self, stage_index: int, state: State) -> Answer:
         return {"logits": self.model(state["pixel_values"], **self.kwargs).logits}
 
+    def first_memory(self, count: int, generator: None = None) -> Memory:
+        return {}
+
     def judge(self, stage_index: int, answer: Answer, memory: Memory) -> Verdict:
         entropies = answer_entropy(answer["logits"], self.model.config)
         return Verdict(entropies, torch.ones_like(entropies, dtype=torch.bool), entropies, {})
@@ -87,6 +90,12 @@ class AdaptiveEngine:
             the stream, with a warning. If a single image runs out of memory, the error is raised.
         threshold, max_stages, interpolate_pos_encoding (*optional*):
             As in the model's `forward`. Images whose logits are not finite never exit early, and their entropy is NaN.
+        keep_rate (`float` or `list[float]`, *optional*):
+            Of a model with pruning layers: the share of patches that remain, instead of `config.pruning_keep_rate`.
+        generator (`torch.Generator`, *optional*):
+            As in the model's `forward`, of models whose answers are random: each image that enters the first stage gets
+            the next number, in input order, so that a generator of the same seed gives the same answers with any
+            `batch_size`. It goes on from stream to stream; `generator.manual_seed(seed)` starts it again.
         in_order (`bool`, *optional*, defaults to `True`):
             Yield results in input order; otherwise as soon as they are computed.
         max_wait (`float`, *optional*):
@@ -127,7 +136,9 @@ class AdaptiveEngine:
         batch_size: int = 64,
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
+        keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
         in_order: bool = True,
         max_wait: float | None = None,
         max_pending: int | None = None,
@@ -156,16 +167,24 @@ class AdaptiveEngine:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending
-        self.max_stages, self.interpolate_pos_encoding = max_stages, interpolate_pos_encoding
+        self.generator = generator
         if thinks_in_stages(model):
             self.steps, self.rule = model, model.exit_rule(threshold)
             self.stages = resolve_stages(model.config.num_stages, max_stages)
+            self.rule.first_memory(0, generator)  # refuses a generator that nothing would draw from
         else:
-            if threshold is not None or max_stages is not None:
-                raise ValueError(f"{type(model).__name__} does not think in stages: no `threshold`, no `max_stages`.")
+            if any(argument is not None for argument in (threshold, max_stages, generator)):
+                raise ValueError(
+                    f"{type(model).__name__} does not think in stages: no `threshold`, no `max_stages`, no `generator`."
+                )
             sizes = {} if interpolate_pos_encoding is None else {"interpolate_pos_encoding": interpolate_pos_encoding}
             self.steps = self.rule = _WholeModel(model, **sizes)
             self.stages = range(1)
+        # Of every step.
+        self.arguments = {
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+            **self.steps.token_arguments(keep_rate),
+        }
         self.stats = self.no_stats()
 
     def no_stats(self) -> EngineStats:
@@ -218,16 +237,17 @@ class AdaptiveEngine:
             CPU; and the state of the images that go on.
         """
         if stage == 0:
-            pixel_values = state["pixel_values"]
-            if self.model.device.type == "cuda":
+            state, device = dict(state), self.model.device
+            pixel_values = state.pop("pixel_values")
+            if device.type == "cuda":
                 pixel_values = pixel_values.pin_memory()
-            state = {"pixel_values": pixel_values.to(self.model.device, self.model.dtype, non_blocking=True)}
-        sizes = {"interpolate_pos_encoding": self.interpolate_pos_encoding}
+            drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in state.items()}
+            state = {**drawn, "pixel_values": pixel_values.to(device, self.model.dtype, non_blocking=True)}
         rule = self.rule
         if thresholds is not None:
             thresholds = thresholds.to(self.model.device, non_blocking=True)
             rule = replace(rule, thresholds=tuple(thresholds.unbind(dim=1)))
-        step = step_stage(self.steps, rule, self.stages, stage, state, **sizes)
+        step = step_stage(self.steps, rule, self.stages, stage, state, **self.arguments)
         exits, answer = _to_host(step.exits, step.answer)
         going_on, state = (~exits).nonzero().squeeze(1), step.state
         if 0 < len(going_on) < len(exits):

@@ -3,7 +3,8 @@ Export of models that think in stages for runtimes without Python, as `torch.exp
 
 There are two forms. *One program per stage*, for any batch size: the caller passes the images that go on from one
 program to the next. *One program of all stages*, for one image: a conditional after each stage skips the later ones if
-the image exits. In both, τ is an input of the program, not a constant.
+the image exits. In both, τ is an input of the program, not a constant. So is the number that a rule compares with that
+draws one for each image (PonderNet's sampling), uniform in [0, 1): programs draw nothing themselves.
 """
 
 import json
@@ -22,8 +23,11 @@ from transformers.utils import is_onnx_available
 
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
-from ..models.staged_loop import answer_stage, step_stage
+from ..models.staged_loop import MEMORY_PREFIX, answer_stage, first_state, step_stage
 from ..models.staged_run import Answer, State
+
+
+NOISE = MEMORY_PREFIX + "noise"  # the entry of the first state that a rule draws
 
 
 class _StageProgram(nn.Module):
@@ -73,9 +77,12 @@ class _AdaptiveProgram(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList([_StageProgram(model, index) for index in range(model.config.num_stages)])
 
-    def forward(self, pixel_values: torch.Tensor, threshold: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, pixel_values: torch.Tensor, threshold: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         names: list[str] = []
-        *answer, exit_stage = self._run(0, {"pixel_values": pixel_values}, threshold, names)
+        drawn = {} if noise is None else {NOISE: noise}
+        *answer, exit_stage = self._run(0, {"pixel_values": pixel_values, **drawn}, threshold, names)
         answer = dict(zip(names, answer))
         entropy = answer.pop("entropy")
         return {**answer, "exit_stage": exit_stage, "entropy": entropy}
@@ -115,8 +122,9 @@ def export_stages(model: PreTrainedModel) -> list[torch.export.ExportedProgram]:
 
     Returns:
         One `torch.export.ExportedProgram` per stage. It takes `(state, threshold)`: for the first stage
-        `{"pixel_values": (batch, channels, height, width)}`, for a later stage the rows of the previous stage's
-        `state` that go on; and τ as float32 `(number of stages - 1,)`. It returns a dict of `logits`
+        `{"pixel_values": (batch, channels, height, width)}` (with `exit_criterion` "pondernet" also
+        `"_memory.noise": (batch,)`, float32 numbers in [0, 1) that the caller draws), for a later stage the rows of the
+        previous stage's `state` that go on; and τ as float32 `(number of stages - 1,)`. It returns a dict of `logits`
         `(batch, num_labels)`, `entropy` `(batch,)`, `exits` `(batch,)`, bool, and `state` (tensors whose first
         dimension is the image; empty after the last stage, where every image exits).
 
@@ -132,14 +140,16 @@ def export_adaptive(model: PreTrainedModel) -> torch.export.ExportedProgram:
 
     Returns:
         A `torch.export.ExportedProgram`. It takes `pixel_values` `(1, channels, height, width)` and τ as float32
-        `(number of stages - 1,)`, and returns a dict of `logits` `(1, num_labels)`, `exit_stage` `(1,)`, int64, and
-        `entropy` `(1,)`.
+        `(number of stages - 1,)` (with `exit_criterion` "pondernet" also `noise`, float32 `(1,)`), and returns a dict
+        of `logits` `(1, num_labels)`, `exit_stage` `(1,)`, int64, and `entropy` `(1,)`.
 
     Raises:
         ValueError: if the model does not think in stages.
     """
     check_stages(model)
-    return export_program(_AdaptiveProgram(model), (example_pixel_values(model, 1), _default_threshold(model)), None)
+    state = first_state(model.exit_rule(), example_pixel_values(model, 1))
+    drawn = (state[NOISE],) if NOISE in state else ()
+    return export_program(_AdaptiveProgram(model), (state["pixel_values"], _default_threshold(model), *drawn), None)
 
 
 @dataclass(frozen=True)
@@ -164,8 +174,10 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
     Each entry of the state is a separate tensor: the output `stage_0.NAME` of stage 0, with only the rows of the images
     that go on, is the input of the same name of stage 1. Every file requires the input `threshold`, float32
     `(number of stages - 1,)`. It has no default, because OpenVINO drops inputs with a default and would always use that
-    τ. The τ of `model.config` is in the files' metadata (`threshold`, a JSON list), beside `id2label` and
-    `exit_criterion`.
+    τ. The τ of `model.config` is in the files' metadata (`threshold`, a JSON list), beside `id2label`, `exit_criterion`
+    and, of a model with pruning layers, `pruning_keep_rate`, which is fixed in the files. With `exit_criterion`
+    "pondernet", `stage_0.onnx` and `adaptive.onnx` also require `noise`, float32 `(batch,)`: a number for each image,
+    uniform in [0, 1).
 
     Args:
         model (`PreTrainedModel`): a classifier that thinks in stages, in any dtype; it is not changed.
@@ -183,17 +195,22 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
         raise ValueError(f"`dtype` must be torch.float32 or torch.float16, which onnxruntime computes in, got {dtype}.")
     # Programs share the model's parameters, so they are written before it gets its own dtype back.
     with attention_of(model, "eager"), in_dtype(model, dtype):
-        programs, before = {}, ["pixel_values"]
+        drawn = ["noise"] if model.exit_rule().draws else []
+        programs, before = {}, ["pixel_values", *drawn]
         for index, (program, outputs) in enumerate(_stage_programs(model)):
             after = [f"stage_{index}.{name}" for name in outputs.pop("state")]
-            programs[f"stage_{index}.onnx"] = (program, before, [*outputs, *after])
+            programs[f"stage_{index}.onnx"] = (program, [*before, "threshold"], [*outputs, *after])
             before = after
         entries = [name for name in outputs if name not in ("entropy", "exits")]
-        programs["adaptive.onnx"] = (export_adaptive(model), ["pixel_values"], [*entries, "exit_stage", "entropy"])
+        programs["adaptive.onnx"] = (
+            export_adaptive(model),
+            ["pixel_values", "threshold", *drawn],
+            [*entries, "exit_stage", "entropy"],
+        )
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, (program, inputs, outputs) in programs.items():
             own_weights = name != "adaptive.onnx"  # where all stages slice the same weights
-            write_onnx(program, model, [*inputs, "threshold"], outputs, output_dir / name, own_weights)
+            write_onnx(program, model, inputs, outputs, output_dir / name, own_weights)
     stages = [output_dir / f"stage_{index}.onnx" for index in range(model.config.num_stages)]
     return OnnxFiles(stages, output_dir / "adaptive.onnx")
 
@@ -257,7 +274,7 @@ def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedP
     """The program of each stage, and its outputs for a batch of two images."""
     check_stages(model)
     # Two images, because `torch.export` takes a dimension of size 1 for a constant.
-    state: State = {"pixel_values": example_pixel_values(model, 2)}
+    state = first_state(model.exit_rule(), example_pixel_values(model, 2))
     threshold, programs = _default_threshold(model), []
     for index in range(model.config.num_stages):
         batch = {name: {0: torch.export.Dim("batch")} for name in state}
@@ -307,6 +324,8 @@ def write_onnx(
         threshold=json.dumps(model.exit_rule().thresholds),
         id2label=json.dumps(config.id2label, ensure_ascii=False),
     )
+    if getattr(config, "pruning_layers", None):
+        onnx_model.metadata_props["pruning_keep_rate"] = json.dumps(config.pruning_keep_rate)
     temporary = path.with_suffix(".partial")
     exported.save(temporary)
     temporary.replace(path)

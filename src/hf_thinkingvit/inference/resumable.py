@@ -63,7 +63,8 @@ class ResumableOutput:
     `error` instead of an answer.
 
     With `identities`, a run with the same facts also updates a complete output: images that are new or have changed are
-    answered, the lines of the others stay, and those of images that are gone are dropped.
+    answered, the lines of the others stay, and those of images that are gone are dropped. In the same way, images may
+    have come, gone or changed since a run that was interrupted.
 
     Args:
         path (path): ends in `.jsonl` or `.parquet`.
@@ -106,12 +107,15 @@ class ResumableOutput:
         if self.is_update:
             self._refuse_other_output(facts)
         self._refuse_other(facts)
+        self.same_images = self._read_header().items() >= self._images().items()
         self.earlier = self._unchanged_lines() if self.is_update else {}
         lines = {**self.earlier, **self._read_lines()}
-        if self.is_update and names and not lines:
+        if names and not lines and (self.is_update or self._has_lines()):
+            there = [self.path] if self.is_update else self._parts()
             raise FileExistsError(
-                f"{self.path} is there already, complete, and of other images than these (by names, sizes and times). "
-                "Choose another output."
+                f"{'The complete output' if self.is_update else 'An unfinished run to'} {self.path} is of other images "
+                "than these (by names, sizes and times). Choose another output, or start anew by removing "
+                f"{', '.join(map(str, there))}."
             )
         answered = {place for place, line in lines.items() if "error" not in line}
         # All processes must have read the parts before any of them writes.
@@ -133,8 +137,9 @@ class ResumableOutput:
 
     def write(self, place: int, **line: Any) -> None:
         """Append the line of image `place`. One with only `error` says why the image could not be read."""
-        line = {"place": place, "name": self.names[place], **line}
-        self._file.write(_as_json(line))
+        name = self.names[place]
+        identity = {} if self.identities is None else {"identity": self.identities[name]}
+        self._file.write(_as_json({"place": place, "name": name, **identity, **line}))
         self._file.flush()
 
     def finish(self) -> tuple[int, int] | None:
@@ -156,7 +161,7 @@ class ResumableOutput:
         if missing:
             raise RuntimeError(f"{missing} of {len(self.names)} images have no answer yet: start again to go on.")
         ordered = [lines[place] for place in range(len(self.names))]
-        rows = [{name: line[name] for name in line if name != "place"} for line in ordered]
+        rows = [{name: line[name] for name in line if name not in ("place", "identity")} for line in ordered]
         if self.path.suffix == ".parquet":
             columns = dict.fromkeys(name for row in [*rows, {"error": None}] for name in row)
             table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
@@ -207,21 +212,31 @@ class ResumableOutput:
 
     def _read_lines(self) -> dict[int, dict[str, Any]]:
         """
-        The lines of all parts, by place. Incomplete and damaged lines are ignored. A line with `error` counts only if
-        no other line answers the image.
+        The lines of all parts, by place. Incomplete and damaged lines are ignored, and those of images that have
+        changed. A line with `error` counts only if no other line answers the image.
         """
         lines: dict[int, dict[str, Any]] = {}
+        places = {name: place for place, name in enumerate(self.names)}
         for part in self._parts():
             for text in part.read_bytes().split(b"\n")[:-1]:  # not `splitlines`: names may contain other separators
                 try:
                     line = json.loads(text)
-                    place = line["place"]
-                    fits = place >= 0 and line["name"] == self.names[place]
+                    earlier_version = "identity" not in line and self.same_images
+                    if self.identities is None or earlier_version:
+                        place = line["place"]
+                        fits = place >= 0 and line["name"] == self.names[place]
+                    else:  # images before it may have come or gone
+                        place = places[line["name"]]
+                        fits = line["identity"] == self.identities[line["name"]]
                 except (ValueError, LookupError, TypeError):
                     continue
                 if fits and "error" in lines.get(place, {"error": "none yet"}):
-                    lines[place] = line
+                    lines[place] = {**line, "place": place}
         return lines
+
+    def _has_lines(self) -> bool:
+        """Whether an earlier run has got as far as the end of a line."""
+        return any(b"\n" in part.read_bytes() for part in self._parts())
 
     def _refuse_complete(self) -> None:
         if not self.path.exists():
@@ -246,14 +261,13 @@ class ResumableOutput:
         parts = [str(part) for part in self._parts() if part.stat().st_size]
         if parts:
             anew = f"Choose another output, or start anew by removing {', '.join(parts)}."
-            self._refuse_changes(f"An unfinished run to {self.path}", facts, anew)
+            ignored = () if self.identities is None else self._images()
+            facts = {name: value for name, value in facts.items() if name not in ignored}
+            self._refuse_changes(f"An unfinished run to {self.path}", facts, anew, ignored)
 
     def _refuse_changes(self, what: str, facts: dict[str, Any], anew: str, ignored: Iterable[str] = ()) -> None:
-        try:
-            earlier = json.loads(self.header.read_bytes())
-        except (OSError, ValueError):
-            earlier = None
-        if not isinstance(earlier, dict):
+        earlier = self._read_header()
+        if not earlier:
             raise FileExistsError(
                 f"{what} cannot be continued: {self.header}, which stores the facts of the run, is missing or damaged. "
                 f"{anew}"
@@ -268,6 +282,14 @@ class ResumableOutput:
         ]
         if changes:
             raise FileExistsError(f"{what} has other facts: {'; '.join(changes)}. {anew}")
+
+    def _read_header(self) -> dict[str, Any]:
+        """The facts of the earlier run; empty if they are missing or damaged."""
+        try:
+            header = json.loads(self.header.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return header if isinstance(header, dict) else {}
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:

@@ -197,20 +197,20 @@ class SlidingWindowSegmenter:
         Raises:
             ValueError: for what is no image, later, after the results of all images before it.
         """
-        planned: deque[tuple[ImageViews, list[_ViewWindows]]] = deque()
+        planned: deque[tuple[ImageViews, list[ViewWindows]]] = deque()
         total = len(images) if self.progress and hasattr(images, "__len__") else None
         with tqdm(total=total, disable=not self.progress, unit="image") as bar:
             index, results = 0, []
-            for result in self.engine(self._windows(images, planned)):
+            for result in self.engine(self.windows(images, planned)):
                 results.append(result)
                 image, views = planned[0]
                 if len(results) == sum(view.num_windows for view in views):
                     planned.popleft()
-                    yield self._merge(index, image, views, results)
+                    yield self.merge(index, image, views, results)
                     index, results = index + 1, []
                     bar.update()
 
-    def _windows(self, images: Iterable[ImageViews | torch.Tensor], planned: deque) -> Iterator[torch.Tensor]:
+    def windows(self, images: Iterable[ImageViews | torch.Tensor], planned: deque) -> Iterator[torch.Tensor]:
         """The windows of all images; what they belong to is put into `planned`, before the first of them."""
         for index, image in enumerate(images):
             if isinstance(image, torch.Tensor):
@@ -225,7 +225,7 @@ class SlidingWindowSegmenter:
                         f"Input {index} must have views of the shape ({self.num_channels}, height, width), got {shape}."
                     )
                 scaled.append(self._enlarged(view.pixel_values))
-            views = [_ViewWindows.plan(pixels.shape[1:], self.window_size, self.stride) for pixels in scaled]
+            views = [ViewWindows.plan(pixels.shape[1:], self.window_size, self.stride) for pixels in scaled]
             # Without the pixels, which the windows hold as long as they wait.
             outline = ImageViews([ImageView(torch.empty(0), view.is_flipped) for view in image.views], image.size)
             planned.append((outline, views))
@@ -242,8 +242,8 @@ class SlidingWindowSegmenter:
         size = [max(int(side * scale + 1e-6), self.window_size) for side in (height, width)]
         return F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
 
-    def _merge(
-        self, index: int, image: ImageViews, views: list["_ViewWindows"], results: list[EngineResult]
+    def merge(
+        self, index: int, image: ImageViews, views: list["ViewWindows"], results: list[EngineResult]
     ) -> SlidingResult:
         logits, exits, start = [], [], 0
         for number, view in enumerate(views):
@@ -275,7 +275,7 @@ class SlidingWindowSegmenter:
 
 
 @dataclass(frozen=True)
-class _ViewWindows:
+class ViewWindows:
     """The windows of a view: its size, where rows and columns of windows begin, and the side of a window."""
 
     size: tuple[int, int]
@@ -284,7 +284,7 @@ class _ViewWindows:
     window: int
 
     @classmethod
-    def plan(cls, size: Sequence[int], window: int, stride: int) -> "_ViewWindows":
+    def plan(cls, size: Sequence[int], window: int, stride: int) -> "ViewWindows":
         tops, lefts = (window_anchors(side, window, stride) for side in size)
         return cls(tuple(size), tops, lefts, window)
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..models.image_inputs import each_image
+from ..models.staged_loop import first_state
 from .reader import Reader
 from .stage_queue import StageQueue
 
@@ -148,7 +149,7 @@ class Stream:
                     if reading is None:
                         continue
                     if reading.error is None:
-                        state = {"pixel_values": reading.pixel_values}
+                        state = first_state(engine.rule, reading.pixel_values, engine.generator)
                         while not queues[0].fits(state):
                             yield self._run_queue(0)
                         queues[0].put(state, reading.indices, time.monotonic())

@@ -13,7 +13,8 @@ FEATURE_FIELDS = ("out_features", "out_indices")
 
 class StagedBackboneConfig(BackboneConfigMixin, StagedConfig):
     r"""
-    What `AutoBackbone` reads of a model that thinks in stages. Nothing else reads these fields.
+    What `AutoBackbone` reads of a model that thinks in stages. Bare models (`AutoModel`) read `out_stage` too; heads of
+    this package read none of these fields.
 
     A backbone has no answer by which an image could exit, so it runs the stages up to `out_stage` for every image, and
     gives the feature maps of that one. Transformers calls the layers of a backbone stages as well: `"stage1"` in
@@ -21,7 +22,7 @@ class StagedBackboneConfig(BackboneConfigMixin, StagedConfig):
 
     Args:
         out_stage (`int`, *optional*):
-            The stage whose feature maps are given, counted from 0; by default the last. It decides how many channels
+            The stage whose features are given, counted from 0; by default the last. It decides how many channels
             they have. Parameters that only later stages use get no gradient.
         out_features (`list[str]`, *optional*):
             Names of the feature maps: `"stem"` (the input of the first layer), `"stage1"` (the output of the first

@@ -7,6 +7,25 @@ from typing import Any
 from transformers.activations import ACT2FN
 
 
+class OwnLayoutMixin:
+    """Configurations that are read from files of Transformers' layout alone. Before `PreTrainedConfig` in the bases."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        As in `PreTrainedConfig`; `ValueError` for a `config.json` of timm or of the papers' authors, in which every
+        field would be missing, and so have its default.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict and config_dict.get("model_type", "timm_wrapper") == "timm_wrapper":  # as Transformers fills in
+            raise ValueError(
+                f"The config.json of {pretrained_model_name_or_path} has no `model_type`, so it is none of "
+                f"{cls.__name__}. If it is of an official checkpoint, load the model by its class (`from_pretrained`), "
+                "which converts it, and take `model.config`."
+            )
+        return config_dict, kwargs
+
+
 def check_integer(name: str, value, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
@@ -31,6 +50,8 @@ def check_choice(name: str, value, choices: Sequence[str]) -> None:
 
 def as_plain_numbers(value: Any) -> Any:
     """Convert tensors, NumPy arrays and NumPy scalars, also within a list, to Python numbers; else `value` itself."""
+    if type(value) in (int, float):  # what `torch.compile` traces must not be asked for attributes
+        return value
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):

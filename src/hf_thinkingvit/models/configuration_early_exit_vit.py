@@ -12,8 +12,10 @@ from .sub_networks import SubNetwork
 
 
 EXIT_HEADS = ("shared", "linear", "transformer_layer")
-# τ of each kind of halting where none is given: ACT's 1 - ε for ε = 0.01, and PonderNet's own sampling.
-HALTING = {"act": 0.99, "pondernet": 1.0}
+HALTING = ("act", "pondernet")
+# τ of the criteria that read learned halting scores, where none is given: ACT's 1 - ε for ε = 0.01, PonderNet's own
+# sampling, and the median of its distribution.
+HALTING_THRESHOLDS = {"act": 0.99, "pondernet": 1.0, "q_exit": 0.5}
 # Published methods: class methods of the configuration.
 METHODS = ("branchynet", "vit_ee", "fastbert", "pabee", "act", "pondernet")
 
@@ -35,20 +37,21 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
             The method whose halting scores each exit learns, as a linear map of the class token. `"act"`, adaptive
             computation time by layer (arXiv 1603.08983): the answer is read from the class tokens of the layers so far,
             weighted by their scores; needs `exit_head="shared"` and `exit_criterion="act"`. `"pondernet"` (arXiv
-            2107.05407): an exit's score is its probability of halting there.
+            2107.05407): an exit's score is its probability of halting there. Its own criterion, `"pondernet"`, halts by
+            a number that is drawn for each image, so its answers are random: `forward`, [`AdaptiveEngine`] and the
+            pipeline take a `generator`. `"q_exit"` is the published deterministic criterion for the same model.
         halting_loss_weight (`float`, *optional*, defaults to 0.01):
             Weight of ACT's ponder cost, or β of PonderNet's divergence from the prior.
         halting_prior (`float`, *optional*, defaults to 0.2):
             λ_p of PonderNet's geometric prior, above 0 and below 1.
-        halting_seed (`int`, *optional*, defaults to 0):
-            Of the number that PonderNet's sampled halting takes for each image; it depends on this and the pixels.
         self_distillation (`bool`, *optional*, defaults to `False`):
-            Whether exits learn from the last answer instead of the labels (FastBERT, arXiv 2004.02178). The
-            labels train nothing then, and what is not frozen follows the exits: freeze the backbone, by
-            `EarlyExitViTForImageClassification.freeze_backbone` or `freeze` in a training run.
+            Whether exits learn from the last answer instead of the labels (FastBERT, arXiv 2004.02178). In training
+            mode nothing but the exits' own heads gets a gradient then: the backbone and the last answer stay as they
+            are, frozen or not, so they must have been trained before. Set it to `False` to train them.
         threshold, exit_criterion, entropy_top_k, stage_loss_weights, label_smoothing (*optional*):
             The exit and loss fields of [`StagedConfig`]. With `halting`, `exit_criterion` is the criterion of that
-            name by default, with a `threshold` of 0.99 (`"act"`, which is 1 - ε) or 1 (`"pondernet"`, its sampling).
+            name by default, with a `threshold` of 0.99 (`"act"`, which is 1 - ε) or 1 (`"pondernet"`, its sampling);
+            that of `"q_exit"` (arXiv 2204.03276: the probability of having halted so far) is 0.5.
         kwargs:
             The ViT fields of [`NestedViTConfig`]: `hidden_size` (by default 64 channels a head), `num_hidden_layers`
             (12), `num_attention_heads` (3), `intermediate_size`, `image_size`, `patch_size` and so on.
@@ -79,7 +82,6 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
     halting: str | None = None
     halting_loss_weight: float | int = 0.01
     halting_prior: float | int = 0.2
-    halting_seed: int = 0
     self_distillation: bool = False
 
     def __post_init__(self, **kwargs):
@@ -90,8 +92,8 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         self.exit_layers = list(self.exit_layers)
         if self.exit_criterion is None and self.halting in HALTING:
             self.exit_criterion = self.halting
-        if self.threshold is None and self.exit_criterion in HALTING:
-            self.threshold = HALTING[self.exit_criterion]
+        if self.threshold is None:
+            self.threshold = HALTING_THRESHOLDS.get(self.exit_criterion)
         super().__post_init__(**kwargs)
 
     @property
@@ -144,7 +146,6 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         check_number("halting_prior", self.halting_prior, maximum=1.0)
         if self.halting_prior in (0, 1):
             raise ValueError(f"`halting_prior` must be above 0 and below 1, got {self.halting_prior!r}.")
-        check_integer("halting_seed", self.halting_seed, minimum=0)
         if not isinstance(self.self_distillation, bool):
             raise ValueError(f"`self_distillation` must be true or false, got {self.self_distillation!r}.")
         self._check_loss()
@@ -186,7 +187,7 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         """
         depth = _depth(fields)
         exits = sorted({max(1, round(depth * part / 3)) for part in (1, 2)} - {depth})
-        return cls(**{"exit_layers": exits, "exit_criterion": "entropy", "threshold": 0.5, **fields})
+        return cls(**_chosen(fields, "entropy", 0.5, exit_layers=exits))
 
     @classmethod
     def vit_ee(cls, **fields: Any) -> "EarlyExitViTConfig":
@@ -197,8 +198,7 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         """
         depth = _depth(fields)
         exits = [depth // 2] if depth > 1 else []
-        defaults = {"exit_layers": exits, "exit_head": "transformer_layer", "exit_criterion": "entropy"}
-        return cls(**{**defaults, "threshold": 0.5, **fields})
+        return cls(**_chosen(fields, "entropy", 0.5, exit_layers=exits, exit_head="transformer_layer"))
 
     @classmethod
     def fastbert(cls, **fields: Any) -> "EarlyExitViTConfig":
@@ -206,19 +206,20 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         FastBERT (arXiv 2004.02178): a linear head after every layer, normalised entropy below `threshold` (its "speed",
         0.5 unless `fields` says otherwise), heads distilled from the last one.
         """
-        return cls(**{"exit_criterion": "normalised_entropy", "threshold": 0.5, "self_distillation": True, **fields})
+        return cls(**_chosen(fields, "normalised_entropy", 0.5, self_distillation=True))
 
     @classmethod
     def pabee(cls, **fields: Any) -> "EarlyExitViTConfig":
         """
         PABEE (arXiv 2006.04152): a linear head after every layer, exit after the same prediction by more than
-        `threshold` layers in a row (half the depth unless `fields` says otherwise), losses weighted by layer.
+        `threshold` answers in a row (half of them unless `fields` says otherwise), losses weighted by layer.
         """
         depth = _depth(fields)
-        layers = [*(fields.get("exit_layers") or range(1, depth)), depth]
-        weights = [layer / sum(layers) for layer in layers]
-        defaults = {"exit_criterion": "patience", "threshold": max(1, depth // 2), "stage_loss_weights": weights}
-        return cls(**{**defaults, **fields})
+        layers = [*cls(num_hidden_layers=depth, exit_layers=fields.get("exit_layers")).exit_layers, depth]
+        weights = {"stage_loss_weights": [layer / sum(layers) for layer in layers]}
+        if fields.get("halting") or fields.get("self_distillation"):  # which have a loss of their own
+            weights = {}
+        return cls(**_chosen(fields, "patience", max(1, len(layers) // 2), **weights))
 
     @classmethod
     def act(cls, **fields: Any) -> "EarlyExitViTConfig":
@@ -226,16 +227,34 @@ class EarlyExitViTConfig(StagedConfig, NestedViTConfig):
         ACT by layer (arXiv 1603.08983): a halting score after every layer, an answer from the weighted class tokens.
         The ponder cost has A-ViT's weight, 5e-4 (arXiv 2112.07658), unless `fields` says otherwise.
         """
-        return cls(**{"halting": "act", "exit_head": "shared", "halting_loss_weight": 5e-4, **fields})
+        return cls(**_chosen(fields, halting="act", exit_head="shared", halting_loss_weight=5e-4))
 
     @classmethod
     def pondernet(cls, **fields: Any) -> "EarlyExitViTConfig":
-        """PonderNet (arXiv 2107.05407): a halting probability after every layer, one head, β = 0.01, λ_p = 0.2."""
-        return cls(**{"halting": "pondernet", "exit_head": "shared", **fields})
+        """
+        PonderNet (arXiv 2107.05407): a halting probability after every layer, one head, β = 0.01, λ_p = 0.2. Its
+        answers are random; `exit_criterion="q_exit"` makes them deterministic.
+        """
+        return cls(**_chosen(fields, halting="pondernet", exit_head="shared"))
+
+
+def _chosen(
+    fields: dict[str, Any], criterion: str | None = None, threshold: float | None = None, **defaults: Any
+) -> dict[str, Any]:
+    """
+    The fields of a method: what is given (not `None`), else its `defaults`, and its criterion with a τ on that scale.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if criterion is not None:
+        defaults["exit_criterion"] = criterion
+        if given.get("exit_criterion", criterion) == criterion:
+            defaults["threshold"] = threshold
+    return {**defaults, **given}
 
 
 def _depth(fields: dict[str, Any]) -> int:
-    depth = fields.get("num_hidden_layers", EarlyExitViTConfig.num_hidden_layers)
+    depth = fields.get("num_hidden_layers")
+    depth = EarlyExitViTConfig.num_hidden_layers if depth is None else depth
     check_integer("num_hidden_layers", depth, minimum=1)
     return depth
 

@@ -115,30 +115,37 @@ class ElasticViTConfig(NestedViTConfig):
         HydraViT (arXiv 2409.17978): as many leading heads, with their channels, as `heads` lists; by default every
         number from a quarter of the heads to all.
         """
-        full = _full_size(fields)
+        full = _full_size("hydravit", fields)
         if heads is None:
-            heads = range(max(1, full["num_attention_heads"] // 4), full["num_attention_heads"] + 1)
-        share = {"hidden_size": full["head_dim"], "intermediate_size": full["mlp_per_head"]}
-        networks = [{"num_attention_heads": h, **{name: h * each for name, each in share.items()}} for h in heads]
-        return cls(sub_networks=networks, **fields)
+            heads = range(max(1, full.num_attention_heads // 4), full.num_attention_heads + 1)
+        networks = [
+            {
+                "num_attention_heads": h,
+                "hidden_size": h * full.head_dim,
+                "intermediate_size": _share_of_mlp(full, h, full.num_attention_heads),
+            }
+            for h in heads
+        ]
+        return cls(sub_networks=_distinct(networks), **fields)
 
     @classmethod
     def matformer(cls, **fields: Any) -> "ElasticViTConfig":
         """MatFormer (arXiv 2310.07707): full width and heads; an eighth, a quarter, half and all of the MLP."""
-        full = _full_size(fields)
-        sizes = {"num_attention_heads": full["num_attention_heads"], "hidden_size": full["hidden_size"]}
-        widths = [max(1, full["intermediate_size"] // part) for part in (8, 4, 2, 1)]
-        return cls(sub_networks=[{**sizes, "intermediate_size": width} for width in widths], **fields)
+        full = _full_size("matformer", fields)
+        sizes = {"num_attention_heads": full.num_attention_heads, "hidden_size": full.hidden_size}
+        networks = [{**sizes, "intermediate_size": _share_of_mlp(full, 1, part)} for part in (8, 4, 2, 1)]
+        return cls(sub_networks=_distinct(networks), **fields)
 
     @classmethod
     def dynabert(cls, depths: Sequence[float] = (0.5, 0.75, 1.0), **fields: Any) -> "ElasticViTConfig":
         """
         DynaBERT (arXiv 2004.04037): full width; a quarter, half, three quarters and all of the heads and of the MLP,
         each at the `depths`, by default a half, three quarters and all of the layers. Widths ascend within each depth.
-        Its first phase of training has the widths alone: `depths=[1.0]`.
+        Where heads or layers are too few for all of these, there are fewer sub-networks: none is there twice. Its first
+        phase of training has the widths alone: `depths=[1.0]`.
         """
-        full, networks = _full_size(fields), []
-        depth = full["num_hidden_layers"]
+        full, networks = _full_size("dynabert", fields), []
+        depth, all_heads = full.num_hidden_layers, full.num_attention_heads
         for depth_share in depths:
             check_number("depths", depth_share, maximum=1.0)
             if not depth_share:
@@ -146,17 +153,17 @@ class ElasticViTConfig(NestedViTConfig):
             kept = max(1, round(depth_share * depth))
             layers = sorted({min(int(index / depth_share), depth - 1) for index in range(kept)})
             for width_share in (0.25, 0.5, 0.75, 1.0):
-                heads = max(1, round(width_share * full["num_attention_heads"]))
+                heads = max(1, round(width_share * all_heads))
                 networks.append(
                     {
                         "num_attention_heads": heads,
-                        "hidden_size": full["hidden_size"],
-                        "intermediate_size": heads * full["mlp_per_head"],
-                        "head_dim": full["head_dim"],
+                        "hidden_size": full.hidden_size,
+                        "intermediate_size": _share_of_mlp(full, heads, all_heads),
+                        "head_dim": full.head_dim,
                         "layers": layers,
                     }
                 )
-        return cls(sub_networks=networks, **fields)
+        return cls(sub_networks=_distinct(networks), **fields)
 
     @classmethod
     def sortednet(cls, widths: Sequence[int] | None = None, **fields: Any) -> "ElasticViTConfig":
@@ -164,18 +171,19 @@ class ElasticViTConfig(NestedViTConfig):
         SortedNet (arXiv 2309.00255): leading channels with all heads, which get narrower; by default a quarter, half,
         three quarters and all of the channels.
         """
-        full = _full_size(fields)
-        heads, size = full["num_attention_heads"], full["hidden_size"]
-        widths = [size * part // 4 // heads * heads for part in (1, 2, 3, 4)] if widths is None else widths
+        full = _full_size("sortednet", fields)
+        heads, size = full.num_attention_heads, full.hidden_size
+        if widths is None:
+            widths = [max(1, full.head_dim * part // 4) * heads for part in (1, 2, 3, 4)]
         networks = [
             {
                 "num_attention_heads": heads,
                 "hidden_size": width,
-                "intermediate_size": width * full["intermediate_size"] // size,
+                "intermediate_size": _share_of_mlp(full, width, size),
             }
-            for width in sorted(set(widths) - {0})
+            for width in sorted(widths)
         ]
-        return cls(sub_networks=networks, **fields)
+        return cls(sub_networks=_distinct(networks), **fields)
 
 
 def _as_dict(network: Any) -> dict[str, Any]:
@@ -186,21 +194,24 @@ def _as_dict(network: Any) -> dict[str, Any]:
     }
 
 
-def _full_size(fields: dict[str, Any]) -> dict[str, int]:
-    """The sizes of the whole model with these fields. `ValueError` if heads or MLP cannot be divided."""
-    chosen = ("sub_networks", "default_sub_network", "sub_network_loss_weights")
-    full = ElasticViTConfig(**{name: value for name, value in fields.items() if name not in chosen})
-    heads = full.num_attention_heads
-    if full.intermediate_size % heads:
-        raise ValueError(f"`intermediate_size` ({full.intermediate_size}) must be a multiple of the {heads} heads.")
-    return {
-        "num_attention_heads": heads,
-        "hidden_size": full.hidden_size,
-        "head_dim": full.head_dim,
-        "intermediate_size": full.intermediate_size,
-        "mlp_per_head": full.intermediate_size // heads,
-        "num_hidden_layers": full.num_hidden_layers,
-    }
+def _full_size(method: str, fields: dict[str, Any]) -> ElasticViTConfig:
+    """The whole model with these fields, alone. `ValueError` for those that the preset itself chooses."""
+    if "sub_networks" in fields:
+        raise ValueError(
+            f"`{method}` chooses the `sub_networks`: leave them out, or give them to `ElasticViTConfig` itself."
+        )
+    chosen = ("default_sub_network", "sub_network_loss_weights")  # they count the sub-networks
+    return ElasticViTConfig(**{name: value for name, value in fields.items() if name not in chosen})
+
+
+def _share_of_mlp(full: ElasticViTConfig, part: int, whole: int) -> int:
+    """That part of the MLP's channels, rounded down, and at least one."""
+    return max(1, full.intermediate_size * part // whole)
+
+
+def _distinct(networks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without repetitions, which the rounding of small sizes makes, in the same order."""
+    return list({SubNetwork(**fields): fields for fields in networks}.values())
 
 
 __all__ = ["ElasticViTConfig"]

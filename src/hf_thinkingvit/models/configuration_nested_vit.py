@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
-from .configuration_checks import as_pair, check_backbone_fields, check_choice, check_integer
+from .configuration_checks import OwnLayoutMixin, as_pair, check_backbone_fields, check_choice, check_integer
 
 
-class NestedViTConfig(PreTrainedConfig):
+class NestedViTConfig(OwnLayoutMixin, PreTrainedConfig):
     r"""
     The fields of a ViT. Subclasses add their own, and define `num_prefix_tokens` and `remote_code`.
 

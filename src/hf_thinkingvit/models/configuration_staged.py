@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .configuration_checks import as_plain_numbers, check_label_smoothing
+from .configuration_checks import OwnLayoutMixin, as_plain_numbers, check_label_smoothing
 from .exit_criteria import same_threshold, suits_problem_type
 from .exit_rules import check_exit_fields, default_exit_fields
 
@@ -58,7 +58,7 @@ def thinks_in_stages(model_or_config: nn.Module | PreTrainedConfig) -> bool:
     return bool(is_staged)
 
 
-class StagedConfig(PreTrainedConfig):
+class StagedConfig(OwnLayoutMixin, PreTrainedConfig):
     r"""
     Fields of models that answer in stages: the exit rule, and the weights of the stages in training. Subclasses define
     the stages in `stages`.
@@ -66,22 +66,22 @@ class StagedConfig(PreTrainedConfig):
     Args:
         threshold (`float` or `list[float]`, *optional*):
             τ: an image exits after a stage iff its entropy is strictly below τ (for `max_probability`, `margin`,
-            `patience`, `confident_twice`, `act` and `pondernet`: iff the score is strictly above τ). One number, or one
-            per exit, that is per stage but the last, which always answers. For the entropies, 0 never exits early. τ is
-            on the scale of its criterion. By default 0.5 for `"topk_entropy"` and 0.1 for `"mean_binary_entropy"`; the
-            other criteria have no default and need both fields. For regression, which no criterion judges, the default
-            is 0, and nothing else is accepted.
+            `patience`, `confident_twice`, `act`, `pondernet` and `q_exit`: iff the score is strictly above τ). One
+            number, or one per exit, that is per stage but the last, which always answers. For the entropies, 0 never
+            exits early. τ is on the scale of its criterion. By default 0.5 for `"topk_entropy"` and 0.1 for
+            `"mean_binary_entropy"`; the other criteria have no default and need both fields. For regression, which no
+            criterion judges, the default is 0, and nothing else is accepted.
         exit_criterion (`str`, *optional*):
             `"topk_entropy"` (the official code's, to which published thresholds refer), `"entropy"` (full softmax, the
             paper's formula), `"normalised_entropy"` (the same, divided by its maximum), `"max_probability"` or
             `"margin"` (largest minus second largest probability); criteria that compare stages, `"similarity"` (mean
             squared difference from the logits before), `"patience"` (stages in a row with the same prediction) and
-            `"confident_twice"` (smaller maximum probability of the last two stages); of learned halting scores `"act"`
-            and `"pondernet"` (see [`EarlyExitViTConfig`]); for multi-label classification `"mean_binary_entropy"` (of
-            each label's sigmoid, averaged over the labels: from 0 to ln 2). By default `"mean_binary_entropy"` where
-            `problem_type` is `"multi_label_classification"`, and `"topk_entropy"` otherwise. Setting another one later
-            (or a `problem_type` that it does not suit) resets `threshold` to `None`, and it must then be set as well;
-            only 0 remains valid from one entropy to another.
+            `"confident_twice"` (smaller maximum probability of the last two stages); of learned halting scores `"act"`,
+            `"pondernet"` (random) and `"q_exit"` (see [`EarlyExitViTConfig`]); for multi-label classification
+            `"mean_binary_entropy"` (of each label's sigmoid, averaged over the labels: from 0 to ln 2). By default
+            `"mean_binary_entropy"` where `problem_type` is `"multi_label_classification"`, and `"topk_entropy"`
+            otherwise. Setting another one later (or a `problem_type` that it does not suit) resets `threshold` to
+            `None`, and it must then be set as well; only 0 remains valid from one entropy to another.
         exit_at_threshold (`bool`, *optional*, defaults to `False`):
             Whether an image whose score equals τ exits as well, as in the published ThinkingViT with DynamicViT (which
             also has `exit_criterion="entropy"`). Then a τ of 0 still lets an entropy of exactly 0 exit.

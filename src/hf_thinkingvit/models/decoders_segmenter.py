@@ -10,6 +10,7 @@ from torch import nn
 
 from .configuration_thinkingvit import ThinkingViTConfig
 from .nested_layers import NestedLinear, ResidualDropout
+from .nested_projection import project
 from .nested_vit import NestedViTLayer, run_layers
 
 
@@ -22,7 +23,7 @@ class SegmenterLinearDecoder(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`patches` (images, patches, width of the stage) → logits (images, patches, num_labels)."""
-        return self.head(patches)
+        return project(self.head, patches)
 
 
 class SegmenterMaskTransformer(nn.Module):
@@ -50,7 +51,7 @@ class SegmenterMaskTransformer(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`patches` (images, patches, width of the stage) → logits (images, patches, num_labels)."""
         num_patches = patches.shape[1]
-        hidden_states = self.projection(patches)
+        hidden_states = project(self.projection, patches)
         class_embeddings = self.class_embeddings.expand(len(patches), -1, -1).to(hidden_states.dtype)
         hidden_states = torch.cat([hidden_states, class_embeddings], dim=1)
         hidden_states, _ = run_layers(self.layers, hidden_states, self.sizes)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .exit_memory import act, confident_twice, patience, pondernet, similarity
+from .exit_memory import act, confident_twice, patience, pondernet, q_exit, similarity
 from .exit_scores import entropy, margin, max_probability, mean_binary_entropy, mean_grid_entropy, topk_entropy
 from .staged_run import Answer, Memory
 
@@ -39,6 +39,8 @@ class ExitCriterion:
             and `memory` is what the call for the stage before returned, of the same images (`{}` at the first stage).
             Its tensors have one row per image. Scores must not depend on τ: then one pass serves every τ.
         halting (`str`, *optional*): the kind of learned halting score that it reads, as in `config.halting`.
+        draws (`bool`): whether the score depends on a number that is drawn at random for each image, uniform in [0, 1),
+            the entry `"noise"` of the memory that the first stage starts with.
     """
 
     score: Callable[[torch.Tensor, int], torch.Tensor] | None
@@ -51,6 +53,7 @@ class ExitCriterion:
     is_dense: bool = False
     score_with_memory: Callable[[Answer, Memory, int], tuple[torch.Tensor, Memory]] | None = None
     halting: str | None = None
+    draws: bool = False
 
     def __call__(self, answer: Answer, memory: Memory, top_k: int) -> tuple[torch.Tensor, Memory]:
         """Scores `(images,)`, float32, and the memory for the next stage."""
@@ -163,8 +166,18 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
         None,
         exits_below=False,
         maximum=lambda num_labels, top_k: 2.0,
-        description="the learned probability of having halted, plus a number between 0 and 1 drawn for the image,",
+        description="the learned probability of having halted, plus a number between 0 and 1 drawn at random (so that "
+        "answers to the same image may differ),",
         score_with_memory=pondernet,
+        halting="pondernet",
+        draws=True,
+    ),
+    "q_exit": ExitCriterion(
+        None,
+        exits_below=False,
+        maximum=lambda num_labels, top_k: 1.0,
+        description="the learned probability of having halted so far,",
+        score_with_memory=q_exit,
         halting="pondernet",
     ),
 }

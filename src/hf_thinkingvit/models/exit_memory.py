@@ -48,42 +48,28 @@ def act(answer: Answer, memory: Memory, top_k: int) -> Scored:
     return total, {"total": total}
 
 
+def q_exit(answer: Answer, memory: Memory, top_k: int) -> Scored:
+    """The probability of having halted by now, by the learned halting scores (Q-exit, arXiv 2204.03276)."""
+    score = answer["halting_score"].float()
+    goes_on = (1 - score) * memory["goes_on"] if "goes_on" in memory else 1 - score
+    return 1 - goes_on, {"goes_on": goes_on}
+
+
 def pondernet(answer: Answer, memory: Memory, top_k: int) -> Scored:
     """
     PonderNet's sampled halting (arXiv 2107.05407): F + 1 - u, with F the probability of having halted by now, and u one
     uniform number in [0, 1) for each image and all of its stages. Greater than 1 iff F > u, so that at τ = 1 an image
     halts at each stage with the probability that its halting scores give; a greater τ halts later, and none at τ = 2.
 
-    u is `"noise"` of the memory that the first stage starts with, where the caller gave one, else of the answer.
+    u is `"noise"` of the memory that the first stage starts with, which `ExitRule.first_memory` draws.
     """
-    score = answer["halting_score"].float()
-    noise = memory["noise"] if "noise" in memory else answer["halting_noise"]
-    goes_on = (1 - score) * memory["goes_on"] if "goes_on" in memory else 1 - score
-    return (1 - goes_on) + (1 - noise), {"noise": noise, "goes_on": goes_on}
+    if "noise" not in memory:
+        raise ValueError(
+            "`exit_criterion` = 'pondernet' compares with a number that is drawn for each image: let the first stage "
+            "start with the state that `first_state` makes."
+        )
+    probability, remembered = q_exit(answer, memory, top_k)
+    return probability + (1 - memory["noise"]), {**remembered, "noise": memory["noise"]}
 
 
-def image_noise(pixel_values: torch.Tensor, seed: int) -> torch.Tensor:
-    """
-    A number in [0, 1) for each image, uniform over images, which depends on its pixels and the seed alone. So an image
-    gets the same one in every batch, engine, sweep and exported program, and no generator has to travel with it.
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): in the dtype of the model.
-        seed (`int`): another one gives other numbers, from 0 to 2³¹ - 2.
-
-    Returns:
-        `torch.Tensor` of shape `(images,)`, float32.
-    """
-    # Integers, because their sums do not depend on the order in which they are added. No product overflows int64.
-    prime = 2**31 - 1
-    levels = pixel_values.flatten(1).float().nan_to_num().clamp(-128, 128).mul(4096).round().long()
-    places = torch.arange(levels.shape[1], device=levels.device)
-    weights = ((places + 1) * 48271 + seed % prime) % prime * 16807 % prime % 1000003 + 1
-    mixed = (levels * weights).sum(dim=1) % prime
-    for multiplier in (48271, 69621):
-        mixed = (mixed * multiplier + 12345 + seed) % prime
-    # 24 bits, which float32 holds exactly: rounding must not give 1.
-    return (mixed * 2**24 // prime).float() / 2**24
-
-
-__all__ = ["act", "confident_twice", "image_noise", "patience", "pondernet", "similarity"]
+__all__ = ["act", "confident_twice", "patience", "pondernet", "q_exit", "similarity"]

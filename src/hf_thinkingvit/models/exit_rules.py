@@ -181,6 +181,34 @@ class ExitRule:
                 "`threshold` = 0: set it to False."
             )
 
+    @property
+    def draws(self) -> bool:
+        """Whether exits are random: see `ExitCriterion.draws`."""
+        return EXIT_CRITERIA[self.criterion].draws
+
+    def first_memory(self, count: int, generator: torch.Generator | None = None) -> Memory:
+        """
+        What is remembered of images before their first stage: `{"noise": (count,)}`, float32, where the criterion
+        draws a number for each image; nothing otherwise. The numbers are drawn one after the other, so that a stream of
+        images gets the same ones however it is divided.
+
+        Args:
+            count (`int`): how many images.
+            generator (`torch.Generator`, *optional*): to draw from; torch's global one of the CPU by default.
+
+        Raises:
+            ValueError: for a `generator` of a criterion that draws nothing.
+        """
+        if self.draws:
+            device = "cpu" if generator is None else generator.device
+            return {"noise": torch.rand(count, generator=generator, device=device)}
+        if generator is not None:
+            raise ValueError(
+                "`generator` is for an `exit_criterion` that draws random numbers ('pondernet'), not "
+                f"{self.criterion!r}."
+            )
+        return {}
+
     def judge(self, stage_index: int, answer: Answer, memory: Memory | None = None) -> Verdict:
         """
         Args:

@@ -33,6 +33,8 @@ class AViTModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, tokens, hidden_size)`):
             Halting-weighted sum of each token's outputs, after the final LayerNorm.
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+            The class token of it.
         token_depth (`torch.LongTensor` of shape `(batch_size, tokens)`):
             Layers that each token ran, from 1.
         ponder (`torch.FloatTensor` of shape `(batch_size, tokens)`):
@@ -44,6 +46,7 @@ class AViTModelOutput(ModelOutput):
     """
 
     last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
     token_depth: torch.Tensor | None = None
     ponder: torch.Tensor | None = None
     halting_scores: torch.Tensor | None = None
@@ -163,8 +166,10 @@ class AViTModel(AViTPreTrainedModel):
         hidden_states = self.begin(pixel_values, interpolate_pos_encoding)
         halting = DenseHalting(self.config, epsilon, hidden_states)
         run_layers(self.layers[:num_layers], hidden_states, self.config.sub_network, halting, **kwargs)
+        tokens = self.layernorm(halting.output)
         return AViTModelOutput(
-            last_hidden_state=self.layernorm(halting.output),
+            last_hidden_state=tokens,
+            pooler_output=tokens[:, 0],
             token_depth=halting.token_depth,
             ponder=halting.ponder,
             halting_scores=torch.stack(halting.scores),
@@ -315,10 +320,10 @@ class AViTForImageClassification(AViTPreTrainedModel):
 
     def _fixed_macs(self, num_tokens: int) -> int:
         """Multiply-accumulates that every image takes: patch embedding and heads."""
-        patch_embedding = (
-            num_tokens - self.config.num_prefix_tokens
-        ) * self.avit.embeddings.patch_embeddings.weight.numel()
-        return patch_embedding + self.config.num_prefix_tokens * self.classifier.weight.numel()
+        config, embeddings = self.config, self.avit.embeddings
+        patch = embeddings.num_channels * embeddings.patch_size[0] * embeddings.patch_size[1]
+        num_prefix = config.num_prefix_tokens
+        return config.hidden_size * (patch * (num_tokens - num_prefix) + config.num_labels * num_prefix)
 
 
 __all__ = ["AViTForImageClassification", "AViTModel", "AViTPreTrainedModel"]

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_early_exit_vit import METHODS, EarlyExitViTConfig
 from .exit_losses import exit_training_loss
-from .exit_memory import image_noise
 from .module_arguments import check_arguments
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
@@ -37,9 +36,8 @@ from .task_classification import ImageClassificationTask, StagedImageClassifierO
 from .weights_from_vit import PLAIN_VIT, fields_from_vit, import_vit, load_classifier, override_fields
 
 
-# Entries of the state that stay from stage to stage: ACT's weighted sum of class tokens, what is left of the weights,
-# and PonderNet's number for the image.
-HALTING_STATE = ("halted_output", "remainder", "halting_noise")
+# Entries of the state that stay from stage to stage: ACT's weighted sum of class tokens, what is left of the weights.
+HALTING_STATE = ("halted_output", "remainder")
 
 
 @dataclass
@@ -85,8 +83,6 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
         if self.config.halting == "act":
             state["halted_output"] = torch.zeros_like(hidden_states[:, 0])
             state["remainder"] = hidden_states.new_ones(hidden_states.shape[0], dtype=torch.float32)
-        elif self.config.halting == "pondernet":
-            state["halting_noise"] = image_noise(pixel_values.to(hidden_states.dtype), self.config.halting_seed)
         return state
 
     def run_stage(self, stage_index: int, state: State, all_tokens: bool = True, **kwargs) -> State:
@@ -120,7 +116,7 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
         max_stages: int | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
@@ -128,8 +124,9 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens after the last
-            layer that ran and the final LayerNorm, `(batch_size, tokens, hidden_size)`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` are the tokens after the
+            last layer that ran and the final LayerNorm, `(batch_size, tokens, hidden_size)`; `pooler_output` is their
+            class token.
 
         Raises:
             ValueError: for pixel values or `max_stages` that do not fit the model.
@@ -138,7 +135,8 @@ class EarlyExitViTModel(EarlyExitViTPreTrainedModel):
         check_arguments(self, kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages)
         state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layernorm(state["tokens"]))
+        tokens = self.layernorm(state["tokens"])
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
 
 
 class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMixin, EarlyExitViTPreTrainedModel):
@@ -179,7 +177,8 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
     def freeze_backbone(self) -> None:
         """
         Train the exits' own heads and halting gates only: everything that a plain ViT has stops requiring gradients. In
-        a training run, `freeze: ["early_exit_vit.*", "classifier.*"]` does the same.
+        a training run, `freeze: ["early_exit_vit.*", "classifier.*"]` does the same. With `self_distillation`, which
+        trains nothing else anyway, it saves time and memory.
 
         Raises:
             ValueError: if nothing would be left to train.
@@ -189,15 +188,21 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
         self.early_exit_vit.requires_grad_(False)
         self.classifier.requires_grad_(False)
 
+    @property
+    def _distils_itself(self) -> bool:
+        return self.training and self.config.self_distillation
+
     def answer(self, stage_index: int, state: State) -> Answer:
-        tokens = state["tokens"]
+        # With self-distillation only the exits' own heads learn, whether the rest is frozen or not.
+        tokens = state["tokens"].detach() if self._distils_itself else state["tokens"]
         class_token = tokens[:, 0]
-        answer = {name: state[name] for name in ("halting_score", "halting_noise") if name in state}
+        answer = {"halting_score": state["halting_score"]} if "halting_score" in state else {}
         if "remainder" in state:
             remainder = state["remainder"].to(class_token.dtype)
             class_token = state["halted_output"] + remainder[:, None] * class_token
         if stage_index == self.config.num_stages - 1 or self.config.exit_head == "shared":
-            return {"logits": self.classifier(self.early_exit_vit.layernorm(class_token)), **answer}
+            logits = self.classifier(self.early_exit_vit.layernorm(class_token))
+            return {"logits": logits.detach() if self._distils_itself else logits, **answer}
         if self.config.exit_head == "transformer_layer":
             tokens, _, _ = self.exit_transformer_layers[stage_index](tokens, self.config.sub_network, queries=slice(1))
             class_token = tokens[:, 0]
@@ -269,8 +274,9 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
             interpolate_pos_encoding (`bool`, *optional*):
                 Accept images of another size than `config.image_size`, and interpolate the position embeddings.
             generator (`torch.Generator`, *optional*):
-                Of the criterion `"pondernet"`: draws one number for each image of the batch, by which its halting is
-                sampled. By default that number depends on the image and `config.halting_seed`, whatever the batch.
+                Of the criterion `"pondernet"`, whose answers are random: draws the number by which each image's halting
+                is sampled. By default torch's global one of the CPU, so that two calls may answer differently; with a
+                generator of the same seed they answer the same, whatever the dtype, the device and the batches.
 
         Returns:
             [`EarlyExitImageClassifierOutput`]
@@ -289,7 +295,7 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
             stages,
             pixel_values,
             run_all=bool(output_stage_logits),
-            memory=self._drawn_noise(pixel_values, generator),
+            generator=generator,
             interpolate_pos_encoding=interpolate_pos_encoding,
             **kwargs,
         )
@@ -298,18 +304,6 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
         if outputs.stage_logits is not None and self.config.halting is not None:
             scores = tuple(step.answer["halting_score"] for step in run.steps)
         return EarlyExitImageClassifierOutput(**outputs, halting_scores=scores)
-
-    def _drawn_noise(
-        self, pixel_values: torch.Tensor | None, generator: torch.Generator | None
-    ) -> dict[str, torch.Tensor] | None:
-        if generator is None:
-            return None
-        if self.config.exit_criterion != "pondernet":
-            raise ValueError(f"`generator` is for `exit_criterion` 'pondernet', not {self.config.exit_criterion!r}.")
-        if pixel_values is None:  # `begin` says what is wrong
-            return None
-        noise = torch.rand(len(pixel_values), generator=generator, device=generator.device)
-        return {"noise": noise.to(pixel_values.device)}
 
     @classmethod
     def from_vit(cls, source, method: str | None = None, **config_overrides) -> "EarlyExitViTForImageClassification":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -17,6 +17,7 @@ from .importance import sort_by_importance
 from .module_arguments import check_arguments
 from .module_recording import record, wants_recordings
 from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_projection import project
 from .nested_vit import (
     NestedViTAttention,
     NestedViTEmbeddings,
@@ -113,7 +114,7 @@ class ElasticViTModel(ElasticViTPreTrainedModel):
         intermediate_size: int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
@@ -123,8 +124,8 @@ class ElasticViTModel(ElasticViTPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutput`]: the tokens after the final LayerNorm, `(batch_size,
-            tokens, width of the sub-network)`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tokens after the final LayerNorm,
+            `(batch_size, tokens, width of the sub-network)`, and as `pooler_output` the class token.
 
         Raises:
             ValueError: for pixel values, `sub_network` or `intermediate_size` that do not fit the model.
@@ -132,7 +133,8 @@ class ElasticViTModel(ElasticViTPreTrainedModel):
         """
         check_arguments(self, kwargs)
         network = resolve_network(self.config, sub_network, intermediate_size)
-        return BaseModelOutput(self.run(pixel_values, network, interpolate_pos_encoding, **kwargs))
+        tokens = self.run(pixel_values, network, interpolate_pos_encoding, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
 
     def run(
         self,
@@ -221,7 +223,7 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
         logits = []
         for number, network in zip(numbers, networks):
             tokens = self.elastic_vit.run(pixel_values, network, interpolate_pos_encoding, num_queries, **kwargs)
-            logits.append(self.classifier_of(number)(tokens[:, 0]))
+            logits.append(project(self.classifier_of(number), tokens[:, 0]))
         loss = None
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config)
@@ -294,16 +296,18 @@ class ElasticViTForImageClassification(ElasticViTPreTrainedModel):
 
         Raises:
             ValueError: if there is no such sub-network, or a plain ViT cannot be of its sizes: heads that do not fill
-                the width (DynaBERT), or another MLP width in each layer.
+                the width (DynaBERT), or several MLP widths.
         """
         number = self.config.default_sub_network if sub_network is None else sub_network
         network = resolve_network(self.config, number)
-        if network.attention_size != network.hidden_size or not isinstance(network.intermediate_size, int):
+        layers = list(network.layer_numbers(self.config.num_hidden_layers))
+        mlp_widths = {network.at_layer(layer).intermediate_size for layer in layers}
+        if network.attention_size != network.hidden_size or len(mlp_widths) > 1:
             raise ValueError(
                 f"A plain ViT has `hidden_size` channels in its heads, and one MLP width: it cannot be of {network}. "
                 "Save this model with `default_sub_network` instead."
             )
-        layers = list(network.layer_numbers(self.config.num_hidden_layers))
+        network = network.at_layer(layers[0])  # one width
         fields = {name: getattr(self.config, name) for name in SHARED_FIELDS} | {"num_hidden_layers": len(layers)}
         sizes = {name: getattr(network, name) for name in ("num_attention_heads", "hidden_size", "intermediate_size")}
         vit = ViTForImageClassification(ViTConfig(**{**fields, **sizes})).to(device=self.device, dtype=self.dtype)

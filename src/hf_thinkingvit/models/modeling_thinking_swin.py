@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_thinking_swin import SwinRound, ThinkingSwinConfig
 from .module_arguments import check_arguments
+from .module_quantization import QuantizablePreTrainedModel
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_projection import project
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
-from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
+from .staged_loop import StagedModelMixin, resolve_feature_stages, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .token_policies import layer_entries
+from .weights_from_official import OfficialSourcesMixin
 from .weights_from_swin import import_swin, load_swin, thinking_swin_config_from_swin
 
 
@@ -68,7 +70,7 @@ class ThinkingSwinRecycler(nn.Module):
         return (squares + recycled).flatten(3, 4).flatten(1, 2)
 
 
-class ThinkingSwinPreTrainedModel(PreTrainedModel):
+class ThinkingSwinPreTrainedModel(OfficialSourcesMixin, QuantizablePreTrainedModel):
     config: ThinkingSwinConfig
     base_model_prefix = "thinking_swin"
     main_input_name = "pixel_values"
@@ -178,28 +180,29 @@ class ThinkingSwinModel(ThinkingSwinPreTrainedModel):
         sub_network: int | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
-            max_stages (`int`, *optional*): run only this many rounds; all by default.
+            max_stages (`int`, *optional*): run only this many rounds; by default up to `config.out_stage`, or all.
             sub_network (`int`, *optional*): run the sub-network of this round alone, without recycled tokens.
             interpolate_pos_encoding (`bool`, *optional*): with `config.use_absolute_embeddings`, accept images of
                 another size than `config.image_size`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens of the last round
-            that ran, after the final LayerNorm, `(batch_size, tokens, width of that round)`. `hidden_states` and
-            `attentions` hold every layer and every block of every round, in order, as in `StagedImageClassifierOutput`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` are tokens of the last
+            round that ran, after the final LayerNorm, `(batch_size, tokens, its width)`, and `pooler_output` is their
+            mean. `hidden_states` and `attentions` hold every layer and every block of every round, in order, as in
+            `StagedImageClassifierOutput`.
 
         Raises:
             ValueError: for pixel values, `max_stages` or `sub_network` that do not fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
-        stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
-        state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, **kwargs)
-        return BaseModelOutput(last_hidden_state=state["tokens"].flatten(1, 2))
+        stages = resolve_feature_stages(self.config, max_stages, sub_network)
+        tokens = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, **kwargs)["tokens"].flatten(1, 2)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(dim=1))
 
 
 class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMixin, ThinkingSwinPreTrainedModel):
@@ -225,7 +228,7 @@ class ThinkingSwinForImageClassification(ImageClassificationTask, StagedModelMix
         self.post_init()
 
     def answer(self, stage_index: int, state: State) -> Answer:
-        return {"logits": self.classifier(state["tokens"].flatten(1, 2).mean(dim=1))}
+        return {"logits": project(self.classifier, state["tokens"].flatten(1, 2).mean(dim=1))}
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -21,6 +21,7 @@ from .configuration_thinkingvit import ThinkingViTConfig
 from .module_arguments import check_arguments
 from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
+from .nested_projection import project
 from .nested_vit import (
     NestedViTAttention,
     NestedViTEmbeddings,
@@ -30,19 +31,18 @@ from .nested_vit import (
     finish_layers,
     run_layers,
 )
-from .staged_compilation import compilable_step
-from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
+from .staged_loop import StagedModelMixin, resolve_feature_stages, resolve_stages, run_backbone, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .token_policies import LayerOutputs
-from .token_pruning import ScorePredictors, kept_entries
+from .token_pruning import ScorePredictors, TokenPruningMixin, kept_entries
 from .token_pruning_training import add_pruning_outputs, training_entries
 from .weights_from_vit import ONE_HEAD, export_stage, import_vit, load_classifier, thinkingvit_config_from_vit
 
 
 if TYPE_CHECKING:
-    # Never runs: Transformers copies the files that relative imports name along with a model; `auto_map` names these.
+    # Never runs: Transformers copies the files that relative imports name; `auto_map` of a saved model names these.
     from .modeling_thinkingvit_backbone import ThinkingViTBackbone  # noqa: F401
     from .modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation  # noqa: F401
 
@@ -57,7 +57,7 @@ class ThinkingViTRecycler(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`embeddings` (batch, tokens, next stage's width) and a stage's tokens → the next stage's input, alike."""
-        return embeddings + self.alpha * self.projection(tokens, embeddings.shape[-1])
+        return embeddings + self.alpha * project(self.projection, tokens, embeddings.shape[-1])
 
 
 class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
@@ -70,7 +70,10 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
     def __init__(self, config: ThinkingViTConfig):
         super().__init__(config)
         if config.pruning_layers and getattr(self, "reads_all_tokens", False):
-            raise ValueError(f"{type(self).__name__} reads every patch: it cannot have `pruning_layers`.")
+            raise ValueError(
+                f"{type(self).__name__} reads every patch: it cannot have `pruning_layers`. A saved model loads "
+                "without them: `from_pretrained(..., pruning_layers=None, pruning_keep_rate=None)`."
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -80,9 +83,7 @@ class ThinkingViTPreTrainedModel(NestedViTPreTrainedModel):
 
 
 class ThinkingViTModel(ThinkingViTPreTrainedModel):
-    """
-    The bare ThinkingViT. `forward` runs every stage for every image, since without an answer nothing can exit.
-    """
+    """The bare ThinkingViT. `forward` runs every stage for every image, since without an answer nothing can exit."""
 
     def __init__(self, config: ThinkingViTConfig):
         super().__init__(config)
@@ -136,7 +137,7 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         is_pruned = len(self.score_predictors) > 0 and stage_index == len(self.stages) - 1
         num_queries = None if all_tokens or (is_pruned and self.training) else 1
         recorder = LayerOutputs() if output_layers else None
-        policy = self.score_predictors.policy(hidden_states, keep_rate) if is_pruned else recorder
+        policy = self.score_predictors.policy(hidden_states, keep_rate, self.training) if is_pruned else recorder
         tokens, pending = run_layers(
             self.layers, hidden_states, self.stages[stage_index], policy=policy, num_queries=num_queries, **kwargs
         )
@@ -175,32 +176,35 @@ class ThinkingViTModel(ThinkingViTPreTrainedModel):
         keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
-            max_stages (`int`, *optional*): run only this many stages; all by default.
+            max_stages (`int`, *optional*): run only this many stages; by default up to `config.out_stage`, or all.
             sub_network (`int`, *optional*): run the sub-network of this stage alone, without recycled tokens.
             keep_rate (`float` or `list[float]`, *optional*): instead of `config.pruning_keep_rate`.
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutput`]: `last_hidden_state` holds the tokens of the last stage
-            that ran, after the final LayerNorm, `(batch_size, tokens, width of that stage)`; after pruning, patches by
-            descending score. `hidden_states` and `attentions` are as in `StagedImageClassifierOutput`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` are tokens of the last
+            stage that ran, after the final LayerNorm, `(batch_size, tokens, its width)`, after pruning patches by
+            descending score; `pooler_output` is the class token. `hidden_states` and `attentions` are as in
+            `StagedImageClassifierOutput`.
 
         Raises:
             ValueError: for pixel values, `max_stages`, `sub_network` or `keep_rate` that do not fit the model.
             TypeError: for arguments that neither the model nor Transformers knows.
         """
         check_arguments(self, kwargs)
-        stages = resolve_stages(self.config.num_stages, max_stages, sub_network)
+        stages = resolve_feature_stages(self.config, max_stages, sub_network)
         self.score_predictors.check_keep_rate(keep_rate)
         state = run_backbone(self, pixel_values, stages, interpolate_pos_encoding, keep_rate=keep_rate, **kwargs)
-        return BaseModelOutput(last_hidden_state=state["tokens"])
+        return BaseModelOutputWithPooling(last_hidden_state=state["tokens"], pooler_output=state["tokens"][:, 0])
 
 
-class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixin, ThinkingViTPreTrainedModel):
+class ThinkingViTForImageClassification(
+    TokenPruningMixin, ImageClassificationTask, StagedModelMixin, ThinkingViTPreTrainedModel
+):
     """
     ThinkingViT with an image classification head on the class token, one head for all stages, and early exit.
 
@@ -223,20 +227,8 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
         self.post_init()
 
     def answer(self, stage_index: int, state: State) -> Answer:
-        pruning = training_entries(state, self.config.num_prefix_tokens) if self.training else kept_entries(state)
-        return {"logits": self.classifier(state["tokens"][:, 0]), **pruning}
-
-    @compilable_step
-    def run_stage(
-        self,
-        stage_index: int,
-        state: State,
-        is_last: bool = False,
-        keep_rate: float | tuple[float, ...] | None = None,
-        **kwargs,
-    ) -> State:
-        """As in [`StagedModelMixin`]. Sizes depend on `keep_rate`, so there is a compiled program for each."""
-        return super().run_stage(stage_index, state, is_last=is_last, keep_rate=keep_rate, **kwargs)
+        pruning = {**training_entries(state, self.config.num_prefix_tokens), **kept_entries(state)}
+        return {"logits": project(self.classifier, state["tokens"][:, 0]), **pruning}
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -300,7 +292,7 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
             pixel_values,
             run_all=bool(output_stage_logits),
             interpolate_pos_encoding=interpolate_pos_encoding,
-            **predictors.arguments(keep_rate, output_kept_tokens),
+            **self.token_arguments(keep_rate, output_kept_tokens),
             **kwargs,
         )
         outputs = self.build_output(run, labels, output_stage_logits, **kwargs)
@@ -313,10 +305,9 @@ class ThinkingViTForImageClassification(ImageClassificationTask, StagedModelMixi
     @classmethod
     def from_vit(cls, source, thinking_stages=None, **config_overrides) -> "ThinkingViTForImageClassification":
         r"""
-        Start from a trained plain ViT (the plug-in upgrade of the ThinkingViT paper).
-
-        The source goes into the leading channels and heads; the rest is freshly initialised. With a source as wide as
-        stage 0, stage 0 gives its logits. One between the widths of two stages is a start for training only.
+        Start from a trained plain ViT (the plug-in upgrade of the ThinkingViT paper). It goes into the leading channels
+        and heads; the rest is freshly initialised. With a source as wide as stage 0, stage 0 gives its logits. One
+        between the widths of two stages is a start for training only.
 
         Args:
             source (`str`, `os.PathLike`, `ViTForImageClassification` or `DeiTForImageClassification`):

@@ -23,12 +23,11 @@ class ThinkingViTBackbone(StagedBackboneMixin, ThinkingViTPreTrainedModel):
     >>> model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, num_labels=150))
     ```"""
 
+    reads_all_tokens = True
     _can_record_outputs = {"attentions": NestedViTAttention}
 
     def __init__(self, config: ThinkingViTConfig):
         super().__init__(config)
-        if config.pruning_layers:
-            raise ValueError(f"{type(self).__name__} reads every patch: it cannot have `pruning_layers`.")
         self.thinkingvit = ThinkingViTModel(config)
         width = self.thinkingvit.stages[config.feature_stage].hidden_size
         self.num_features = [width] * len(self.stage_names)

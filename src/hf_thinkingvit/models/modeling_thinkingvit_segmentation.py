@@ -186,7 +186,8 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
         cls, source, decoder_type="linear", **config_overrides
     ) -> "ThinkingViTForSemanticSegmentation":
         r"""
-        Start from the backbone of a trained ThinkingViT classifier; the decoder is freshly initialised.
+        Start from the backbone of a trained ThinkingViT classifier, without its token pruning if it has any. The
+        decoder is freshly initialised.
 
         Args:
             source (`str`, `os.PathLike` or a ThinkingViT):

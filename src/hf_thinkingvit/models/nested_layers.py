@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN, GELUActivation
 
 from .module_caches import ModuleCacheMixin, is_plain_tensor
 from .module_recording import is_idle_recorder
+from .nested_projection import LeadingCorner, project
 
 
 class LeadingSliceMixin(ModuleCacheMixin):
@@ -83,17 +84,26 @@ def _is_same_memory(tensor: torch.Tensor | None, alias: torch.Tensor | None) -> 
 
 
 class NestedLinear(LeadingSliceMixin, nn.Linear):
-    """A linear map whose leading rows and columns are a smaller linear map."""
+    """
+    A linear map whose leading rows and columns are a smaller linear map.
 
-    def forward(self, hidden_states: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
+    Call it by `project`, which also serves modules that take its place.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, out_features: int | LeadingCorner | None = None) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(..., width)`): uses the first `width` columns of the weight.
-            out_features (`int`, *optional*): uses the first `out_features` rows; all by default.
+            out_features (`int`, *optional*): uses the first `out_features` rows; all by default. A [`LeadingCorner`]
+                comes from an adapter around this layer.
 
         Returns:
             `torch.Tensor` of shape `(..., out_features)`.
         """
+        if isinstance(out_features, LeadingCorner):
+            corner = out_features
+            output = NestedLinear.forward(self, hidden_states[..., : corner.in_features], corner.out_features)
+            return corner.widen(output, self.out_features)
         if out_features is not None and out_features > self.out_features:
             raise ValueError(f"{out_features} leading rows were asked of a layer that has {self.out_features}.")
         weight, bias = self.leading(out_features or self.out_features, hidden_states.shape[-1])
@@ -101,10 +111,19 @@ class NestedLinear(LeadingSliceMixin, nn.Linear):
 
 
 class NestedConv2d(LeadingSliceMixin, nn.Conv2d):
-    """A patch embedding (a convolution with stride = kernel size) of which any range of channels can be computed."""
+    """
+    A patch embedding (a convolution with stride = kernel size) of which any range of channels can be computed.
 
-    def forward(self, pixel_values: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """`pixel_values` (batch, channels, height, width) → patches (batch, number of patches, stop - start)."""
+    Call it by `project_patches`, which also serves modules that take its place.
+    """
+
+    def forward(self, pixel_values: torch.Tensor, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """
+        `pixel_values` (batch, channels, height, width) → patches (batch, number of patches, stop - start). Without
+        `start`, as an adapter calls it, what a convolution gives: (batch, out_channels, rows, columns).
+        """
+        if start is None:
+            return super().forward(pixel_values)
         if start == 0:
             weight, bias = self.leading(stop or self.out_channels, *self.weight.shape[1:])
             return self._conv_forward(pixel_values, weight, bias).flatten(2).transpose(1, 2)
@@ -187,12 +206,12 @@ class NestedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, intermediate_size: int) -> torch.Tensor:
         """`hidden_states` (..., width) → the same shape, through the first `intermediate_size` MLP channels."""
-        intermediate = self.fc1(hidden_states, intermediate_size)
+        intermediate = project(self.fc1, hidden_states, intermediate_size)
         if _is_exact_gelu(self.activation_fn) and may_overwrite(intermediate, self.fc1, self.activation_fn):
             torch.ops.aten.gelu_(intermediate)
         else:
             intermediate = self.activation_fn(intermediate)
-        return self.fc2(intermediate, hidden_states.shape[-1])
+        return project(self.fc2, intermediate, hidden_states.shape[-1])
 
 
 def _is_exact_gelu(activation_fn: nn.Module) -> bool:

@@ -5,6 +5,7 @@ In the order in which pixels flow: embeddings, patch merging, windows, attention
 gives the numbers of heads and channels of a layer; at full width this is Transformers' Swin.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .nested_layers import (
     ResidualDropout,
     add_residual,
 )
+from .nested_projection import LeadingCorner, is_nested, project
 from .nested_vit import attend, check_pixel_values
 from .sub_networks import SubNetwork
 
@@ -102,7 +104,7 @@ class NestedSwinPatchMerging(nn.Module):
             hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, columns % 2, 0, rows % 2))
         # The order of the four neighbours: down the left column, then down the right one.
         squares = hidden_states.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
-        return self.reduction(self.norm(squares.flatten(3)), out_channels)
+        return project(self.reduction, self.norm(squares.flatten(3)), out_channels)
 
 
 class Windows(NamedTuple):
@@ -189,20 +191,32 @@ class NestedQKV(LeadingSliceMixin, nn.Linear):
         super().__init__(channels, 3 * channels, bias=bias)
         self.slicing = slicing
 
-    def forward(self, hidden_states: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, ...]:
-        """(windows, tokens, width) → queries, keys and values, each (windows, heads, tokens, head_dim)."""
+    def forward(
+        self, hidden_states: torch.Tensor, out_features: int | LeadingCorner | None = None
+    ) -> torch.Tensor | Sequence[torch.Tensor]:
+        """
+        (windows, tokens, width) → with `out_features` (3 · width), queries, keys and values, each (windows, tokens,
+        width). Adapters around this layer call it at full width, by itself or with the corner that will be read, for
+        the outputs in one tensor (windows, tokens, 3 · channels).
+        """
+        if out_features is None:
+            return super().forward(hidden_states)
+        if isinstance(out_features, LeadingCorner):
+            corner = out_features
+            parts = NestedQKV.forward(self, hidden_states[..., : corner.in_features], corner.out_features)
+            return corner.widen(torch.cat(parts, dim=-1), self.out_features)
         width = hidden_states.shape[-1]
         if self.slicing == "leading_rows" or width == self.in_features:
-            projected = nn.functional.linear(hidden_states, *self.leading(3 * width, width)).chunk(3, dim=-1)
-        else:
-            projected = [nn.functional.linear(hidden_states, *part) for part in self.leading(width, width)]
-        return tuple(part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in projected)
+            return nn.functional.linear(hidden_states, *self.leading(out_features, width)).chunk(3, dim=-1)
+        return [nn.functional.linear(hidden_states, *part) for part in self.leading(width, width)]
 
     def _corner(self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]):
         if self.slicing == "leading_rows":
             return super()._corner(weight, bias, sizes)
-        biases = [None] * 3 if bias is None else bias.chunk(3)
-        return [super(NestedQKV, self)._corner(*part, sizes) for part in zip(weight.chunk(3), biases)]
+        # Slices instead of `chunk`, which quantised tensors do not have.
+        blocks = [slice(start, start + self.in_features) for start in range(0, self.out_features, self.in_features)]
+        parts = [(weight[block], None if bias is None else bias[block]) for block in blocks]
+        return [super(NestedQKV, self)._corner(*part, sizes) for part in parts]
 
 
 class NestedSwinAttention(nn.Module):
@@ -216,11 +230,20 @@ class NestedSwinAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         self.qkv = NestedQKV(full.hidden_size, bias=config.qkv_bias, slicing=config.qkv_slicing)
+        self.row_blocks = 1 if config.qkv_slicing == "leading_rows" else 3
         self.o_proj = NestedLinear(full.hidden_size, full.hidden_size)
         # One row per offset (rows, columns) between two tokens of a window.
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * config.window_size - 1) ** 2, full.num_attention_heads)
         )
+
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(windows, tokens, width) → queries, keys and values, each (windows, heads, tokens, head_dim)."""
+        out_features = 3 * hidden_states.shape[-1]
+        parts = project(self.qkv, hidden_states, out_features, self.row_blocks)
+        if not is_nested(self.qkv):
+            parts = parts.chunk(3, dim=-1)
+        return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
 
     def bias_and_mask(self, windows: Windows, num_heads: int) -> torch.Tensor:
         """
@@ -233,13 +256,13 @@ class NestedSwinAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, windows: Windows, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` (batch * windows, size², width), normalised → the same, and attention probabilities."""
-        query, key, value = self.qkv(hidden_states, self.head_dim)
+        query, key, value = self._project(hidden_states)
         attention_mask = self.bias_and_mask(windows, query.shape[1])
         batch_size = len(hidden_states) * windows.size**2 // len(windows.order)
         if len(attention_mask) > 1 and batch_size != 1:
             attention_mask = attention_mask.expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
         attn_output, attn_weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
-        return self.o_proj(attn_output.reshape(hidden_states.shape), hidden_states.shape[-1]), attn_weights
+        return project(self.o_proj, attn_output.reshape(hidden_states.shape), hidden_states.shape[-1]), attn_weights
 
 
 class NestedSwinBlock(GradientCheckpointingLayer):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,6 +17,7 @@ from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .configuration_checks import as_pair
 from .configuration_nested_vit import NestedViTConfig
+from .module_quantization import QuantizablePreTrainedModel
 from .nested_layers import (
     NestedConv2d,
     NestedLayerNorm,
@@ -27,8 +27,10 @@ from .nested_layers import (
     add_residual,
     owns_output,
 )
+from .nested_projection import project, project_patches
 from .sub_networks import SubNetwork
 from .token_policies import TokenPolicy
+from .weights_from_official import OfficialSourcesMixin
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
@@ -90,7 +92,7 @@ class NestedViTEmbeddings(nn.Module):
         """`pixel_values` (batch_size, num_channels, height, width) → channels (batch_size, tokens, stop - start)."""
         tokens = [self.cls_token, self.distillation_token] if self.num_prefix_tokens == 2 else [self.cls_token]
         tokens = [token[..., start:stop].expand(pixel_values.shape[0], -1, -1) for token in tokens]
-        tokens.append(self.patch_embeddings(pixel_values.to(self.cls_token.dtype), start, stop))
+        tokens.append(project_patches(self.patch_embeddings, pixel_values.to(self.cls_token.dtype), start, stop))
         patch_grid = (pixel_values.shape[2] // self.patch_size[0], pixel_values.shape[3] // self.patch_size[1])
         position_embeddings = self.interpolate_pos_encoding(self.position_embeddings[..., start:stop], patch_grid)
         return self.dropout(torch.cat(tokens, dim=1) + position_embeddings)
@@ -151,12 +153,10 @@ class NestedViTAttention(nn.Module):
         self.v_proj = NestedLinear(sizes.hidden_size, sizes.attention_size, bias=config.qkv_bias)
         self.o_proj = NestedLinear(sizes.attention_size, sizes.hidden_size)
 
-    def _project(self, projection: NestedLinear, hidden_states: torch.Tensor, sub_network: SubNetwork) -> torch.Tensor:
+    def _project(self, projection: nn.Module, hidden_states: torch.Tensor, sub_network: SubNetwork) -> torch.Tensor:
         """(batch, tokens, width) → (batch, heads, tokens, head_dim)."""
-        batch_size, num_tokens, _ = hidden_states.shape
-        heads, head_dim = sub_network.num_attention_heads, sub_network.head_dim
-        projected = projection(hidden_states, heads * head_dim)
-        return projected.view(batch_size, num_tokens, heads, head_dim).transpose(1, 2)
+        projected = project(projection, hidden_states, sub_network.attention_size)
+        return projected.unflatten(-1, (sub_network.num_attention_heads, sub_network.head_dim)).transpose(1, 2)
 
     def project_key_value(
         self, hidden_states: torch.Tensor, sub_network: SubNetwork
@@ -189,16 +189,16 @@ class NestedViTAttention(nn.Module):
             from .token_packing import packed_attention  # only policies that remove tokens need it
 
             attn_output = packed_attention(query, key, value, query_lengths, key_lengths, scaling)
-            return self.o_proj(attn_output.flatten(2), width), None
+            return project(self.o_proj, attn_output.flatten(2), width), None
         if kept_keys is not None:
             from .token_pruning_training import attention_to_kept
 
             dropout = self.attention_dropout if self.training else 0.0
             attn_output, attn_weights = attention_to_kept(query, key, value, kept_keys, scaling, dropout)
-            return self.o_proj(attn_output.flatten(2), width), attn_weights
+            return project(self.o_proj, attn_output.flatten(2), width), attn_weights
         attn_output, attn_weights = attend(self, query, key, value, attention_mask, scaling, **kwargs)
         attn_output = attn_output.reshape(*hidden_states.shape[:2], sub_network.attention_size).contiguous()
-        return self.o_proj(attn_output, width), attn_weights
+        return project(self.o_proj, attn_output, width), attn_weights
 
 
 def _zero_inactive(hidden_states: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
@@ -328,7 +328,7 @@ def finish_layers(
     return layers[number](hidden_states, sub_network.at_layer(number), None, None, key, value, **kwargs)
 
 
-class NestedViTPreTrainedModel(PreTrainedModel):
+class NestedViTPreTrainedModel(OfficialSourcesMixin, QuantizablePreTrainedModel):
     """What Transformers needs to know of a model made of these blocks."""
 
     config: NestedViTConfig

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .exit_rules import ExitRule
 from .module_recording import wants_recordings
 from .staged_compilation import CompiledStagesMixin, compilable_step
-from .staged_run import Answer, Memory, StagedRun, StageStep, State, select_rows
+from .staged_run import Answer, StagedRun, StageStep, State, select_rows
 from .tasks import Task
 
 
@@ -63,6 +63,13 @@ def resolve_stages(
             f"got {max_stages!r}."
         )
     return range(max_stages)
+
+
+def resolve_feature_stages(config, max_stages: int | None = None, sub_network: int | None = None) -> range:
+    """The same for a bare model, which by default runs the stages up to that whose features are read."""
+    if max_stages is None and sub_network is None:
+        max_stages = config.feature_stage + 1
+    return resolve_stages(config.num_stages, max_stages, sub_network)
 
 
 def answer_stage(
@@ -107,8 +114,8 @@ def step_stage(
         rule (`ExitRule`): decides.
         stages (`range`): the stages that run for this input.
         stage_index (`int`): one of them.
-        state (`dict[str, torch.Tensor]`): for the first of `stages` `{"pixel_values": ...}`, for the others the state
-            of the [`StageStep`] before, of the images that go on.
+        state (`dict[str, torch.Tensor]`): for the first of `stages` that of `first_state`, for the others the state of
+            the [`StageStep`] before, of the images that go on.
         interpolate_pos_encoding (`bool`, *optional*), kwargs: arguments of the model's `forward`.
     """
     memory, accepted = _take(state, MEMORY_PREFIX), _take(state, ACCEPTED_PREFIX)
@@ -125,6 +132,17 @@ def step_stage(
         state = {**state, **{ACCEPTED_PREFIX + name: tensor for name, tensor in answer.items()}}
     exits = torch.ones_like(verdict.exits) if is_last else verdict.exits
     return StageStep({**answer, "entropy": verdict.entropy}, verdict.score, exits, state)
+
+
+def first_state(rule: ExitRule, pixel_values: torch.Tensor | None, generator: torch.Generator | None = None) -> State:
+    """
+    The state with which images enter the first stage: their pixels, and what the rule remembers at first, which it may
+    draw from `generator` (see `ExitRule.first_memory`).
+    """
+    is_batch = isinstance(pixel_values, torch.Tensor)  # `begin` refuses others
+    memory = rule.first_memory(len(pixel_values) if is_batch else 0, generator)
+    places = {MEMORY_PREFIX + name: tensor.to(pixel_values.device) for name, tensor in memory.items() if is_batch}
+    return {"pixel_values": pixel_values, **places}
 
 
 def _take(state: State, prefix: str) -> State:
@@ -153,7 +171,7 @@ def run_stages(
     stages: range,
     pixel_values: torch.Tensor,
     run_all: bool = False,
-    memory: Memory | None = None,
+    generator: torch.Generator | None = None,
     **kwargs,
 ) -> StagedRun:
     """
@@ -164,12 +182,10 @@ def run_stages(
         model, rule, stages, kwargs: as in `step_stage`.
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): images.
         run_all (`bool`): run every stage for every image in evaluation mode as well.
-        memory (`dict[str, torch.Tensor]`, *optional*): what the exit rule remembers before the first stage, with one
-            row per image; nothing by default.
+        generator (`torch.Generator`, *optional*): of a rule that draws numbers; torch's global one by default.
     """
     run_all = run_all or model.training
-    state: State = {"pixel_values": pixel_values}
-    state |= {MEMORY_PREFIX + name: tensor for name, tensor in (memory or {}).items()}
+    state = first_state(rule, pixel_values, generator)
     run = rows = undecided = None  # rows: places in the batch of the images still running; None for all of them
     for stage_index in stages:
         step = step_stage(model, rule, stages, stage_index, state, **kwargs)
@@ -243,4 +259,13 @@ class StagedModelMixin(CompiledStagesMixin, Task):
         return self.base_model.recycle(stage_index, state, **kwargs)
 
 
-__all__ = ["StagedModelMixin", "answer_stage", "resolve_stages", "run_backbone", "run_stages", "step_stage"]
+__all__ = [
+    "StagedModelMixin",
+    "answer_stage",
+    "first_state",
+    "resolve_feature_stages",
+    "resolve_stages",
+    "run_backbone",
+    "run_stages",
+    "step_stage",
+]

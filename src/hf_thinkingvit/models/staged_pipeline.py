@@ -36,8 +36,12 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
             argument; there τ is set on loading: `pipeline(..., model_kwargs={"threshold": 0.9})`.
         max_stages (`int`, *optional*):
             Run at most this many stages.
+        keep_rate (`float` or `list[float]`, *optional*):
+            Of a model with pruning layers: the share of patches that remain, instead of `config.pruning_keep_rate`.
         interpolate_pos_encoding (`bool`, *optional*):
             As in the model's `forward`.
+        generator (`torch.Generator`, *optional*):
+            As in the model's `forward`, of models whose answers are random: each image gets its next number.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
             Whether an image that cannot be read raises an exception. With `"return"` its result is
             `[{"error": message}]`, a list like any result, and the other images are classified.
@@ -60,7 +64,9 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if "threshold" not in inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters:
+        model = getattr(self.model, "_orig_mod", self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # within PEFT's adapters
+        if "threshold" not in inspect.signature(model.forward).parameters:
             raise ValueError(
                 f"{type(self.model).__name__} does not think in stages: its forward takes no `threshold`. "
                 'Use `pipeline("image-classification")` for it.'
@@ -83,7 +89,9 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         self,
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
+        keep_rate: float | Sequence[float] | None = None,
         interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
         on_error: str | None = None,
         **kwargs,
     ) -> tuple[dict, dict, dict]:
@@ -93,7 +101,9 @@ class StagedImageClassificationPipeline(ImageClassificationPipeline):
         steering = {
             "threshold": threshold,
             "max_stages": max_stages,
+            "keep_rate": keep_rate,
             "interpolate_pos_encoding": interpolate_pos_encoding,
+            "generator": generator,
         }
         forward_params.update({name: value for name, value in steering.items() if value is not None})
         if on_error is not None:

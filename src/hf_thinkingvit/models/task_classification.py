@@ -218,6 +218,10 @@ class ImageClassificationTask(Task):
     def check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
         check_labels(labels, batch_size, self.config)
 
+    def outside_loss(self, stages: range) -> str | None:
+        """What a loss of `logits` alone leaves out where `stages` are trained, and what to do; `None` if nothing."""
+        return OUTSIDE_LOSS if len(stages) > 1 else None
+
     def check_call(
         self,
         pixel_values: torch.Tensor | None,
@@ -226,12 +230,13 @@ class ImageClassificationTask(Task):
         output_stage_logits: bool | None,
     ) -> None:
         """
-        `ValueError` for labels that do not fit, before anything is computed. And a warning, once, of training several
-        stages without labels, where the loss may be of the last stage alone.
+        `ValueError` for labels that do not fit, before anything is computed. And a warning, once, of training without
+        labels, where the loss may leave out something (`outside_loss`).
         """
         if labels is None:
-            if len(stages) > 1 and not output_stage_logits:
-                warn_of_outside_loss(self, OUTSIDE_LOSS)
+            message = self.outside_loss(stages)
+            if message is not None and not output_stage_logits:
+                warn_of_outside_loss(self, message)
         elif pixel_values is not None and pixel_values.dim() == 4:  # `begin` refuses other pixels
             self.check_labels(labels, len(pixel_values))
 

@@ -78,6 +78,17 @@ class Task:
         """The rule that decides after each stage, with `threshold` instead of `config.threshold` where it is given."""
         return ExitRule.from_config(self.config, threshold, type(self).reported_entropy)
 
+    def token_arguments(self, keep_rate: float | Sequence[float] | None = None) -> dict[str, Any]:
+        """
+        What a call tells every stage of what happens to tokens, with plain values; nothing where it asks for nothing.
+
+        Raises:
+            ValueError: for a `keep_rate` that does not fit, also where no stage that runs would read it.
+        """
+        if keep_rate is not None:
+            raise ValueError("`keep_rate` is of models with `pruning_layers`, and this one has none.")
+        return {}
+
     def merge_answers(self, accepted: Answer, answer: Answer) -> Answer:
         """
         What to accept of some images after a further stage, and what the exit rule judges. Called if `merges_answers`.

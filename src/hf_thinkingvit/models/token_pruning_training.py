@@ -19,6 +19,13 @@ from .token_policies import TokenPolicy
 DECISIONS = "keep_decisions."
 PATCHES = "patch_tokens"
 
+OUTSIDE_LOSS = (
+    "A loss that is computed from `logits` trains the last stage only, and leaves out the ratio loss, so that nothing "
+    "teaches how many patches to keep; `Trainer` does that with `label_smoothing_factor` or `compute_loss_func`. For "
+    "label smoothing, set `label_smoothing` in the model's configuration instead. A loss of your own should be "
+    "computed from every entry of `stage_logits`, and add `ratio_loss` of the outputs times "
+    "`pruning_ratio_loss_weight`; call the model with `output_stage_logits=True` to say so."
+)
 EPSILON = 1e-6  # of the official attention; with it, also an image whose patches are all left out has finite values
 
 
@@ -127,13 +134,15 @@ def training_entries(state: State, num_prefix_tokens: int) -> State:
 def ratio_loss(answer: Answer, rates: Sequence[float]) -> torch.Tensor | None:
     """
     How far the share of patches that each image keeps is from the `rates`: the squared difference, averaged over the
-    batch and the pruning layers, a float32 scalar. `None` where the answer is of a stage that was not pruned.
+    batch and the pruning layers, a float32 scalar, 0 for an empty batch. `None` where the answer is of a stage that was
+    not pruned.
     """
     decisions = decisions_of(answer)
     if not decisions:
         return None
-    losses = [(kept.mean(dim=1) - rate).square().mean() for kept, rate in zip(decisions, rates, strict=True)]
-    return torch.stack(losses).mean()
+    shares = torch.stack([kept.mean(dim=1) for kept in decisions], dim=1)
+    squares = (shares - torch.tensor(rates, dtype=shares.dtype, device=shares.device)).square()
+    return squares.sum() / max(squares.numel(), 1)
 
 
 def add_pruning_outputs(

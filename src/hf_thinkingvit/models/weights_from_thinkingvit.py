@@ -13,12 +13,13 @@ from .weights_from_vit import FIXED_FIELDS, check_overrides
 
 
 LABEL_FIELDS = ("num_labels", "id2label", "label2id")
+PREDICTORS = "score_predictors."
 
 
 def segmentation_config(config: ThinkingViTConfig, **overrides) -> ThinkingViTConfig:
     """
     The configuration of a segmentation model with the backbone of `config`, of which `overrides` win. Labels and exits
-    are not the source's: another task has others.
+    are not the source's: another task has others. Nor is token pruning, since every patch is read.
 
     Raises:
         ValueError: if the labels are not given, or an override changes what the source's weights fix.
@@ -29,7 +30,7 @@ def segmentation_config(config: ThinkingViTConfig, **overrides) -> ThinkingViTCo
     # `fields` of the staged configuration: those of the exits and of backbones, and those of all.
     shared = {field.name for field in fields(StagedBackboneConfig)}
     backbone = {field.name for field in fields(ThinkingViTConfig)} - shared
-    backbone = {name for name in backbone if not name.startswith(("decoder_", "semantic_"))}
+    backbone = {name for name in backbone if not name.startswith(("decoder_", "semantic_", "pruning_"))}
     values = {name: getattr(config, name) for name in backbone} | {"position_interpolation": "bilinear"}
     others = {name: value for name, value in overrides.items() if name not in LABEL_FIELDS}
     return ThinkingViTConfig(**{**values, **others, **complete_labels(overrides)})
@@ -39,7 +40,7 @@ def segmentation_config(config: ThinkingViTConfig, **overrides) -> ThinkingViTCo
 def import_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """
     Copy the weights of the backbone of `source` into that of `model`, which takes on its device, dtype and mode. The
-    position embeddings are resized to the patch grid of `model`.
+    predictors of token pruning are left out, and position embeddings are resized to the patch grid of `model`.
     """
     model.to(device=source.device, dtype=source.dtype).train(source.training)
     state_dict = source.base_model.state_dict()
@@ -51,7 +52,7 @@ def import_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
         config.patch_grid,
         config.position_interpolation,
     )
-    model.base_model.load_state_dict(state_dict)
+    model.base_model.load_state_dict({name: state_dict[name] for name in state_dict if not name.startswith(PREDICTORS)})
 
 
 __all__ = ["import_backbone", "segmentation_config"]

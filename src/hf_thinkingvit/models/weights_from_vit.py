@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .configuration_avit import AViTConfig
 from .configuration_labels import complete_labels
 from .configuration_thinkingvit import ThinkingViTConfig
+from .nested_projection import check_merged
 
 
 logger = logging.get_logger(__name__)
@@ -183,10 +184,23 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
 
 def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name and parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
-    nested = dict(model.named_parameters())
-    for name, parameter in vit.named_parameters():
+    nested = _own_weights(model)
+    for name, parameter in _own_weights(vit).items():
         name = _our_name(model, vit, name)
         yield name, nested[name], parameter
+
+
+def _own_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters by name; `ValueError` if they are not all that the model computes with, or no plain ones."""
+    check_merged(model, "a copy of its weights")
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if type(parameter) is not torch.nn.Parameter:
+            raise ValueError(
+                f"{type(model).__name__} has weights that are no plain parameters, but quantised or sharded: {name} is "
+                f"of {type(parameter).__name__}. Load it without quantisation first."
+            )
+    return parameters
 
 
 def _our_name(model: PreTrainedModel, vit: PreTrainedModel, name: str) -> str:
@@ -207,7 +221,7 @@ def pairs_of_layers(
     (leading corner of our model's parameter, the ViT's parameter), for every parameter of the ViT, whose layers are
     those of our model with the numbers `layers`, and whose classifier is ours with the prefix `classifier`.
     """
-    nested = dict(model.named_parameters())
+    nested = _own_weights(model)
     ours = f"{model.base_model_prefix}.layers."
     taken = {f"{ours}{index}.": f"{ours}{number}." for index, number in enumerate(layers)}
     taken["classifier."] = classifier

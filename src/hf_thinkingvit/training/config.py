@@ -1,7 +1,7 @@
 """
 One training run as data: read from a YAML file, every field also a command-line flag.
 
-    python examples/train.py --config examples/configs/thinkingvit_cifar10.yaml --epochs 5 --model.patch_size 2
+    python examples/train.py --config examples/configs/thinkingvit_cifar10.yaml --epochs 5 --model.patch-size 2
 
 `config_parsing.py` reads it. Fields of the model's own configuration stand under `model` in the file, and are flags
 with `model.` in front.
@@ -57,6 +57,11 @@ class TrainingConfig:
         choices=list(LABEL_MAPS),
     )
     freeze: list[str] = _help("parameters to leave as they are: names with wildcards, such as '*.alpha'", [])
+    lora_rank: int = _help(
+        "rank of LoRA adapters to train in place of the layers' weights; what is saved is merged. 0 trains all weights",
+        0,
+    )
+    lora_alpha: float | None = _help("the adapters are scaled by lora_alpha / lora_rank; lora_rank where not given")
     attn_implementation: str | None = _help("attention backend: eager, sdpa, flash_attention_2, ...")
 
     train_split: str = _help("split to train on", "train")
@@ -235,6 +240,14 @@ class TrainingConfig:
         for name in ("ema_decay", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)!r}.")
+        if isinstance(self.lora_rank, bool) or not isinstance(self.lora_rank, int) or self.lora_rank < 0:
+            raise ValueError(f"`lora_rank` must be an integer, at least 0, got {self.lora_rank!r}.")
+        if self.lora_rank and not (self.from_pretrained or self.from_vit):
+            raise ValueError(
+                "`lora_rank` adapts trained weights: give `from_pretrained` or `from_vit`, or leave it at 0."
+            )
+        if self.lora_alpha is not None and not (self.lora_rank and self.lora_alpha > 0):
+            raise ValueError(f"`lora_alpha` must be above 0, and goes with `lora_rank`, got {self.lora_alpha!r}.")
         if self.label_map not in LABEL_MAPS:
             raise ValueError(f"`label_map` must be one of {list(LABEL_MAPS)}, got {self.label_map!r}.")
         known = [resampling.name.lower() for resampling in Image.Resampling]

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import HfArgumentParser, PreTrainedConfig
 
 from ..families import FAMILIES
-from ..flags import HelpFormatter, LineParser
+from ..flags import HelpFormatter, LineParser, as_flag
 from .config import TrainingConfig
 
 
@@ -79,10 +79,10 @@ def model_fields_help(model_type: str) -> str:
     """The fields of a family's own configuration with their defaults, as text."""
     config_class = FAMILIES[model_type].config_class
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    lines = [f"fields of the model's configuration (--model_type {model_type}), with defaults:"]
+    lines = [f"fields of the model's configuration (--model-type {model_type}), with defaults:"]
     for field in dataclasses.fields(config_class):
         if field.name in common or field.name == "label_smoothing":
             continue
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        lines.append(f"  --model.{field.name} {default}")
+        lines.append(f"  {as_flag(f'model.{field.name}')} {default}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..families import FAMILIES
-from ..flags import named_arguments, with_flags
+from ..flags import as_flag, named_arguments, with_flags
 from .config import TrainingConfig, unknown_field
 from .config_help import NOTHING, RunParser, run_parser
 
@@ -161,14 +161,15 @@ def _model_flags(words: list[str], names: list[str]) -> dict[str, Any]:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
             if not name.startswith("model."):
-                raise ValueError(unknown_field(name, names, "flag", "--"))
+                raise ValueError(unknown_field(name, [as_flag(known)[2:] for known in names], "flag", "--"))
             # As everywhere on a command line, a flag given twice means the second.
-            values = fields[name.removeprefix("model.")] = [_read(value)] if value else []
+            name = name.removeprefix("model.").replace("-", "_")
+            values = fields[name] = [_read(value)] if value else []
         elif not fields:
             raise ValueError(f"`{word}` belongs to no flag.")
         else:
             values.append(_read(word))
     for name, given in fields.items():
         if not given:
-            raise ValueError(f"`--model.{name}` needs a value.")
+            raise ValueError(f"`{as_flag(f'model.{name}')}` needs a value.")
     return {name: given[0] if len(given) == 1 else given for name, given in fields.items()}

@@ -6,10 +6,12 @@ the epoch and its position in that order. So a run that resumes in the middle of
 uninterrupted one, and two processes together read the same images as one.
 """
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -185,7 +187,7 @@ class TrainImages(torch.utils.data.Dataset):
             row = self.data.rows[(index + skipped) % num_images]
             example = augment(row, self, position, f"{(index + skipped) % num_images}")
             if example is not None:
-                return {**example, "skipped": skipped}
+                return {**example, "skipped": [(index + each) % num_images for each in range(skipped)]}
         raise ValueError(f"No image of `{self.data.name}` can be decoded.")
 
 
@@ -219,12 +221,12 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
                 lap, candidate = read_ahead.popleft() if read_ahead else next(rows)
                 if batch < self.place.start:
                     continue
-                skipped, last_lap, position = 0, lap + 1, self.place.position(batch, row)
+                skipped, last_lap, position = [], lap + 1, self.place.position(batch, row)
                 while (example := augment(candidate, self, position, f"{position} of the stream")) is None:
-                    if skipped == len(read_ahead):
+                    skipped.append(fingerprint_of(candidate[self.data.image_column]))
+                    if len(skipped) > len(read_ahead):
                         read_ahead.append(next(rows))
-                    lap, candidate = read_ahead[skipped]
-                    skipped += 1
+                    lap, candidate = read_ahead[len(skipped) - 1]
                     if lap > last_lap:
                         raise ValueError(f"No image of `{self.data.name}` can be decoded.")
                 yield {**example, "skipped": skipped}
@@ -253,7 +255,7 @@ def augment(row: dict, images: TrainImages | StreamedTrainImages, position: int,
     try:
         image = decode(row[data.image_column])
     except Exception as error:  # Pillow's decoders raise many types
-        logger.warning("skipping image %s of `%s`, which cannot be decoded: %s", name, data.name, error)
+        _warn_once(f"skipping image {name} of `{data.name}`, which cannot be decoded: {error}")
         return None
     label = data.labels.decode(row[data.label_column], image, f"{name} of `{data.name}`")
     with seeded(place.seed, place.epoch, position):
@@ -261,11 +263,23 @@ def augment(row: dict, images: TrainImages | StreamedTrainImages, position: int,
     return {"pixel_values": pixel_values, "labels": label}
 
 
+@cache
+def _warn_once(message: str) -> None:
+    """In this process: each epoch comes upon the same images."""
+    logger.warning(message)
+
+
+def fingerprint_of(image: Mapping[str, Any] | None) -> str:
+    """What tells an encoded image of a stream, which has no index, from others: a hash of its path and its file."""
+    image = image or {}
+    return hashlib.sha256(f"{image.get('path')}\n".encode() + (image.get("bytes") or b"")).hexdigest()[:16]
+
+
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": default_collate([example["labels"] for example in examples]),  # numbers, or masks of the same size
-        "skipped": torch.tensor(sum(example["skipped"] for example in examples)),
+        "skipped": [image for example in examples for image in example["skipped"]],
     }
 
 
@@ -273,7 +287,7 @@ def train_batches(config: TrainingConfig, data: ImageSplit, transform: Any, plac
     """
     The batches of one process from `place.start` to `place.stop`: `pixel_values` (float32 of shape `(batch_size,
     channels, height, width)`), `labels` (int64 of shape `(batch_size,)`, of masks `(batch_size, height, width)`) and
-    `skipped`, the number of images that could not be decoded.
+    `skipped`, what tells the images apart that could not be decoded: their indices, of a stream their fingerprints.
     """
     options = {
         "num_workers": config.num_workers,

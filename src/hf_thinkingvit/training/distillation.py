@@ -12,6 +12,7 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
+from ..models.configuration_staged import thinks_in_stages
 from .labels import first_difference, label_names, match_labels
 from .preprocessing import load_image_processor, read_preprocessing
 
@@ -143,7 +144,8 @@ class Teacher(nn.Module):
         Logits as of `forward`, and the final tokens `(batch_size, tokens, width)`, of a teacher whose classifier reads
         the class token of its bare model, such as ThinkingViT.
         """
-        tokens = self.model.base_model(self.preprocess(pixel_values)).last_hidden_state
+        stages = {"max_stages": self.model.config.num_stages} if thinks_in_stages(self.model) else {}
+        tokens = self.model.base_model(self.preprocess(pixel_values), **stages).last_hidden_state
         logits = self.model.classifier(tokens[:, 0])
         return logits if self.order is None else logits[:, self.order], tokens
 

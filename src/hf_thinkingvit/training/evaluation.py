@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from ..evaluation.accuracy import main_measure
 from .checkpoints import replace_file
 from .progress import Progress
 from .reporting import save_model, say_measures
@@ -26,8 +27,8 @@ def evaluate_epoch(
     each: Callable[[Iterable[dict]], Iterable[dict]],
 ) -> dict[str, dict]:
     """
-    Measure every stage, of the weights and of their moving average, and save the more accurate of the two, by the
-    task's decisive measure, as the last model, and as the best if it is. Every process calls it.
+    Measure every stage or sub-network, of the weights and of their moving average, and save the more accurate of the
+    two, by the task's decisive measure, as the last model, and as the best if it is. Every process calls it.
 
     Args:
         setup (`TrainingSetup`): of the run.
@@ -44,10 +45,10 @@ def evaluate_epoch(
         models["ema"] = setup.ema.module
     results = setup.task.evaluate(accelerator, models, each(setup.evaluation))
     decisive = setup.task.decisive
-    better = max(results, key=lambda name: results[name][decisive][-1])
+    better = max(results, key=lambda name: main_measure(results[name], decisive))
     history.append({"step": progress.step, "epoch": progress.epoch, "chosen": better, "results": results})
     say_measures(setup, progress, results, time.perf_counter() - started)
-    folders, score = ["last"], results[better][decisive][-1]
+    folders, score = ["last"], main_measure(results[better], decisive)
     if score > progress.best_score:
         progress.best_score, progress.best_step = score, progress.step
         folders.append("best")

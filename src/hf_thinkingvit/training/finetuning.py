@@ -9,7 +9,6 @@ Fine-tuning in one call: from a folder of images and a source to a calibrated ad
 It is a training run as of `train`, with settings that follow from the number of images instead of a paper's.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -23,9 +22,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data import ImageSplit, Rows, evaluation_batches, load_splits, num_shared_rows
-from ..evaluation.accuracy import evaluate_accuracy
-from ..evaluation.calibration import Calibration, calibrate_budget, calibrate_risk, least_images
+from ..accelerate_state import released_afterwards
+from ..data import ImageSplit, Rows, evaluation_batches, load_splits, num_shared_rows, without_unreadable
+from ..evaluation.accuracy import evaluate_accuracy, main_measure
+from ..evaluation.calibration import Calibration, calibrate_accuracy, calibrate_risk, least_images
 from ..evaluation.labels import LabelMap
 from ..evaluation.splits import ALL, why_not_new
 from ..evaluation.sweep import StageAnswers, collect_stage_answers
@@ -33,19 +33,19 @@ from ..evaluation.threshold_points import distinct_thresholds
 from ..hub import accuracy_results, model_card
 from ..models.configuration_staged import thinks_in_stages
 from ..public_names import public_name
+from .adapters import adapter_facts
 from .checkpoints import replace_file
 from .config import TrainingConfig
 from .data import load_data
 from .finetuning_plan import find_source, settings_for
+from .held_out_record import check_record, write_record
 from .loop import TrainingRun
 from .photographs import with_smaller_photographs
-from .splits import HOLD_OUT_SEED, TrainingData, hold_out
+from .splits import TrainingData, hold_out, one_half, other_half
 from .summary import finetuning_summary, start_summary
 
 
 RUN = "training"  # the folder of the training run within the output folder
-SPLITS = "splits.json"
-ONE_HALF = "one half"
 RESERVED = ("task", "dataset", "output_dir", "from_pretrained", "from_vit", "streaming", "validation_fraction")
 
 
@@ -72,6 +72,7 @@ class FineTuned:
     summary: str
 
 
+@released_afterwards()
 def finetune(
     dataset: str | os.PathLike | datasets.Dataset | Mapping[str, datasets.Dataset],
     source: str | os.PathLike,
@@ -128,19 +129,27 @@ def finetune(
                 f"{shared} images are both in {split!r} and in {config.train_split!r}, which is trained on: choose "
                 "other splits, or leave `eval_split` out, and images are held out."
             )
-    data, calibration_images = _divide(load_data(config, splits))
+    # Before anything is trained: an evaluation ends at an image that it cannot read.
+    data, unreadable = _without_unreadable(load_data(config, splits))
+    data, calibration_images = _divide(data)
     check_record(config, data, calibration_images, output_dir)
     num_images = len(data.train.rows)
     settings = settings_for(num_images, config.model_type, config.from_vit is not None, overrides)
     config = replace(config, **settings)
     run = TrainingRun(config, data)
-    run.accelerator.print(start_summary(run))
+    run.accelerator.print(start_summary(run, output_dir, calibration_images, unreadable))
     if run.accelerator.is_main_process:  # before anything is trained, for a run that goes on to compare
         output_dir.mkdir(parents=True, exist_ok=True)
         write_record(run.config, run.data, calibration_images, output_dir)
     run.data = replace(run.data, train=with_smaller_photographs(run.data.train, run.model_config.image_size))
     run.run()
-    return _finish(run, calibration_images, output_dir, max_drop, delta)
+    try:
+        return _finish(run, calibration_images, unreadable, output_dir, max_drop, delta)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{error} What was trained is not lost: it is in {run.output_dir}, and the same call with `resume='auto'` "
+            "goes on with its evaluation."
+        ) from error
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
@@ -161,6 +170,13 @@ def _splits(dataset: Any) -> tuple[Mapping[str, Rows], str]:
     return splits, first.info.dataset_name or "dataset"
 
 
+def _without_unreadable(data: TrainingData) -> tuple[TrainingData, list[str]]:
+    """The data without images to evaluate on that cannot be decoded, and the names of those; training skips its own."""
+    evaluation, unreadable = without_unreadable(data.evaluation)
+    test, others = (None, []) if data.test is None else without_unreadable(data.test)
+    return replace(data, evaluation=evaluation, test=test), [*unreadable, *others]
+
+
 def _divide(data: TrainingData) -> tuple[TrainingData, ImageSplit]:
     """The data with half of their evaluation images to choose the best epoch by, and the other half."""
     count = len(data.evaluation.rows)
@@ -170,24 +186,25 @@ def _divide(data: TrainingData) -> tuple[TrainingData, ImageSplit]:
             "some of each label to be of use. Add images, or hold more of them out (`held_out`)."
         )
     calibration, validation = hold_out(data.evaluation, 0.5)
-    selected_on = f"{ONE_HALF} of {_images(data.selected_on)}"
-    split = selected_on if data.test is None else data.split
+    selected_on = one_half(data.selected_on)
+    split = other_half(selected_on) if data.test is None else data.split
     return replace(data, evaluation=validation, selected_on=selected_on, split=split), calibration
 
 
-def _images(selected_on: str) -> str:
-    return f"the images {selected_on}" if selected_on.startswith("held out") else selected_on
-
-
 def _finish(
-    run: TrainingRun, calibration_images: ImageSplit, output_dir: Path, max_drop: float, delta: float
+    run: TrainingRun,
+    calibration_images: ImageSplit,
+    unreadable: list[str],
+    output_dir: Path,
+    max_drop: float,
+    delta: float,
 ) -> FineTuned:
     """Measure and calibrate the model of a finished run, and save it with all reports."""
     accelerator, data = run.accelerator, run.data
     chosen = choose_model(run)
     model = AutoModelForImageClassification.from_pretrained(run.output_dir / chosen, dtype=torch.float32).eval()
     model.to(accelerator.device)
-    name, calibrated_on = public_name(run.config.dataset), _other_half(data.selected_on)
+    name, calibrated_on = public_name(run.config.dataset), other_half(data.selected_on)
     split, images = (calibrated_on, calibration_images) if data.test is None else (data.split, data.test)
     calibration, remark = None, None
     if thinks_in_stages(model):
@@ -197,12 +214,12 @@ def _finish(
         choosing = _answers(run, model, data.evaluation, data.selected_on)
         calibration, remark = _calibrate(calibrating, choosing, max_drop, delta)
         calibration.apply(model)
-        results = measured.results(distinct_thresholds(measured))
+        results = measured.results(distinct_thresholds(measured, including=calibration.threshold))
         results |= {"at_threshold": measured.row(calibration.threshold), "calibration": calibration.to_dict()}
     else:
         found = evaluate_accuracy(accelerator, {"model": model}, accelerator.prepare(_batches(run, images)))["model"]
         results = accuracy_results(model, found, name, split=split)
-    results |= {"selected_on": data.selected_on, "training": _training_facts(run)}
+    results |= {"selected_on": data.selected_on, "training": _training_facts(run, unreadable)}
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(output_dir)
@@ -229,9 +246,10 @@ def choose_model(run: TrainingRun) -> str:
     if best is None or not (run.output_dir / "best").is_dir():
         return "last"
     images = best["images"]
-    share = (best["top1"][-1] / 100 * images + 1) / (images + 2)  # Laplace's, or the error would be 0 at 100 %
+    top1 = main_measure(best, "top1")
+    share = (top1 / 100 * images + 1) / (images + 2)  # Laplace's, or the error would be 0 at 100 %
     error = 100 * math.sqrt(2 * share * (1 - share) / images)
-    return "best" if best["top1"][-1] > last["top1"][-1] + error else "last"
+    return "best" if top1 > main_measure(last, "top1") + error else "last"
 
 
 def _batches(run: TrainingRun, images: ImageSplit) -> Any:
@@ -257,11 +275,10 @@ def _calibrate(
             name: torch.cat([getattr(calibrating, name), getattr(choosing, name)])
             for name in ("scores", "top1", "top5")
         },
-        split="held-out images",
+        split=f"{choosing.split} + {calibrating.split}",
         seen=calibrating.seen or "half of them chose its best epoch",
     )
-    # A budget of the whole model excludes no τ, and the cheapest of the most accurate ones is chosen.
-    found = calibrate_budget(both, gmacs=both.macs[-1] / 1e9)
+    found = calibrate_accuracy(both)
     why = (
         f"a promise of a drop of at most {max_drop:.1%} takes {least} calibration images, and there are "
         f"{len(calibrating)}"
@@ -281,57 +298,16 @@ def _seen_by_source(config: TrainingConfig) -> str | None:
     return None if seen is None else f"of the source, {seen}"
 
 
-def _other_half(selected_on: str) -> str:
-    return selected_on.replace(ONE_HALF, "the other half", 1)
-
-
-def _training_facts(run: TrainingRun) -> dict[str, Any]:
+def _training_facts(run: TrainingRun, unreadable: list[str]) -> dict[str, Any]:
     """Of the training, for the model card."""
-    config = run.config
+    config, count = run.config, len(unreadable) + run.progress.skipped_images
     return {
         "data": f"`{public_name(config.dataset)}`, split `{config.train_split}`, {run.num_images} images",
         "started from": public_name(config.from_vit or config.from_pretrained),
         "epochs": f"{run.progress.epoch} of {run.num_epochs}, {run.progress.step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g}, times {config.layer_decay:g} for each earlier layer",
+        **adapter_facts(config),
         "seed": config.seed,
+        "left out": f"{count} images that cannot be decoded" if count else None,
     }
-
-
-def write_record(config: TrainingConfig, data: TrainingData, calibration_images: ImageSplit, output_dir: Path) -> None:
-    """Write which images are held out, to `splits.json`."""
-    parts = {"selects": data.evaluation, "calibrates": calibration_images}
-    replace_file(output_dir / SPLITS, json.dumps(_record(config, data.selected_on, parts), indent=1))
-
-
-def check_record(config: TrainingConfig, data: TrainingData, calibration_images: ImageSplit, output_dir: Path) -> None:
-    """`ValueError` if a run that goes on would hold out other images than it did before: it was trained on them."""
-    file = output_dir / SPLITS
-    if config.resume is None or not file.is_file():
-        return
-    recorded = json.loads(file.read_text(encoding="utf-8"))
-    now = _record(config, data.selected_on, {"selects": data.evaluation, "calibrates": calibration_images})
-    if any(set(recorded.get(role, ())) != set(now[role]) for role in ("selects", "calibrates")):
-        raise ValueError(
-            f"The images have changed since this run began: others would be held out than {file} records, on some of "
-            "which the model was trained. Restore the images, or begin a new run in another folder."
-        )
-
-
-def _record(config: TrainingConfig, selected_on: str, parts: Mapping[str, ImageSplit]) -> dict[str, Any]:
-    """Which images were held out: their paths in a folder, or else digests of their files."""
-    folder = Path(config.dataset)
-    return {
-        "dataset": public_name(config.dataset),
-        "held_out_seed": HOLD_OUT_SEED,
-        "selected_on": selected_on,
-        **{role: [_identity(row[part.image_column], folder) for row in part.rows] for role, part in parts.items()},
-    }
-
-
-def _identity(image: Mapping[str, Any], folder: Path) -> str:
-    path = image.get("path")
-    if path and folder.is_dir() and Path(path).is_absolute() and Path(path).is_relative_to(folder.resolve()):
-        return Path(path).relative_to(folder.resolve()).as_posix()
-    content = image["bytes"] if image.get("bytes") is not None else Path(path).read_bytes()
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"

@@ -30,6 +30,7 @@ def find_source(source: str | os.PathLike, converted: Path, model_type: str | No
     source = os.fspath(source)
     config = _transformers_config(source)
     if config is None:  # an official checkpoint, in the layout of its authors
+        _check_not_a_run(source)
         model = convert_checkpoint(source, converted)
         return {"model_type": model.config.model_type, "from_pretrained": str(converted)}
     if config.model_type in FAMILIES:
@@ -47,6 +48,15 @@ def find_source(source: str | os.PathLike, converted: Path, model_type: str | No
         heads = config.num_attention_heads
         fields["model"] = {"thinking_stages": [math.ceil(heads / 2), heads]}
     return fields
+
+
+def _check_not_a_run(source: str) -> None:
+    """`FileNotFoundError` for the folder of a training run, which is one above the models in it."""
+    inside = [Path(source, name) for name in ("best", "last") if Path(source, name, "config.json").is_file()]
+    if inside:
+        raise FileNotFoundError(
+            f"The folder `{source}` has no model (there is no config.json in it). Did you mean `{inside[0]}`?"
+        )
 
 
 def _transformers_config(source: str) -> PreTrainedConfig | None:
@@ -77,7 +87,8 @@ def settings_for(num_images: int, model_type: str, from_plain: bool, given: Mapp
     Returns:
         Fewer epochs for more images (40 for 200, 21 for 1000, 5 for 50 000), with a tenth of them for warm-up and no
         cooldown; batches of a tenth of the images, between 8 and 64; a learning rate with the square root of the batch;
-        a moving average over the last tenth of the run; stronger augmentation for more images.
+        a moving average over the last tenth of the run; stronger augmentation for more images. LoRA adapters all learn
+        at the same rate.
     """
     epochs = given.get("epochs") or min(40, max(4, round(40 * (200 / num_images) ** 0.4)))
     batch_size = given.get("batch_size") or 2 ** int(math.log2(min(64, max(8, num_images // 10))))
@@ -100,7 +111,7 @@ def settings_for(num_images: int, model_type: str, from_plain: bool, given: Mapp
         "learning_rate": round(1e-3 * math.sqrt(batch_size / 16), 6),
         "learning_rate_batch": batch_size,
         "min_learning_rate": 1e-6,
-        "layer_decay": 0.85 if from_plain else 0.75,
+        "layer_decay": 1.0 if given.get("lora_rank") else 0.85 if from_plain else 0.75,
         "ema_decay": round(1 - 10 / max(steps, 20), 6),
         "clip_grad": 1.0,
         **augmentation,

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..accelerate_state import released_afterwards
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .data import Place, train_batches
@@ -74,7 +75,7 @@ class TrainingRun(TrainingSetup):
                 for index, batch in enumerate(self.batches()):
                     micro_batch = index % config.gradient_accumulation_steps
                     self.within_step = True
-                    log.add(train_micro_batch(self, batch, progress.step, micro_batch), int(batch["skipped"]))
+                    log.add(train_micro_batch(self, batch, progress.step, micro_batch), batch["skipped"])
                     if micro_batch + 1 < config.gradient_accumulation_steps:
                         continue
                     self.finish_step()
@@ -164,6 +165,7 @@ class TrainingRun(TrainingSetup):
         return run_results(self, self.progress, self.history, self.test)
 
 
+@released_afterwards()
 def train(config: TrainingConfig) -> dict:
     """Train as configured, with summaries for the console; what was measured, as in `results.json`."""
     run = TrainingRun(config)

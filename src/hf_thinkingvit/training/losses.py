@@ -45,6 +45,11 @@ class TrainingLoss:
             objective(config, model_config, teacher) for objective in choose_objectives(model_config, teacher)
         ]
 
+    @property
+    def leaves_parameters_out(self) -> bool:
+        """Whether some parameters have no gradient in some steps: see `Objective`."""
+        return any(objective.leaves_parameters_out for objective in self.objectives)
+
     def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
         """Arguments of the model's `forward`, beside pixel values and labels, for one micro-batch of a step."""
         arguments: dict[str, Any] = {}

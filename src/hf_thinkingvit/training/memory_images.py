@@ -51,8 +51,13 @@ class MemoryImages:
             yield {
                 "pixel_values": augmentation(pixels, place.epoch, positions),
                 "labels": self.labels[rows],
-                "skipped": self.skipped[rows].sum(),
+                "skipped": self._skipped_before(rows),
             }
+
+    def _skipped_before(self, rows: torch.Tensor) -> list[int]:
+        """Indices of the images that cannot be decoded, in whose places others are."""
+        pairs = zip(rows.tolist(), self.skipped[rows].tolist())
+        return [(row + each) % len(self.labels) for row, skipped in pairs for each in range(skipped)]
 
 
 def load_in_memory(split: ImageSplit) -> MemoryImages:

@@ -16,7 +16,7 @@ from ..models.exit_losses import exit_losses
 from ..models.tasks import weights_of_stages
 from .answer_losses import AnswerLosses, TrainingBatch
 from .distillation import DistillationLoss, Teacher, teacher_loss, token_distance
-from .stage_samplers import build_stage_sampler, stage_sampler_class
+from .stage_samplers import AllStages, build_stage_sampler, stage_sampler_class
 from .sub_network_distillation import SubNetworkDistillation
 
 
@@ -49,6 +49,14 @@ class Objective:
         """Arguments of the model's `forward` for the outputs that the objective reads, with or without labels."""
         return {}
 
+    @property
+    def leaves_parameters_out(self) -> bool:
+        """
+        Whether there are steps in which some parameters get no gradient. Distributed training waits for the gradients
+        of all of them, unless it is told to look for those without (`find_unused_parameters`).
+        """
+        return False
+
     def __call__(self, batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The term, a scalar, and the parts of it that are worth logging, by name and detached."""
         raise NotImplementedError
@@ -56,8 +64,8 @@ class Objective:
 
 class StagesObjective(Objective):
     """
-    The weighted sum of the stages' losses (arXiv 2507.10800, section 3), of the stages that the sampler chooses. All
-    stages' losses are logged.
+    The weighted sum of the stages' losses (arXiv 2507.10800, section 3), of the stages that the sampler chooses. The
+    others are computed as well, and all stages' losses are logged.
     """
 
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
@@ -67,6 +75,10 @@ class StagesObjective(Objective):
     @classmethod
     def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
         return thinks_in_stages(model_config)
+
+    @property
+    def leaves_parameters_out(self) -> bool:
+        return not (isinstance(self.sampler, AllStages) and all(self.sampler.weights(0, 0)))
 
     def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
         return {"output_stage_logits": True}
@@ -93,6 +105,7 @@ class SubNetworksObjective(Objective):
     def __init__(self, config: "TrainingConfig", model_config: PreTrainedConfig, teacher: Teacher | None):
         if config.inplace_distillation:
             raise ValueError("`inplace_distillation` is of models that think in stages: leave it out.")
+        self.model_config = model_config
         weights = weights_of_stages(model_config.sub_network_loss_weights, range(len(model_config.sub_networks)))
         self.sampler = stage_sampler_class(config.stage_sampling)(weights, config)
         if config.distillation == "hidden_states":
@@ -103,6 +116,18 @@ class SubNetworksObjective(Objective):
     @classmethod
     def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
         return bool(getattr(model_config, "sub_networks", None))
+
+    @property
+    def leaves_parameters_out(self) -> bool:
+        every = range(self.sampler.num_stages)
+        draws_all = isinstance(self.sampler, AllStages)
+        steps = [self._drawn(0, 0)] if draws_all else [[number] for number in every]
+        networks, num_layers = self.model_config.networks, self.model_config.num_hidden_layers
+        for drawn in steps:
+            layers = {layer for number in drawn for layer in networks[number].layer_numbers(num_layers)}
+            if len(layers) < num_layers or (self.model_config.separate_classifiers and len(drawn) < len(every)):
+                return True
+        return False
 
     def _drawn(self, step: int, micro_batch: int) -> list[int]:
         return [index for index, weight in enumerate(self.sampler.weights(step, micro_batch)) if weight]
@@ -143,6 +168,10 @@ class ExitLossObjective(Objective):
     @classmethod
     def applies(cls, model_config: PreTrainedConfig, teacher: Teacher | None) -> bool:
         return getattr(model_config, "has_own_loss", False)
+
+    @property
+    def leaves_parameters_out(self) -> bool:
+        return self.model_config.self_distillation
 
     def model_arguments(self, step: int, micro_batch: int) -> dict[str, Any]:
         return {"output_stage_logits": True}

@@ -22,7 +22,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
-    skipped_images: int = 0
+    skipped: list[int | str] = dataclasses.field(default_factory=list)  # images that cannot be decoded, each once
     seconds: float = 0.0
     best_score: float = -1.0  # the task's decisive measure
     best_step: int | None = None
@@ -30,7 +30,14 @@ class Progress:
     @classmethod
     def from_dict(cls, saved: dict) -> "Progress":
         """From a checkpoint, of earlier versions too."""
-        return cls(**{"best_score" if name == "best_top1" else name: value for name, value in saved.items()})
+        names = {field.name for field in dataclasses.fields(cls)}  # earlier ones counted an image in every epoch
+        renamed = {"best_score" if name == "best_top1" else name: value for name, value in saved.items()}
+        return cls(**{name: value for name, value in renamed.items() if name in names})
+
+    @property
+    def skipped_images(self) -> int:
+        """How many training images could not be decoded so far."""
+        return len(self.skipped)
 
     def finish_step(self, steps_per_epoch: int) -> None:
         """Count a step, and the epoch if it was the last of one."""

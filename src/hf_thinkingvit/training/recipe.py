@@ -98,6 +98,8 @@ def build_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.Opt
         groups = list(_split_by_backbone(groups, config, model))
     if config.layer_decay != 1:
         groups = list(with_layer_decay(groups, model, config.layer_decay))
+    for group in groups:
+        group["own_lr_scale"] = group.get("lr_scale", 1.0)
     try:
         get_optimizer_info(config.optimizer)
     except ValueError as error:
@@ -148,7 +150,8 @@ class BackboneFactor(Scheduler):
     def step_update(self, num_updates: int, metric: float | None = None) -> None:
         for group in self.optimizer.param_groups:
             if group.get("is_backbone"):
-                group["lr_scale"] = 0.0 if num_updates < self.frozen_steps else self.backbone_factor
+                factor = 0.0 if num_updates < self.frozen_steps else self.backbone_factor
+                group["lr_scale"] = factor * group.get("own_lr_scale", 1.0)  # earlier checkpoints have none
         super().step_update(num_updates, metric)
 
 

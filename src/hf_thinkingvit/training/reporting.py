@@ -11,8 +11,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..auto import TASKS
+from ..evaluation.accuracy import kind_of_answers, main_measure
 from ..hub import accuracy_results, model_card
 from ..public_names import public_name
+from .adapters import adapter_facts, merged
 from .checkpoints import replacing_folder
 from .progress import Progress
 from .setup import TrainingSetup
@@ -33,7 +35,7 @@ def save_model(
 
     Args:
         folder (`Path`): may contain the model of an earlier step.
-        model (`PreTrainedModel`): not wrapped.
+        model (`PreTrainedModel`): not wrapped. Adapters are merged in what is saved.
         measured (`dict`): its entry of the task's `evaluate` on the images that choose the best epoch.
         setup (`TrainingSetup`), progress (`Progress`): of the run.
     """
@@ -44,6 +46,7 @@ def save_model(
         "selected_on": setup.data.selected_on,
         **setup.task.record(setup.config),
     }
+    model = merged(model)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         setup.processor.save_pretrained(temporary)
@@ -58,8 +61,9 @@ def say_measures(setup: TrainingSetup, progress: Progress, results: Mapping[str,
     for name, result in results.items():
         say(f"\nepoch {progress.epoch}, {name}: {_in_words(setup, result)}", end="")
         if setup.config.trackers:
+            kind = kind_of_answers(result).replace("-", "_")
             values = {
-                f"eval/{name}/{measure}_stage_{stage}": value
+                f"eval/{name}/{measure}_{kind}_{stage}": value
                 for measure in setup.task.measures
                 for stage, value in enumerate(result[measure])
             }
@@ -70,7 +74,7 @@ def say_measures(setup: TrainingSetup, progress: Progress, results: Mapping[str,
 
 
 def _in_words(setup: TrainingSetup, result: Mapping[str, Any]) -> str:
-    """The decisive measure of every stage."""
+    """The decisive measure of every stage or sub-network."""
     decisive, percent = setup.task.decisive, setup.task.percent
     return f"{setup.task.measures[decisive]} {', '.join(f'{percent * value:.2f}' for value in result[decisive])} %"
 
@@ -115,13 +119,13 @@ def _wanted(history: list[dict], progress: Progress) -> dict[str, dict]:
 
 
 def _most_accurate(history: list[dict]) -> dict:
-    """The first entry with the greatest decisive measure of the last stage."""
+    """The first entry with the greatest decisive measure, of the last stage or the default sub-network."""
     return max(history, key=lambda entry: _score(entry["results"][entry["chosen"]]))
 
 
 def _score(result: Mapping[str, Any]) -> float:
     decisive = next(task.decisive for task in TRAINING_TASKS.values() if task.decisive in result)
-    return result[decisive][-1]
+    return main_measure(result, decisive)
 
 
 def _step_of(folder: Path) -> int | None:
@@ -251,6 +255,7 @@ def _save_card(
         "epochs": f"{epoch} of {setup.num_epochs}, {step} optimizer steps",
         "batch size": config.batch_size,
         "learning rate": f"{config.scaled_learning_rate:g} at that batch size",
+        **adapter_facts(config),
         "seed": config.seed,
     }
     results = accuracy_results(model, measured, dataset, split=split, selected_on=data.selected_on, training=training)

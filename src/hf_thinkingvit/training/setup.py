@@ -4,9 +4,15 @@ import math
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch.utils.data import DataLoader
 
+from ..accelerate_state import check_precision
 from ..data import ImageSplit
 from .checkpoints import list_checkpoints, recover_checkpoints, recover_folder
 from .config import TrainingConfig
@@ -37,12 +43,14 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     for variable, name in UNSUPPORTED.items():
         if parse_flag_from_env(variable):
             raise _unsupported(name)
+    check_precision(config.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
+        kwargs_handlers=[DistributedDataParallelKwargs()],
         log_with=config.trackers or None,
         project_dir=config.output_dir,
         cpu=config.cpu,
@@ -117,6 +125,7 @@ class TrainingSetup:
         self.loss = TrainingLoss(config, model.config, load_teacher(config, model.config, self.accelerator.device, say))
         self.ema = build_ema(config, model)
         optimizer = build_optimizer(config, model)
+        self.accelerator.ddp_handler.find_unused_parameters = self.loss.leaves_parameters_out
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = build_schedule(config, self.optimizer, self.steps_per_epoch)
         self.mixup = build_mixup(config, model.config.num_labels)

@@ -18,6 +18,7 @@ from .config import TrainingConfig
 # Not the run's seed: runs with different seeds are then comparable, and a run that starts from the model of another one
 # holds out the same images, which neither was trained on.
 HOLD_OUT_SEED = 0
+ONE_HALF = "one half"
 VALIDATION_SPLITS = ("validation", "val")
 
 
@@ -97,6 +98,17 @@ def reported_split(config: TrainingConfig, splits: Mapping[str, Rows], selected_
 def held_out_from(train_split: str) -> str:
     """The name of images held out of the training split."""
     return f"held out from {train_split}"
+
+
+def one_half(selected_on: str) -> str:
+    """The name of one half of the images of that name; the other is that of `other_half`."""
+    images = f"the images {selected_on}" if selected_on.startswith("held out") else selected_on
+    return f"{ONE_HALF} of {images}"
+
+
+def other_half(half: str) -> str:
+    """The name of the other half, from that of `one_half`."""
+    return half.replace(ONE_HALF, "the other half", 1)
 
 
 def hold_out(split: ImageSplit, fraction: float, most: int | None = None) -> tuple[ImageSplit, ImageSplit]:

@@ -5,11 +5,12 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..families import FAMILIES, Family
 from ..models.configuration_checks import as_pair
 from ..models.configuration_labels import label2id_of
+from .adapters import add_adapters
 from .config import TrainingConfig
 from .labels import first_difference, label_names, match_labels
 from .tasks import TrainingTask, training_task
@@ -38,6 +39,7 @@ def build_model(
         model = _from_pretrained(config, family, task, id2label, report)
     else:
         model = family.heads[task.name](family.config_class(**config.model, **_labels(id2label)))
+        _check_last_answer(model.config, "its weights are new")
     if config.from_vit or config.from_pretrained:
         # Half precision, as checkpoints are stored in, would train with rounded updates.
         model = with_labels(model.float(), id2label, config.label_map, report, task)
@@ -52,6 +54,8 @@ def build_model(
             raise ValueError(f"`freeze`: no parameter is called {pattern!r}.")
         for parameter in frozen:
             parameter.requires_grad_(False)
+    if config.lora_rank:
+        add_adapters(model, config)
     return model
 
 
@@ -61,10 +65,16 @@ def _from_plain(
     """From a plain ViT, DeiT or Swin. Fields that its weights were trained with must not change."""
     fixed = family.plain.fixed_fields - family.free_fields - task.resizes
     free = {name: value for name, value in config.model.items() if name not in fixed}
-    labels = {} if task.keeps_source_labels else _labels(id2label)
+    labels = {} if task.keeps_source_labels and _has_classifier(config.from_vit) else _labels(id2label)
     model = family.from_plain(config.from_vit, task.name, **free, **labels)
     _check_unchanged(config.from_vit, model.config, {name: config.model[name] for name in config.model.keys() & fixed})
     return model
+
+
+def _has_classifier(source: str) -> bool:
+    """Whether a plain model was saved with a classifier, by its class; a bare `ViTModel` has none."""
+    names = AutoConfig.from_pretrained(source).architectures
+    return not names or any("ForImageClassification" in name for name in names)
 
 
 def _from_pretrained(
@@ -119,6 +129,16 @@ def _from_pretrained(
     return model
 
 
+def _check_last_answer(model_config: PreTrainedConfig, why: str) -> None:
+    """`ValueError`, which says `why`, if exits would learn from a last answer that nobody has trained."""
+    if getattr(model_config, "self_distillation", False):
+        raise ValueError(
+            "`self_distillation` teaches the exits by the last answer, which it does not train, and that of this model "
+            f"would be random: {why}. Start from a model that is trained on these labels, by `from_vit` or "
+            "`from_pretrained`."
+        )
+
+
 def _check_unchanged(source: str, saved: Any, fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if _comparable(getattr(saved, name)) != _comparable(value):
@@ -167,7 +187,8 @@ def with_labels(
             why = f"it has {len(own)} labels, the data {len(names)}"
         else:
             index, name, other = first_difference(names, own)
-            why = f"label {index} is {other!r} there and {name!r} in the data; `--label_map index` would keep it"
+            why = f"label {index} is {other!r} there and {name!r} in the data; `--label-map index` would keep it"
+        _check_last_answer(model.config, why)
         report(f"the classifier is freshly initialised: {why}")
         fresh = type(model)(type(model.config)(**{**model.config.to_dict(), **_labels(id2label)}))
         heads = tuple(f"{head}." for head in task.heads)

@@ -30,7 +30,8 @@ class TrainingTask:
     """
     Attributes:
         name (`str`): that of the families' `heads`.
-        decisive (`str`): the measure whose entry of the last stage chooses the best epoch; greater is better.
+        decisive (`str`): the measure whose entry of the last stage, or of the default sub-network, chooses the best
+            epoch; greater is better.
         measures (`dict[str, str]`): the measures of every stage that are printed and tracked, with their words.
         percent (`float`): what the measures are multiplied by for percentages.
         model_gets_labels (`bool`): whether the model is called with labels in training. Its own loss is not used, but
@@ -82,7 +83,7 @@ class TrainingTask:
     def evaluate(
         self, accelerator: Accelerator, models: dict[str, nn.Module], batches: Iterable[dict[str, torch.Tensor]]
     ) -> dict[str, dict]:
-        """Measures of each model, by name, with one entry per stage."""
+        """Measures of each model, by name, with one entry per stage or sub-network, as `main_measure` reads them."""
         raise NotImplementedError
 
     def record(self, config: "TrainingConfig") -> dict[str, Any]:
@@ -119,7 +120,7 @@ class ClassificationTask(TrainingTask):
         return evaluation_batches(split, processor, config.eval_batch_size, config.num_workers)
 
     def evaluate(self, accelerator, models, batches):
-        return evaluate_accuracy(accelerator, models, batches)
+        return evaluate_accuracy(accelerator, models, batches, every_sub_network=True)
 
     def label_loss(self, config, model_config):
         from .answer_losses import LabelLoss

@@ -1,0 +1,16 @@
+"""
+A page that shows the answers of a model's stages, the exit under any τ, and the compute spent:
+
+    pip install ".[space]" && python examples/space/app.py
+
+and open the address that it prints. Without options it shows the models and images of this repository; `--model` takes
+any folders or Hub ids. `hf-thinkingvit push --space` publishes it for a model.
+"""
+
+from pathlib import Path
+
+from hf_thinkingvit.demo.app import main
+
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parent)

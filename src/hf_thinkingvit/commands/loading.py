@@ -1,0 +1,70 @@
+"""Loads the model of a command, and says what it is."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..auto import TASKS, AutoImageProcessor, saved_task
+from ..families.record import IMAGE_CLASSIFICATION
+from ..models.configuration_staged import thinks_in_stages
+from .command import check_model_folder, say
+
+
+def load_model(
+    name: str, task: str | None = IMAGE_CLASSIFICATION, **options: Any
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """
+    A model in evaluation mode, and its image processor.
+
+    Args:
+        name (`str`): folder or Hub id.
+        task (`str`, *optional*): that the model must be for; `None` for any, which its configuration says.
+        options: of `from_pretrained`.
+
+    Raises:
+        OSError, ValueError: if there is none, or it is for another task (another head would get random weights); the
+            message says what is missing.
+    """
+    check_model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        saved = saved_task(config)
+        if task is None and saved is None:
+            raise ValueError(f"`{name}` is no model of this package with a head: its class is {config.architectures}.")
+        if task is not None and saved not in (task, None):
+            raise ValueError(f"`{name}` is a model for {saved}, and this command is for {task}.")
+        model = TASKS[saved or task][0].from_pretrained(name, **options).eval()
+        return model, AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(
+            f"`{name}` is no folder here, and cannot be loaded from the Hub: it is not there, or needs "
+            "`hf auth login`, or the Hub cannot be reached."
+        ) from error
+
+
+def start(model: PreTrainedModel, **facts: Any) -> None:
+    """Print what a command is about to do: device, precision and model, then `facts`."""
+    device = next(model.parameters()).device
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    stages = getattr(model.config, "num_stages", None)
+    size = f"{model.num_parameters() / 1e6:.2f} M parameters, {model.config.num_labels} classes"
+    say(
+        device=f"{device}, {dtype}",
+        model=f"{type(model).__name__}, {size}" + (f", {stages} stages" if stages else ""),
+        answers="random, by numbers drawn from the seed 0" if answers_are_random(model) else None,
+        **facts,
+    )
+
+
+def answers_are_random(model: PreTrainedModel) -> bool:
+    """Whether the model's exit rule draws a number for each image (PonderNet's sampling)."""
+    return thinks_in_stages(model) and model.exit_rule().draws
+
+
+def best_device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

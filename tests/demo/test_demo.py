@@ -1,0 +1,217 @@
+"""The page: what it shows of an image, its files as a Space, and the page itself in a browser."""
+
+import re
+import shutil
+import time
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import metadata_load
+from PIL import Image
+
+from hf_thinkingvit.commands.__main__ import main
+from hf_thinkingvit.commands.loading import load_model
+from hf_thinkingvit.demo.rendering import render
+from hf_thinkingvit.evaluation.inspection import inspect_image
+from hf_thinkingvit.hub import push_space
+from hf_thinkingvit.hub.space import GRADIO_VERSION, REQUIREMENTS, write_page
+from hf_thinkingvit.image_processing import evaluation_image_processor, segmentation_image_processor
+from tests.models.segmentation_models import lively_segmenter
+from tests.models.test_modeling_avit import lively_avit
+from tests.utils import lively_model
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SHIPPED = EXAMPLES / "checkpoints" / "thinkingvit-cifar10"
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra `space`")
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs the extra `space`")
+
+
+@pytest.fixture(scope="module")
+def airplane():
+    """Under the shipped model its stage 0 has an entropy of about 1.24, and τ is 1.4."""
+    return inspect_image(
+        *load_model(str(SHIPPED), dtype=torch.float32), Image.open(EXAMPLES / "images" / "airplane.png")
+    )
+
+
+def badges(html: str) -> list[str]:
+    return re.findall(r'tv-badge">([^<]*)<', html)
+
+
+class TestRendering:
+    def test_the_decision_follows_tau(self, airplane):
+        early, late = render(airplane, 1.4), render(airplane, 0.0)
+        assert badges(early) == ["accepted", "not needed"] and 'data-accepted="0"' in early
+        assert badges(late) == ["thinks again", "accepted"] and 'data-accepted="1"' in late
+        assert "11.5 M of the full model's 55.1 M multiply-accumulates (21%)" in early
+        assert "55.1 M of the full model's 55.1 M multiply-accumulates (100%)" in late
+
+    def test_every_stage_has_its_scores_and_entropy(self, airplane):
+        html = render(airplane, 1.4)
+        for stage in range(2):
+            assert f"entropy {float(airplane.entropies[0, stage]):.2f}" in html
+            for label, value in airplane.best(stage, 5):
+                assert f"<span>{label}</span><span>{value:.1%}</span>" in html
+
+    def test_labels_are_escaped(self):
+        names = {index: f"<b>{index}</b>" for index in range(12)}
+        model = lively_model(id2label=names, label2id={name: index for index, name in names.items()})
+        html = render(inspect_image(model, evaluation_image_processor(32), Image.new("RGB", (40, 40))), 0.5)
+        assert "<b>" not in html and "&lt;b&gt;" in html
+
+    @needs_matplotlib
+    def test_tokens_of_an_avit(self):
+        inspection = inspect_image(lively_avit(), evaluation_image_processor(32), Image.new("RGB", (40, 40), "red"))
+        html = render(inspection, None)
+        assert html.count("<img ") == 1 and f"mean {inspection.depth.mean():.1f}" in html and badges(html) == [""]
+
+    def test_windows_of_a_segmentation_model(self):
+        model = lively_segmenter()
+        inspection = inspect_image(model, segmentation_image_processor(32), Image.new("RGB", (64, 40), "red"))
+        threshold = float(inspection.scores.scores[:, 0].median()) + 1e-5
+        html = render(inspection, threshold)
+        assert html.count("<img ") == 2 + model.config.num_stages
+        stages = inspection.exit_stages(threshold)
+        assert f'data-accepted="{",".join(map(str, stages.tolist()))}"' in html
+        assert f"{int((stages == 0).sum())} at stage 0" in html
+
+
+class TestSpace:
+    def test_the_example_is_what_is_published(self, tmp_path):
+        """But for the command that starts it, and the models."""
+        write_page(tmp_path)
+        for name in ("README.md", "requirements.txt"):
+            assert (EXAMPLES / "space" / name).read_text() == (tmp_path / name).read_text(), name
+        code = (EXAMPLES / "space" / "app.py").read_text()
+        assert code.partition('"""\n\n')[2] == (tmp_path / "app.py").read_text().partition('"""\n\n')[2]
+
+    def test_requirements_are_those_of_the_package(self):
+        tomllib = pytest.importorskip("tomllib")
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extra = [name for name in project["optional-dependencies"]["space"] if name != "gradio"]
+        assert list(REQUIREMENTS) == [*project["dependencies"], *extra]
+
+    def test_a_dry_run_has_everything_that_the_page_needs(self, tmp_path):
+        samples = sorted((EXAMPLES / "images").glob("*.png"))[:2]
+        folder = push_space("org/demo", ["org/animals"], samples=samples, dry_run=tmp_path / "space")
+        data = metadata_load(folder / "README.md")
+        assert (data["sdk"], data["sdk_version"], data["app_file"]) == ("gradio", GRADIO_VERSION, "app.py")
+        assert data["models"] == ["org/animals"] and "org/animals](https://hf" not in data["title"]
+        assert sorted(path.name for path in (folder / "images").iterdir()) == [path.name for path in samples]
+        written = {path.relative_to(folder / "hf_thinkingvit") for path in (folder / "hf_thinkingvit").rglob("*.*")}
+        package = ROOT / "src" / "hf_thinkingvit"
+        expected = {path.relative_to(package) for path in package.rglob("*.*") if "__pycache__" not in path.parts}
+        assert written == expected
+
+    @pytest.mark.parametrize("models, message", [([], "got none"), (["folder"], "`models` must be of the form")])
+    def test_models_must_be_on_the_hub(self, models, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            push_space("org/demo", models, dry_run=tmp_path / "space")
+        assert not (tmp_path / "space").exists()
+
+    def test_the_command_writes_model_and_space(self, tmp_path, capsys):
+        model = tmp_path / "model"
+        lively_model(thinking_stages=[1, 4], num_hidden_layers=1).save_pretrained(model)
+        evaluation_image_processor(32).save_pretrained(model)
+        words = ["push", "--model", str(model), "--repo-id", "org/animals", "--dry-run", str(tmp_path / "out")]
+        main([*words, "--space", "--space-images", str(EXAMPLES / "images")])
+        assert f"Space written to {tmp_path / 'out' / 'space'}" in capsys.readouterr().out
+        assert metadata_load(tmp_path / "out" / "space" / "README.md")["models"] == ["org/animals"]
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        with pytest.raises(SystemExit):
+            main([*words, "--space-images", str(EXAMPLES / "images")])
+        assert "give --space as well" in capsys.readouterr().err
+
+
+@needs_gradio
+class TestModels:
+    def test_a_public_page_takes_no_other_folders(self):
+        from hf_thinkingvit.demo.app import Models
+
+        public = Models(hub_only=True, listed=[str(SHIPPED)])
+        assert public.get(str(SHIPPED))[0].config.num_stages == 2
+        for name in (str(EXAMPLES / "checkpoints" / "avit-cifar10"), "/etc", "~/model"):
+            with pytest.raises(ValueError, match="is no id of a model on the Hub"):
+                public.get(name)
+
+    def test_the_range_of_the_slider_is_that_of_the_criterion(self):
+        from hf_thinkingvit.demo.app import slider_of
+
+        properties = slider_of(lively_model(exit_criterion="max_probability", threshold=[0.9, 0.8]))
+        assert (properties["minimum"], properties["maximum"], properties["value"]) == (0.0, 1.0, 0.9)
+        assert "is above τ" in properties["info"]
+        assert slider_of(lively_avit()) == {"visible": False}
+        regression = lively_model(problem_type="regression", threshold=0.0)
+        assert slider_of(regression) == {"visible": False}
+
+
+def browser_program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(f"{name}-browser")
+
+
+@contextmanager
+def browser(folder: Path):
+    """A headless Chromium with a profile of its own."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser_program("chromium")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-background-networking", "disable-component-update", "window-size=1280,900"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={folder}")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@needs_gradio
+@pytest.mark.skipif(find_spec("selenium") is None, reason="needs selenium")
+@pytest.mark.skipif(
+    browser_program("chromium") is None or shutil.which("chromedriver") is None, reason="needs chromium and its driver"
+)
+def test_the_slider_decides_again_in_a_browser(tmp_path, monkeypatch):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    from hf_thinkingvit.demo import app
+
+    inspected = []
+    monkeypatch.setattr(app, "inspect_image", lambda *inputs: inspected.append(inputs) or inspect_image(*inputs))
+    demo = app.build_demo([str(SHIPPED)], [EXAMPLES / "images" / "airplane.png"])
+    _, address, _ = app.launch_demo(demo, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        with browser(tmp_path / "profile") as driver:
+
+            def accepted() -> str | None:
+                script = "return document.querySelector('#answer [data-accepted]')?.dataset.accepted"
+                return driver.execute_script(script)
+
+            def wait_for(stage: str) -> None:
+                deadline = time.monotonic() + 30
+                while accepted() != stage:
+                    assert time.monotonic() < deadline, f"stage {accepted()} is accepted instead of {stage}"
+                    time.sleep(0.05)
+
+            driver.get(address)
+            wait_for("0")  # at the model's own τ
+            computed = len(inspected)
+            slider = driver.find_element("css selector", "#threshold input[type=range]")
+            near_zero = -slider.size["width"] // 2 + 12
+            ActionChains(driver).move_to_element_with_offset(slider, near_zero, 0).click().perform()
+            wait_for("1")
+            assert float(slider.get_attribute("value")) < 0.3
+            ActionChains(driver).click_and_hold(slider).move_by_offset(slider.size["width"] // 2, 0).release().perform()
+            wait_for("0")
+            assert len(inspected) == computed  # no model has run again
+            loaded = driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+            assert loaded and all(url.startswith((address.rstrip("/"), "data:")) for url in loaded), loaded
+    finally:
+        demo.close()
