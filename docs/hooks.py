@@ -1,5 +1,6 @@
 """Pages of the site that are kept elsewhere in the repository: the measured results, the change log, contributing."""
 
+import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -20,3 +21,8 @@ def on_page_markdown(markdown, page, config, files):
     for target, source in {**PAGES, "index.md": "README.md"}.items():
         markdown = markdown.replace(f"](../{source}", f"]({target}").replace(f"]({source}", f"]({target}")
     return markdown.replace("](../docs/", "](").replace("](docs/", "](") if page.file.src_uri in PAGES else markdown
+
+
+def on_page_content(html, page, config, files):
+    # Types as Transformers writes them, "`int`, *optional*", which the reference would not read as Markdown.
+    return re.sub(r"<code>(`[^<]*)</code>", lambda match: f"<code>{re.sub('[`*]', '', match[1])}</code>", html)

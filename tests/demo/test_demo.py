@@ -195,7 +195,7 @@ def test_the_slider_decides_again_in_a_browser(tmp_path, monkeypatch):
                 return driver.execute_script(script)
 
             def wait_for(stage: str) -> None:
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + 120
                 while accepted() != stage:
                     assert time.monotonic() < deadline, f"stage {accepted()} is accepted instead of {stage}"
                     time.sleep(0.05)
