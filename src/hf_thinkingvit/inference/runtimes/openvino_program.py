@@ -7,7 +7,8 @@ well, with a conversion on both sides of every matrix product.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,19 @@ _TYPES = {
 }
 
 
+def in_own_thread(function: Callable[[], Any]) -> Any:
+    """
+    What `function` returns, called in a thread that ends with it. On CPUs with AMX, OpenVINO gives the thread that loads
+    its CPU plugin an alternate stack for signals, and frees that with the plugin, from whatever thread: the next signal
+    to the first thread, such as that a worker of a `DataLoader` has ended, then kills the process (seen with 2026.4).
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
 def capabilities() -> list[str]:
     """What this CPU computes in, as OpenVINO names it."""
-    return openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return in_own_thread(lambda: openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def check_precision(precision: str, stored: str) -> None:
@@ -97,7 +108,8 @@ class OpenVINOProgram:
             properties["INFERENCE_PRECISION_HINT"] = PRECISION_HINTS[precision]
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
-        self._compiled = core.compile_model(interface.build(), "CPU", {**properties, **(config or {})})
+        model = interface.build()
+        self._compiled = in_own_thread(lambda: core.compile_model(model, "CPU", {**properties, **(config or {})}))
         self.inputs = [port.any_name for port in self._compiled.inputs]
         self._dtypes = {port.any_name: port.element_type for port in self._compiled.inputs}
         self._requests = threading.local()

@@ -59,10 +59,13 @@ def _with_nncf(path: Path, feeds: list[dict]) -> None:
     import nncf
     import openvino
 
+    from .openvino_program import in_own_thread
+
     core = openvino.Core()
     core.set_property({"ENABLE_MMAP": False})  # the file is written anew
     model = core.read_model(path)
-    quantised = nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
+    settings = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(feeds)}
+    quantised = in_own_thread(lambda: nncf.quantize(model, nncf.Dataset(feeds), **settings))
     openvino.save_model(quantised, path, compress_to_fp16=False)
 
 
