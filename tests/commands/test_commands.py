@@ -14,7 +14,9 @@ import hf_thinkingvit.commands as commands
 from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.flags import LineParser, with_flags
 from hf_thinkingvit.image_processing import evaluation_image_processor, segmentation_image_processor
+from hf_thinkingvit.inference import from_exported
 from tests.conversion.segmenter_files import write_official
+from tests.inference.conftest import need_runtime
 from tests.models.segmentation_models import lively_segmenter
 from tests.models.test_modeling_early_exit_vit import lively_method
 from tests.training.tiny_runs import encoded_image
@@ -280,3 +282,16 @@ def test_messages_name_flags():
 def test_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+def test_export_for_a_runtime(folder, capsys, tmp_path):
+    need_runtime("openvino")
+    words = ["export", "--model", str(folder / "model"), "--output-dir", str(tmp_path / "exported")]
+    assert "calibrated on images" in refused(capsys, *words, "--runtime", "openvino", "--precision", "int8")
+    assert "choose a `--runtime`" in refused(capsys, *words, "--precision", "fp32")
+    assert not (tmp_path / "exported").exists()
+    main([*words, "--dataset", str(folder / "pictures"), "--runtime", "openvino"])
+    shown = capsys.readouterr().out
+    assert "2 images; τ" in shown and "| 0 |  | 100.00 % |" in shown
+    loaded = from_exported(tmp_path / "exported")
+    assert loaded.processor is not None and loaded.config.num_labels == 3

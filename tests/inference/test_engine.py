@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
+from tests.inference.conftest import NETWORKS, with_exits
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import HostSynchronisations, lively_model, lively_swin, random_images
 
@@ -19,11 +19,7 @@ from tests.utils import HostSynchronisations, lively_model, lively_swin, random_
 @pytest.fixture(params=[lively_model, lively_swin], ids=["vit", "swin"])
 def model(request):
     """A model of three stages with τ at which some images exit and some go on."""
-    network, images = request.param(), random_images(60)
-    stage_logits = network(images, output_stage_logits=True).stage_logits
-    scores = [EXIT_CRITERIA["topk_entropy"].score(logits, 10) for logits in stage_logits[:2]]
-    network.config.threshold = [score.quantile(0.4).item() for score in scores]
-    return network
+    return with_exits(request.param())
 
 
 def reader_threads() -> list[threading.Thread]:
@@ -187,6 +183,20 @@ class TestCountedWork:
 
 
 class TestFaults:
+    """Whatever runs the stages."""
+
+    @pytest.fixture(params=["vit", "swin", "vit, compiled", "vit, openvino", "vit, onnxruntime"])
+    def model(self, request):
+        network, _, runtime = request.param.partition(", ")
+        if runtime == "compiled":
+            model = request.getfixturevalue("compiled")
+        elif runtime:
+            model = request.getfixturevalue("exported").load(network, runtime, threads=1)
+        else:
+            model = with_exits(NETWORKS[network]())
+        yield model
+        vars(model).pop("run_stage", None)  # what a test put in its place
+
     @pytest.mark.parametrize("in_order", [True, False])
     @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
     def test_an_exception_of_the_source_comes_after_the_results_before_it(self, model, in_order, error):
@@ -252,7 +262,8 @@ class TestFaults:
         assert [result.exit_stage for result in results] == [result.exit_stage for result in expected]
         assert [result.index for result in results] == list(range(60))
         assert max(biggest) == 2
-        batches = [record.getMessage().rsplit("batches of ")[1] for record in caplog.records]
+        messages = [record.getMessage() for record in caplog.records if record.name.startswith("hf_thinkingvit")]
+        batches = [message.rsplit("batches of ")[1] for message in messages]
         assert batches == ["8 images", "4 images", "2 images"]
         give_little_memory(model, 0, device, biggest)
         with pytest.raises(out_of_memory, match="memory"):
@@ -316,7 +327,15 @@ class TestFaults:
 
     @pytest.mark.parametrize(
         "arguments",
-        [{"batch_size": 0}, {"max_wait": -1.0}, {"max_pending": 0}, {"on_error": "skip"}, {"threshold": -1.0}],
+        [
+            {"batch_size": 0},
+            {"max_wait": -1.0},
+            {"max_pending": 0},
+            {"on_error": "skip"},
+            {"threshold": -1.0},
+            {"num_workers": -1},
+            {"num_workers": 2, "max_wait": 0.1},
+        ],
     )
     def test_refuses(self, model, arguments):
         with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):

@@ -1,4 +1,4 @@
-"""Exports a model to ONNX, and compares the exported program with it. `options.py` has its options and description."""
+"""Exports a model to ONNX or for a runtime, and compares it with what was exported. Options: `options.py`."""
 
 import argparse
 import time
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ..inference import export_onnx
+from ..evaluation import compare_precisions
+from ..inference import export_model, export_onnx, from_exported
+from ..inference.runtimes import RUNTIMES
 from ..models.exit_rules import ExitRule
 from ..models.image_files import read_image
 from . import command
@@ -18,13 +20,43 @@ def run(arguments: argparse.Namespace) -> None:
     # Before the export, which is slow.
     thresholds = ExitRule.from_config(model.config, command.one_or_list(arguments.threshold)).thresholds
     paths = [] if arguments.dataset is None else command.find_images_or_fail(arguments.dataset)
+    if arguments.precision and not arguments.runtime:
+        raise ValueError("`--precision` is of the folder for a runtime: choose a `--runtime`.")
+    if arguments.precision == "int8" and len(paths) < 2:
+        raise ValueError("int8 is calibrated on images: give at least two, by `--dataset`; a few hundred are better.")
     start(model, images=len(paths) or None, saved_to=arguments.output_dir)
+    if arguments.runtime:
+        export_for_runtime(model, processor, arguments, paths, thresholds)
+        return
     files = export_onnx(model, arguments.output_dir)
     for path in (files.adaptive, *files.stages):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     if paths:
         compare(model, processor, files.adaptive, paths, thresholds)
     command.say(next=f'python -c "import onnxruntime; onnxruntime.InferenceSession({str(files.adaptive)!r})"')
+
+
+def export_for_runtime(
+    model, processor, arguments: argparse.Namespace, paths: list[Path], thresholds: tuple[float, ...]
+) -> None:
+    """Write the folder, and print what its answers to the images are beside the model's."""
+    precision = arguments.precision or "fp32"
+    images = [processor(read_image(path), return_tensors="pt")["pixel_values"] for path in paths]
+    calibration, compared = (images[::2], images[1::2]) if precision == "int8" else (None, images)
+    folder = export_model(
+        model,
+        arguments.output_dir,
+        RUNTIMES[arguments.runtime].file_format,
+        precision=precision,
+        processor=processor,
+        calibration=None if calibration is None else torch.cat(calibration),
+    )
+    if compared:
+        model.config.threshold = list(thresholds)
+        batches = [{"pixel_values": image} for image in compared]
+        print(f"\n{compare_precisions(model, from_exported(folder), batches).table()}\n")
+    name = repr(str(folder))
+    command.say(next=f'python -c "from hf_thinkingvit.inference import from_exported; print(from_exported({name}))"')
 
 
 @torch.no_grad()

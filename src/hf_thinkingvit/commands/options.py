@@ -275,9 +275,12 @@ EXPORT = """
 Export a model to ONNX, and compare its predictions under onnxruntime with the PyTorch model's:
 
     hf-thinkingvit export --model MODEL --dataset FOLDER
+    hf-thinkingvit export --model MODEL --dataset FOLDER --runtime openvino --precision int8
 
-`adaptive.onnx` takes one image and runs the stages until it exits; `stage_0.onnx` and so on hold one stage each, for
-batches of any size. Without `--dataset`, nothing is compared. Needs the extra `onnx`.
+Without `--runtime`, ONNX files for programs without Python: `adaptive.onnx` takes one image and runs stages until it
+exits; `stage_0.onnx` and so on hold one stage each, for batches of any size. With it, a folder that `from_exported`
+loads for the engine (docs/runtimes.md); for int8, one half of the images calibrates and the other is compared. Without
+`--dataset`, nothing is compared. Needs the extra `onnx` or `openvino`.
 """
 
 
@@ -287,6 +290,10 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", "--images", type=Path, help="folder of images to compare the predictions on")
     add_output_dir(parser, "outputs/onnx", "the exported programs")
     parser.add_argument("--threshold", type=float, nargs="+", help="τ for these images, one or one per exit")
+    parser.add_argument(
+        "--runtime", choices=["openvino", "onnxruntime"], help="write a folder for the engine in this runtime"
+    )
+    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], help="of that folder; fp32 by default")
 
 
 PUSH = """

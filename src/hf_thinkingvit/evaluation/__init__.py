@@ -5,6 +5,7 @@ from .calibration import Calibration, calibrate_accuracy, calibrate_budget, cali
 from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint
 from .labels import LabelMap, label_map_argument
 from .macs import halting_macs, published_stage_macs, stage_macs, sub_network_macs
+from .precisions import PrecisionComparison, compare_precisions
 from .segmentation import StageConfusions, collect_stage_confusions, evaluate_segmentation, segmentation_measures
 from .segmentation_sweep import evaluate_segmentation_thresholds
 from .stage_times import measure_stage_milliseconds
@@ -16,6 +17,7 @@ __all__ = [
     "Calibration",
     "CalibrationStatus",
     "LabelMap",
+    "PrecisionComparison",
     "StageAnswers",
     "StageConfusions",
     "TokenDepths",
@@ -24,6 +26,7 @@ __all__ = [
     "calibrate_risk",
     "calibration_status",
     "collect_stage_answers",
+    "compare_precisions",
     "collect_stage_confusions",
     "evaluate_accuracy",
     "evaluate_segmentation",

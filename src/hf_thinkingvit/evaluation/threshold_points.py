@@ -38,7 +38,7 @@ def distinct_thresholds(
     goals = torch.linspace(0, 1, count)[1:] * int(counts.sum())
     steps = (below[:, None] - goals).abs().argmin(dim=0).unique().tolist() if len(below) else []
     values = [*values.tolist(), loose]
-    between = [_shortest_between(values[step], values[step + 1]) for step in steps]
+    between = [shortest_between(values[step], values[step + 1]) for step in steps]
     candidates = [strict, *(threshold for threshold in between if threshold is not None)]
     exits = answers.exit_stages_of_each(candidates)
     chosen: list[int] = []
@@ -62,7 +62,7 @@ def _with_another(answers: StageAnswers, thresholds: list[Threshold], another: T
     return [*ordered[:place], another, *ordered[place:]]
 
 
-def _shortest_between(one: float, other: float) -> float | None:
+def shortest_between(one: float, other: float) -> float | None:
     """A decimal number of few digits strictly between two float32, also as a float32; `None` if there is none."""
     low, high = min(one, other), max(one, other)
     for digits in range(1, 12):

@@ -7,6 +7,7 @@ families. A model that does not think in stages runs as one stage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from ..models.exit_rules import Verdict, answer_entropy
 from ..models.staged_loop import resolve_stages, step_stage
 from ..models.staged_run import Answer, Memory, State, select_rows
 from ..models.tasks import Task
+from .runtimes import ExportedModel, with_runtime
 from .stream import EngineResult, EngineStats, Stream
 
 
@@ -78,7 +80,7 @@ class AdaptiveEngine:
     Classifies a stream of images with full batches at every stage.
 
     Args:
-        model (`PreTrainedModel`):
+        model (`PreTrainedModel`, or what `from_exported` returned):
             A classifier of this package, on the device to run on. The engine puts it into evaluation mode. Several
             engines may share it, each in its own thread.
         processor (`BaseImageProcessor`, *optional*):
@@ -97,13 +99,23 @@ class AdaptiveEngine:
         in_order (`bool`, *optional*, defaults to `True`):
             Yield results in input order; otherwise as soon as they are computed.
         max_wait (`float`, *optional*):
-            Longest time in seconds that an image waits for a batch to fill up; unlimited by default.
+            Longest time in seconds that an image waits for a batch to fill up; unlimited by default. For services,
+            whose images do not come at once.
         max_pending (`int`, *optional*):
             With `in_order`, how many results may wait for an earlier image; beyond that, its stage runs on a partial
             batch. By default 16 batches. The queue of each stage and the images read ahead hold at most two batches, so
             memory is bounded however long the stream is.
         on_error (`"raise"` or `"return"`, *optional*, defaults to `"raise"`):
             Whether an image that cannot be read raises an exception or yields a result with `error`.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that decode and preprocess images, in chunks; with 0 it is done in the reader's thread. For
+            folders and data sets, not for live streams: the images must be picklable, and `max_wait` must be `None`.
+        runtime (`str`, *optional*):
+            What runs the stages: `"torch"` (the default, the model as it is), `"compiled"`, `"openvino"` or
+            `"onnxruntime"`, see `with_runtime`. The last two export the model here and now, which takes a while:
+            `export_model` and `from_exported` do it once.
+        precision (`"fp32"`, `"bf16"`, `"fp16"`, *optional*, defaults to `"fp32"`):
+            Of `"openvino"` and `"onnxruntime"`. A PyTorch model computes in its dtype.
 
     Attributes:
         stats (`EngineStats`): counts of the current or the latest stream.
@@ -118,7 +130,7 @@ class AdaptiveEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | ExportedModel,
         processor: BaseImageProcessor | None = None,
         *,
         batch_size: int = 64,
@@ -131,6 +143,9 @@ class AdaptiveEngine:
         max_wait: float | None = None,
         max_pending: int | None = None,
         on_error: Literal["raise", "return"] = "raise",
+        num_workers: int = 0,
+        runtime: str | None = None,
+        precision: str | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
@@ -140,6 +155,15 @@ class AdaptiveEngine:
             raise ValueError(f"`max_pending` must be at least 1, got {max_pending!r}.")
         if on_error not in ("raise", "return"):
             raise ValueError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"`num_workers` must be an integer of at least 0, got {num_workers!r}.")
+        if num_workers and max_wait is not None:
+            raise ValueError(
+                "`num_workers` must be 0 with `max_wait`: workers of a DataLoader hand nothing over while the input "
+                "keeps them waiting, so that images of a live stream would wait longer."
+            )
+        self.num_workers = num_workers
+        model = with_runtime(model, runtime, precision)
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.in_order, self.max_wait, self.on_error = in_order, max_wait, on_error
         self.max_pending = 16 * batch_size if max_pending is None else max_pending
@@ -172,8 +196,9 @@ class AdaptiveEngine:
             inputs (`Iterable`): images (paths, URLs, PIL images, arrays, or functions that return one) or preprocessed
                 tensors `(channels, height, width)`: a list, a generator, a dataset, a `DataLoader` whose batches are
                 images, or a tensor or array of four dimensions. A single image is a stream of one. An exception in
-                place of an image marks one that could not be read. A separate thread reads and preprocesses the input,
-                at most two batches ahead.
+                place of an image marks one that could not be read; [`WithThreshold`] gives an image its own τ.
+                Separate threads read and preprocess the input, at most two batches ahead; `num_workers` read at most
+                two chunks of 32 images each ahead.
 
         Yields:
             [`EngineResult`], one per image.
@@ -188,10 +213,24 @@ class AdaptiveEngine:
         stream = Stream(self, inputs)
         return stream.in_order() if self.in_order else stream.as_they_finish()
 
+    def resolve_threshold(self, threshold: float | Sequence[float]) -> tuple[float, ...]:
+        """One τ per exit of the model; `ValueError` if it is invalid, or the model does not think in stages."""
+        if isinstance(self.rule, _WholeModel):
+            raise ValueError(f"{type(self.model).__name__} does not think in stages: an image has no `threshold`.")
+        return self.model.exit_rule(threshold).thresholds
+
     @torch.no_grad()
-    def step(self, stage: int, state: State) -> tuple[torch.Tensor, Answer, State]:
+    def step(
+        self, stage: int, state: State, thresholds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Answer, State]:
         """
         Run a stage on a batch of its queue.
+
+        Args:
+            stage (`int`): which.
+            state (`dict[str, torch.Tensor]`): of the images of the batch.
+            thresholds (`torch.Tensor` of shape `(images, exits)`, *optional*): τ of each image, instead of that of the
+                engine.
 
         Returns:
             `exits` (bool `(images,)`) and the answers to all images (floating-point entries as float32), both on the
@@ -204,7 +243,11 @@ class AdaptiveEngine:
                 pixel_values = pixel_values.pin_memory()
             drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in state.items()}
             state = {**drawn, "pixel_values": pixel_values.to(device, self.model.dtype, non_blocking=True)}
-        step = step_stage(self.steps, self.rule, self.stages, stage, state, **self.arguments)
+        rule = self.rule
+        if thresholds is not None:
+            thresholds = thresholds.to(self.model.device, non_blocking=True)
+            rule = replace(rule, thresholds=tuple(thresholds.unbind(dim=1)))
+        step = step_stage(self.steps, rule, self.stages, stage, state, **self.arguments)
         exits, answer = _to_host(step.exits, step.answer)
         going_on, state = (~exits).nonzero().squeeze(1), step.state
         if 0 < len(going_on) < len(exits):

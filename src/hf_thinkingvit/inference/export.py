@@ -23,8 +23,8 @@ from transformers.utils import is_onnx_available
 
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
-from ..models.staged_loop import MEMORY_PREFIX, first_state, step_stage
-from ..models.staged_run import State
+from ..models.staged_loop import MEMORY_PREFIX, answer_stage, first_state, step_stage
+from ..models.staged_run import Answer, State
 
 
 NOISE = MEMORY_PREFIX + "noise"  # the entry of the first state that a rule draws
@@ -47,6 +47,27 @@ class _StageProgram(nn.Module):
         is_last = self.stage_index == self.stages[-1]
         state = {} if is_last else {name: tensor.contiguous() for name, tensor in step.state.items()}
         return {**answer, "exits": step.exits, "state": state}
+
+
+class StageSteps(nn.Module):
+    """
+    One stage without the exit rule, for runtimes that the package's own loop drives: its answers and its state, without
+    those entries of the state that it only passes on (`passed_on`), which need not go through a program.
+    """
+
+    def __init__(self, model: PreTrainedModel, stage_index: int, passed_on: tuple[str, ...] = ()):
+        super().__init__()
+        self.model, self.stage_index, self.passed_on = model, stage_index, passed_on
+        self.stages = range(model.config.num_stages)
+
+    def forward(self, state: State) -> dict[str, Answer | State]:
+        answer, state = answer_stage(self.model, self.stages, self.stage_index, state)
+        # The entropy over pixels is a task's own measure of its logits, which it takes in float32.
+        answer = {name: tensor.contiguous() for name, tensor in answer.items() if name != "entropy"}
+        if self.stage_index == self.stages[-1]:
+            return {"answer": answer, "state": {}}
+        kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in self.passed_on}
+        return {"answer": answer, "state": kept}
 
 
 class _AdaptiveProgram(nn.Module):
@@ -125,10 +146,10 @@ def export_adaptive(model: PreTrainedModel) -> torch.export.ExportedProgram:
     Raises:
         ValueError: if the model does not think in stages.
     """
-    _check_stages(model)
-    state = first_state(model.exit_rule(), _pixel_values(model, 1))
+    check_stages(model)
+    state = first_state(model.exit_rule(), example_pixel_values(model, 1))
     drawn = (state[NOISE],) if NOISE in state else ()
-    return _export(_AdaptiveProgram(model), (state["pixel_values"], _default_threshold(model), *drawn), None)
+    return export_program(_AdaptiveProgram(model), (state["pixel_values"], _default_threshold(model), *drawn), None)
 
 
 @dataclass(frozen=True)
@@ -167,14 +188,13 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
         ImportError: without the packages of the extra `onnx`.
         ValueError: if the model does not think in stages, or `dtype` is neither float32 nor float16.
     """
-    if not (is_onnx_available() and find_spec("onnxscript")):
-        raise ImportError('Writing ONNX needs onnx and onnxscript: pip install "hf-thinkingvit[onnx]".')
+    check_onnx_is_there()
     output_dir = Path(output_dir)
-    _check_stages(model)
+    check_stages(model)
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"`dtype` must be torch.float32 or torch.float16, which onnxruntime computes in, got {dtype}.")
     # Programs share the model's parameters, so they are written before it gets its own dtype back.
-    with _plain_attention(model), _in_dtype(model, dtype):
+    with attention_of(model, "eager"), in_dtype(model, dtype):
         drawn = ["noise"] if model.exit_rule().draws else []
         programs, before = {}, ["pixel_values", *drawn]
         for index, (program, outputs) in enumerate(_stage_programs(model)):
@@ -190,40 +210,50 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, (program, inputs, outputs) in programs.items():
             own_weights = name != "adaptive.onnx"  # where all stages slice the same weights
-            _write_onnx(program, model, inputs, outputs, output_dir / name, own_weights)
+            write_onnx(program, model, inputs, outputs, output_dir / name, own_weights)
     stages = [output_dir / f"stage_{index}.onnx" for index in range(model.config.num_stages)]
     return OnnxFiles(stages, output_dir / "adaptive.onnx")
 
 
-def _check_stages(model: PreTrainedModel) -> None:
+def check_onnx_is_there() -> None:
+    if not (is_onnx_available() and find_spec("onnxscript")):
+        raise ImportError('Writing ONNX needs onnx and onnxscript: pip install "hf-thinkingvit[onnx]".')
+
+
+def check_stages(model: PreTrainedModel) -> None:
     if not thinks_in_stages(model):
         raise ValueError(f"{type(model).__name__} does not think in stages: there are none to export.")
 
 
 @contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context, use eager attention, whose operations ONNX supports in every dtype."""
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """
+    Within this context, use this implementation of attention: `"eager"` for ONNX, which has its operations in every
+    dtype, `"sdpa"` for OpenVINO, which has it as one operation.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(before)
 
 
 @contextmanager
-def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype, device: torch.device | None = None) -> Iterator[None]:
     """
-    Within this context, cast weights and buffers to `dtype`, and set gradients aside, since they must have the dtype of
-    their weights. The original tensors are restored afterwards, because casting back would round. The model is not
-    copied, because methods and hooks that are bound to it would still use the original.
+    Within this context, cast weights and buffers to `dtype` (and move them to `device`), and set gradients aside, since
+    they must have the dtype of their weights. The original tensors are restored afterwards, because casting back would
+    round. The model is not copied, because methods and hooks that are bound to it would still use the original.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
-    originals = [(tensor, tensor.data, tensor.grad) for tensor in tensors.values() if tensor.dtype != dtype]
+    device = device or model.device
+    moved = [tensor for tensor in tensors.values() if tensor.dtype != dtype or tensor.device != device]
+    originals = [(tensor, tensor.data, tensor.grad) for tensor in moved]
     try:
         for tensor, data, _ in originals:
             tensor.grad = None
-            tensor.data = data.to(dtype)
+            tensor.data = data.to(device, dtype)
         yield
     finally:
         for tensor, data, grad in originals:
@@ -231,7 +261,7 @@ def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
             tensor.grad = grad
 
 
-def _pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
+def example_pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
     size = as_pair(model.config.image_size)
     return torch.zeros(batch_size, model.config.num_channels, *size, dtype=model.dtype, device=model.device)
 
@@ -242,13 +272,13 @@ def _default_threshold(model: PreTrainedModel) -> torch.Tensor:
 
 def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedProgram, dict]]:
     """The program of each stage, and its outputs for a batch of two images."""
-    _check_stages(model)
+    check_stages(model)
     # Two images, because `torch.export` takes a dimension of size 1 for a constant.
-    state = first_state(model.exit_rule(), _pixel_values(model, 2))
+    state = first_state(model.exit_rule(), example_pixel_values(model, 2))
     threshold, programs = _default_threshold(model), []
     for index in range(model.config.num_stages):
         batch = {name: {0: torch.export.Dim("batch")} for name in state}
-        program = _export(_StageProgram(model, index), (state, threshold), (batch, None))
+        program = export_program(_StageProgram(model, index), (state, threshold), (batch, None))
         with torch.no_grad():
             outputs = program.module()(state, threshold)
         programs.append((program, outputs))
@@ -256,7 +286,7 @@ def _stage_programs(model: PreTrainedModel) -> list[tuple[torch.export.ExportedP
     return programs
 
 
-def _export(module: nn.Module, arguments: tuple, dynamic_shapes: tuple | None) -> torch.export.ExportedProgram:
+def export_program(module: nn.Module, arguments: tuple, dynamic_shapes: tuple | None) -> torch.export.ExportedProgram:
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
@@ -267,7 +297,7 @@ def _export(module: nn.Module, arguments: tuple, dynamic_shapes: tuple | None) -
             submodule.training = training
 
 
-def _write_onnx(
+def write_onnx(
     program: torch.export.ExportedProgram,
     model: PreTrainedModel,
     inputs: list[str],

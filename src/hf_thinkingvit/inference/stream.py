@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,20 @@ class EngineResult:
     others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class WithThreshold:
+    """
+    An input of an engine with τ of its own.
+
+    Attributes:
+        image: any input of an engine.
+        threshold: τ, one or one per exit, instead of the engine's; an invalid one is an error of this image.
+    """
+
+    image: Any
+    threshold: float | Sequence[float]
+
+
 @dataclass
 class EngineStats:
     """
@@ -55,12 +69,15 @@ class EngineStats:
         batches: forward passes of each stage.
         exits: images that exited at each stage.
         failures: images that could not be read.
+        seconds: in which the stages ran, with the copies to and from the device; the rest of the time, the engine
+            waited for images or for whoever takes the results.
     """
 
     rows: list[int]
     batches: list[int]
     exits: list[int]
     failures: int = 0
+    seconds: float = 0.0
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -72,9 +89,22 @@ class Stream:
     """One pass of an engine over an input."""
 
     def __init__(self, engine: "AdaptiveEngine", inputs: Iterable[Any]):
-        self.engine, self.inputs, self.batch_size = engine, each_image(inputs), engine.batch_size
+        self.engine, self.batch_size = engine, engine.batch_size
+        self.thresholds: dict[int, tuple[float, ...]] = {}  # of images that have τ of their own, while they are here
+        self.inputs = self._images(each_image(inputs))
         self.stats = engine.stats = engine.no_stats()
         self.queues = [StageQueue() for _ in engine.stages]
+
+    def _images(self, inputs: Iterable[Any]) -> Iterator[Any]:
+        """The images of the input, whose own τ are put aside. What is wrong with one takes the place of the image."""
+        for index, image in enumerate(inputs):
+            if isinstance(image, WithThreshold):
+                try:
+                    self.thresholds[index] = self.engine.resolve_threshold(image.threshold)
+                    image = image.image
+                except ValueError as error:
+                    image = error
+            yield image
 
     def as_they_finish(self) -> Iterator[EngineResult]:
         """Results as soon as they are computed."""
@@ -105,7 +135,8 @@ class Stream:
 
     def _run(self) -> Iterator[list[EngineResult]]:
         engine, queues = self.engine, self.queues
-        reader = Reader(self.inputs, engine.processor, 2 * self.batch_size, engine.on_error == "return")
+        tolerant = engine.on_error == "return"
+        reader = Reader(self.inputs, engine.processor, 2 * self.batch_size, tolerant, engine.num_workers)
         failure: BaseException | None = None
         try:
             while True:
@@ -118,16 +149,17 @@ class Stream:
                     if reading is None:
                         continue
                     if reading.error is None:
-                        state = first_state(engine.rule, reading.pixel_values[None], engine.generator)
+                        state = first_state(engine.rule, reading.pixel_values, engine.generator)
                         while not queues[0].fits(state):
                             yield self._run_queue(0)
-                        queues[0].put(state, [reading.index], time.monotonic())
-                    elif reading.index is None or engine.on_error == "raise":
+                        queues[0].put(state, reading.indices, time.monotonic())
+                    elif not reading.indices or not tolerant:
                         failure = reading.error
                         reader.close()
                     else:
+                        self.thresholds.pop(reading.indices[0], None)
                         self.stats.failures += 1
-                        yield [EngineResult(reading.index, error=reading.error)]
+                        yield [EngineResult(reading.indices[0], error=reading.error)]
                 elif any(map(len, queues)):
                     # At the end of the input, the earliest stage first, so that its images fill up later batches.
                     yield self._run_queue(next(s for s, queue in enumerate(queues) if len(queue)))
@@ -157,28 +189,42 @@ class Stream:
         self.stats.rows[stage] += len(indices)
         self.stats.batches[stage] += 1
         self.stats.exits[stage] += len(indices) - len(going_on)
+        for index, exit_ in zip(indices, exits) if self.thresholds else ():
+            if exit_:
+                self.thresholds.pop(index, None)
         results = []
         if going_on:
             following = self.queues[stage + 1]
             while not following.fits(state):
                 results += self._run_queue(stage + 1)
             following.put(state, going_on, since)
-        entropies, logits = answer.pop("entropy").tolist(), answer.pop("logits")
+        entropies, logits = answer.pop("entropy").tolist(), answer.pop("logits").unbind()
+        others = {name: rows.unbind() for name, rows in answer.items()}
         # Copies, because a view would hold (and pickle) the answers to the whole batch.
         for row, index in enumerate(index for index, exit_ in zip(indices, exits) if exit_):
-            others = {name: rows[row].clone() for name, rows in answer.items()}
-            results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=others))
+            own = {name: rows[row].clone() for name, rows in others.items()} if others else {}
+            results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=own))
         return results
+
+    def _thresholds_of(self, indices: list[int]) -> torch.Tensor | None:
+        """τ of each image and exit, `(images, exits)`, where any of these images has its own; else `None`."""
+        if not self.thresholds or self.thresholds.keys().isdisjoint(indices):
+            return None
+        usual = self.engine.rule.thresholds
+        return torch.tensor([self.thresholds.get(index, usual) for index in indices], dtype=torch.float32)
 
     def _step(self, stage: int) -> tuple[list[int], float, tuple]:
         """Run a stage, with a smaller batch if memory runs out: indices, arrival time and result of `engine.step`."""
         while True:
             state, indices, since = self.queues[stage].take(self.batch_size)
+            started = time.perf_counter()
             try:
-                return indices, since, self.engine.step(stage, state)
+                return indices, since, self.engine.step(stage, state, self._thresholds_of(indices))
             except RuntimeError as error:
                 if len(indices) < 2 or not _is_out_of_memory(error):
                     raise
+            finally:
+                self.stats.seconds += time.perf_counter() - started
             # Outside of the handler, because its traceback references the tensors of the failed step.
             if self.engine.model.device.type != "cpu":
                 clear_device_cache(garbage_collection=True)

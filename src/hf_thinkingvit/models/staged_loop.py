@@ -72,6 +72,31 @@ def resolve_feature_stages(config, max_stages: int | None = None, sub_network: i
     return resolve_stages(config.num_stages, max_stages, sub_network)
 
 
+def answer_stage(
+    model: "StagedModelMixin",
+    stages: range,
+    stage_index: int,
+    state: State,
+    interpolate_pos_encoding: bool | None = None,
+    **kwargs,
+) -> tuple[Answer, State]:
+    """
+    Enter a stage (`begin` or `recycle`), run it and read its answers, which nothing has judged yet. The arguments are
+    those of `step_stage`, with a state that holds the model's own entries alone. Returns the answers, and the state as
+    the stage leaves it.
+    """
+    if stage_index == stages[0]:
+        state = model.begin(
+            state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding, stages=stages, **kwargs
+        )
+    else:
+        state = model.recycle(stage_index - 1, state, **kwargs)
+    state = model.run_stage(stage_index, state, is_last=stage_index == stages[-1], **kwargs)
+    if reserved := [name for name in state if name.startswith((MEMORY_PREFIX, ACCEPTED_PREFIX))]:
+        raise ValueError(f"A state may not have entries called {reserved}: these names are the loop's own.")
+    return model.answer(stage_index, state), state
+
+
 def step_stage(
     model: "StagedModelMixin",
     rule: ExitRule,
@@ -94,19 +119,10 @@ def step_stage(
         interpolate_pos_encoding (`bool`, *optional*), kwargs: arguments of the model's `forward`.
     """
     memory, accepted = _take(state, MEMORY_PREFIX), _take(state, ACCEPTED_PREFIX)
-    if stage_index == stages[0]:
-        state = model.begin(
-            state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding, stages=stages, **kwargs
-        )
-    else:
-        if memory or accepted:
-            state = {name: state[name] for name in state if not name.startswith((MEMORY_PREFIX, ACCEPTED_PREFIX))}
-        state = model.recycle(stage_index - 1, state, **kwargs)
+    if memory or accepted:
+        state = {name: state[name] for name in state if not name.startswith((MEMORY_PREFIX, ACCEPTED_PREFIX))}
     is_last = stage_index == stages[-1]
-    state = model.run_stage(stage_index, state, is_last=is_last, **kwargs)
-    if reserved := [name for name in state if name.startswith((MEMORY_PREFIX, ACCEPTED_PREFIX))]:
-        raise ValueError(f"A state may not have entries called {reserved}: these names are the loop's own.")
-    answer = model.answer(stage_index, state)
+    answer, state = answer_stage(model, stages, stage_index, state, interpolate_pos_encoding, **kwargs)
     if accepted:
         answer = model.merge_answers(accepted, answer)
     verdict = rule.judge(stage_index, answer, memory)
@@ -245,6 +261,7 @@ class StagedModelMixin(CompiledStagesMixin, Task):
 
 __all__ = [
     "StagedModelMixin",
+    "answer_stage",
     "first_state",
     "resolve_feature_stages",
     "resolve_stages",

@@ -1,0 +1,132 @@
+"""
+Classify many images on a cluster with Ray Data, an engine in each actor of a pool:
+
+    pip install "hf-thinkingvit[ray]"
+    python examples/classify_ray.py --model outputs/openvino --dataset photos --output classified --actors 4
+
+`--dataset` is a folder of images, searched with its subfolders, or Parquet (a file or a folder) with a column of
+images: their files as bytes, or structs with `bytes`, as `datasets` writes them. `--model` is a folder that
+`export_model` wrote, or a model with PyTorch weights; every node must reach it. The output is a folder of Parquet
+files: a row for each image, in no particular order, with the columns of the input but the image, `label`, `score`,
+`exit_stage`, `entropy`, and `error` for those that cannot be read.
+"""
+
+import argparse
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from PIL import Image
+
+from hf_thinkingvit.commands.loading import load_model
+from hf_thinkingvit.inference import AdaptiveEngine, from_exported
+from hf_thinkingvit.models.image_files import as_rgb
+
+
+BATCH = 256  # rows that an actor gets at once: several batches of the engine, so that later stages fill theirs
+
+
+def decode(content: Any) -> Image.Image:
+    if isinstance(content, dict):
+        content = content["bytes"]
+    if content is None:
+        raise ValueError("the row has no bytes of an image")
+    return as_rgb(Image.open(io.BytesIO(content)))
+
+
+class Classifier:
+    """Lives in an actor: the engine is made once, and classifies batches of rows."""
+
+    def __init__(self, model: str, column: str, batch_size: int, threshold: float | None, precision: str | None):
+        if (Path(model) / "export.json").is_file():
+            network = from_exported(model, precision)
+            processor = network.processor
+        else:
+            network, processor = load_model(model)
+        self.column, self.id2label = column, network.config.id2label
+        self.engine = AdaptiveEngine(network, processor, batch_size=batch_size, threshold=threshold, on_error="return")
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        images = rows.pop(self.column)
+        found = {"label": [], "score": [], "exit_stage": [], "entropy": [], "error": []}
+        for result in self.engine(partial(decode, image) for image in images):
+            if result.error is not None:
+                row = ("", np.nan, -1, np.nan, str(result.error))
+            else:
+                score, label = result.logits.softmax(dim=-1).max(dim=-1)
+                row = (self.id2label[label.item()], score.item(), result.exit_stage, result.entropy, "")
+            for name, value in zip(found, row):
+                found[name].append(value)
+        return {**rows, **{name: np.array(values) for name, values in found.items()}}
+
+
+def read(dataset: str, column: str | None) -> tuple[ray.data.Dataset, str]:
+    """The rows, and the column that has the images."""
+    path = Path(dataset)
+    parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+    if not parquet:
+        endings = sorted(ending.removeprefix(".") for ending in Image.registered_extensions())
+        return ray.data.read_binary_files(dataset, include_paths=True, file_extensions=endings), "bytes"
+    rows = ray.data.read_parquet(dataset)
+    column = column or "image"
+    if column not in rows.columns():
+        raise ValueError(f"{dataset!r} has no column {column!r} but {rows.columns()}: choose one by --image-column.")
+    return rows, column
+
+
+def classify(
+    model: str,
+    dataset: str,
+    output: str,
+    actors: int = 1,
+    cpus: float = 1,
+    batch_size: int = 16,
+    threshold: float | None = None,
+    precision: str | None = None,
+    column: str | None = None,
+) -> None:
+    rows, column = read(dataset, column)
+    classified = rows.map_batches(
+        Classifier,
+        fn_constructor_args=(model, column, batch_size, threshold, precision),
+        batch_size=max(BATCH, 4 * batch_size),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=cpus,
+    )
+    classified.write_parquet(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output", required=True, help="folder")
+    parser.add_argument("--image-column", help="of Parquet; image by default")
+    parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--cpus", type=float, default=1, help="of each actor")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threshold", type=float, help="τ; by default the model's")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of an exported folder")
+    words = parser.parse_args()
+    model, dataset, output = (
+        str(Path(name).resolve()) if Path(name).exists() or name == words.output else name
+        for name in (words.model, words.dataset, words.output)
+    )
+    classify(
+        model,
+        dataset,
+        output,
+        words.actors,
+        words.cpus,
+        words.batch_size,
+        words.threshold,
+        words.precision,
+        words.image_column,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""
+Classify images over HTTP, in batches of what arrives together:
+
+    pip install "hf-thinkingvit[serve]"
+    python examples/serve.py --model outputs/openvino --precision bf16 --port 8000
+    curl --data-binary @examples/images/cat.jpg "http://127.0.0.1:8000/classify?threshold=0.9&top_k=3"
+
+`--model` is a folder that `export_model` wrote, or a model with PyTorch weights. The body of a request is the file of
+an image; `threshold` is τ of this request. Answers: 200 with labels, scores, exit stage and entropy; 4xx with a reason
+for what is wrong with the request; 503 with Retry-After while as many requests wait as may wait. `GET /health`, and
+`GET /metrics` for Prometheus. SIGINT and SIGTERM end it after the requests that it has accepted.
+"""
+
+import argparse
+import asyncio
+import io
+import math
+import time
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import prometheus_client
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from PIL import Image
+
+from hf_thinkingvit.commands.loading import load_model
+from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull, from_exported
+
+
+def decode(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content))
+    image.load()  # a file that is cut off fails here, with its own reason
+    return image
+
+
+class Metrics:
+    """What `/metrics` shows."""
+
+    def __init__(self, service: EngineService):
+        self.registry = prometheus_client.CollectorRegistry()
+        make = partial(prometheus_client.Counter, registry=self.registry)
+        self.requests = make("requests", "Requests by the status of their answer", ["status"])
+        self.exits = make("exits", "Images by the stage at which they exited", ["stage"])
+        self.seconds = prometheus_client.Histogram(
+            "request_seconds", "From the last byte of a request to its answer", registry=self.registry
+        )
+        waiting = prometheus_client.Gauge("requests_waiting", "Requests without an answer", registry=self.registry)
+        waiting.set_function(lambda: service.waiting)
+        rows = prometheus_client.Gauge(
+            "mean_batch_size", "Images in a batch of a stage, on average", ["stage"], registry=self.registry
+        )
+        for stage in range(len(service.engine.stages)):
+            rows.labels(stage).set_function(partial(mean_batch_size, service.engine, stage))
+
+
+def mean_batch_size(engine: AdaptiveEngine, stage: int) -> float:
+    return engine.stats.rows[stage] / max(engine.stats.batches[stage], 1)
+
+
+def build_app(engine: AdaptiveEngine, max_requests: int = 256, max_bytes: int = 20_000_000) -> FastAPI:
+    """The application. Its engine must be made as [`EngineService`] asks."""
+    service = EngineService(engine, max_requests)
+    metrics, id2label = Metrics(service), engine.model.config.id2label
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="hf-thinkingvit", lifespan=lifespan)
+    app.state.service = service
+
+    @app.middleware("http")
+    async def count(request: Request, call_next):
+        response = await call_next(request)
+        if request.url.path == "/classify":
+            metrics.requests.labels(response.status_code).inc()
+        return response
+
+    @app.post("/classify")
+    async def classify(request: Request, threshold: float | None = None, top_k: int = 5) -> dict:
+        if top_k < 1:
+            raise HTTPException(422, f"`top_k` must be at least 1, got {top_k}.")
+        content = bytearray()
+        async for part in request.stream():  # bounded, whatever length the client announced
+            content += part
+            if len(content) > max_bytes:
+                raise HTTPException(413, f"The image has more than {max_bytes} bytes.")
+        if not content:
+            raise HTTPException(400, "The body is empty: send the file of an image.")
+        started = time.perf_counter()
+        try:
+            future = service.submit(partial(decode, bytes(content)), threshold)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
+        except (ServiceFull, ServiceClosed) as error:
+            raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
+        try:
+            result = await asyncio.wrap_future(future)
+        except ServiceClosed as error:
+            raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
+        if result.error is not None:
+            raise HTTPException(400, f"The body is no image that can be read: {result.error.__cause__ or result.error}")
+        metrics.seconds.observe(time.perf_counter() - started)
+        metrics.exits.labels(result.exit_stage).inc()
+        scores, classes = result.logits.softmax(dim=-1).topk(min(top_k, len(result.logits)))
+        labels = [{"label": id2label[index], "score": score} for index, score in zip(classes.tolist(), scores.tolist())]
+        entropy = result.entropy if math.isfinite(result.entropy) else None  # JSON has no NaN
+        return {"labels": labels, "exit_stage": result.exit_stage, "entropy": entropy}
+
+    @app.get("/health")
+    def health() -> dict:
+        if service.failure is not None:
+            raise HTTPException(500, f"The engine failed: {service.failure!r}")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def show_metrics() -> Response:
+        return Response(prometheus_client.generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def load_engine(model: str, precision: str | None = None, threads: int | None = None, **options) -> AdaptiveEngine:
+    """The engine of a service, for an exported folder or a model with PyTorch weights."""
+    if (Path(model) / "export.json").is_file():
+        network = from_exported(model, precision, threads=threads)
+        processor = network.processor
+        if processor is None:
+            raise ValueError(f"{model!r} has no image processor: `export_model(..., processor=processor)` saves it.")
+    else:
+        network, processor = load_model(model)
+        options["precision"] = precision
+    return AdaptiveEngine(network, processor, in_order=False, on_error="return", **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"])
+    parser.add_argument("--threads", type=int, help="of the runtime of an exported folder")
+    parser.add_argument("--threshold", type=float, help="τ of requests without their own; by default the model's")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-wait", type=float, default=0.005, help="seconds that a request waits for others")
+    parser.add_argument("--max-requests", type=int, default=256, help="that may wait; beyond them the answer is 503")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_args()
+    engine = load_engine(
+        arguments.model,
+        arguments.precision,
+        arguments.threads,
+        batch_size=arguments.batch_size,
+        max_wait=arguments.max_wait,
+        threshold=arguments.threshold,
+    )
+    uvicorn.run(build_app(engine, arguments.max_requests), host=arguments.host, port=arguments.port)
+
+
+if __name__ == "__main__":
+    main()

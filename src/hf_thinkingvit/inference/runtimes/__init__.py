@@ -1,0 +1,8 @@
+"""Runtimes other than PyTorch behind the loop over stages: export to a folder, and what loads it."""
+
+from .exported_model import ExportedModel
+from .folder import export_model, from_exported, with_runtime
+from .programs import PRECISIONS, RUNTIMES
+
+
+__all__ = ["PRECISIONS", "RUNTIMES", "ExportedModel", "export_model", "from_exported", "with_runtime"]

@@ -1,0 +1,173 @@
+"""
+A model whose stages a runtime computes, from an exported folder.
+
+It has the four steps of a model that thinks in stages (`begin`, `run_stage`, `answer`, `recycle`), so that the one loop
+of the package drives it: `step_stage` in the engine, `run_stages` in a call. The exit rule is the loop's, in float32,
+whatever the stages compute in.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import ModelOutput
+
+from ...models.staged_loop import resolve_stages, run_stages
+from ...models.staged_run import Answer, State
+from ...models.task_classification import ImageClassificationTask
+from ...models.task_segmentation import SemanticSegmentationTask
+from ...models.tasks import Task
+from .programs import StageFile, StageProgram
+
+
+ANSWER_PREFIX = "_answer."  # of entries in a state that are answers, between `run_stage` and `answer`
+
+
+class ExportedModel(Task):
+    """
+    Loaded by `from_exported`. [`AdaptiveEngine`] takes it like a model, and it can be called like one, in inference.
+
+    Attributes:
+        config (`PreTrainedConfig`): of the model; τ, labels and exit criterion are there.
+        processor (`BaseImageProcessor`): of the folder; `None` if it has none.
+        folder (`Path`): where it comes from.
+        runtime, precision (`str`): what computes the stages, and in what.
+        image_size (`tuple[int, int]`): (height, width) of the images that the programs take.
+        dtype (`torch.dtype`): of pixel values.
+        calls (`list[int]`): how often the program of each stage has run.
+    """
+
+    training = False
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        processor: BaseImageProcessor | None,
+        programs: list[StageProgram],
+        stages: list[StageFile],
+        image_size: Sequence[int],
+        num_channels: int,
+        dtype: torch.dtype,
+        folder: Path,
+        runtime: str,
+        precision: str,
+        options: dict[str, Any],
+    ):
+        self.config, self.processor, self.folder = config, processor, folder
+        self.runtime, self.precision, self._options = runtime, precision, options
+        self.image_size, self.num_channels, self.dtype = tuple(image_size), num_channels, dtype
+        self.calls = [0] * len(programs)
+        self._programs, self._stages = programs, stages
+
+    def __reduce__(self):
+        from .folder import from_exported  # which builds this class
+
+        if not self.folder.exists():
+            raise TypeError(
+                "This model runs from a folder that was temporary, so that it cannot be pickled: write one with "
+                "`export_model`, load that with `from_exported`."
+            )
+        return partial(from_exported, **self._options), (self.folder, self.precision)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r}, runtime={self.runtime!r}, precision={self.precision!r})"
+
+    def eval(self) -> "ExportedModel":
+        """The model itself, which is always in evaluation mode."""
+        return self
+
+    def train(self, mode: bool = True) -> "ExportedModel":
+        """`ValueError` unless `mode` is `False`."""
+        if mode:
+            raise ValueError("Exported programs cannot be trained: train the PyTorch model, and export it again.")
+        return self
+
+    def begin(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        stages: range | None = None,
+        **kwargs,
+    ) -> State:
+        """`ValueError` for images of another size than the exported one."""
+        expected = (self.num_channels, *self.image_size)
+        if not isinstance(pixel_values, torch.Tensor) or tuple(pixel_values.shape[1:]) != expected:
+            got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            raise ValueError(
+                f"`pixel_values` must have the shape (batch_size, {', '.join(map(str, expected))}), for which the "
+                f"programs were exported, got {got}. Resize images with the folder's image processor, or export the "
+                "model with another `config.image_size`."
+            )
+        if len(pixel_values) == 0:
+            raise ValueError("`pixel_values` must have at least one image: the exported programs take no empty batch.")
+        if interpolate_pos_encoding:
+            raise ValueError(
+                "`interpolate_pos_encoding` is of PyTorch models: the exported programs take images of "
+                f"{self.image_size[0]}×{self.image_size[1]} pixels only."
+            )
+        return {"pixel_values": pixel_values.to(self.device, self.dtype)}
+
+    def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> State:
+        """The state after the stage's program, with its answers."""
+        stage = self._stages[stage_index]
+        after = {name: state[name] for name in stage.passed_on}
+        self.calls[stage_index] += 1
+        for output, tensor in zip(stage.outputs, self._programs[stage_index](state), strict=True):
+            after[output.name if output.is_state else ANSWER_PREFIX + output.name] = tensor
+        return after
+
+    def answer(self, stage_index: int, state: State) -> Answer:
+        return {
+            name.removeprefix(ANSWER_PREFIX): tensor for name, tensor in state.items() if name.startswith(ANSWER_PREFIX)
+        }
+
+    def recycle(self, stage_index: int, state: State, **kwargs) -> State:
+        """The state without the answers: the program of the next stage begins with the model's own `recycle`."""
+        return {name: tensor for name, tensor in state.items() if not name.startswith(ANSWER_PREFIX)}
+
+    @torch.no_grad()
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        threshold: float | Sequence[float] | None = None,
+        max_stages: int | None = None,
+        output_stage_logits: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> ModelOutput:
+        """The output of the PyTorch model's `forward` in evaluation mode; the arguments are as there."""
+        stages = resolve_stages(self.config.num_stages, max_stages)
+        run = run_stages(
+            self,
+            self.exit_rule(threshold),
+            stages,
+            pixel_values,
+            run_all=bool(output_stage_logits),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        return self.build_output(run, None, output_stage_logits)
+
+    __call__ = forward
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """`ValueError`: there are no PyTorch weights to save."""
+        raise ValueError(
+            f"This model runs exported programs and has no weights to save: copy its folder ({str(self.folder)!r}), or "
+            "save the PyTorch model."
+        )
+
+
+class ExportedClassifier(ExportedModel, ImageClassificationTask):
+    """A classifier's stages in a runtime."""
+
+
+class ExportedSegmenter(ExportedModel, SemanticSegmentationTask):
+    """A segmentation model's stages in a runtime."""
+
+    def answer(self, stage_index: int, state: State) -> Answer:
+        return self.dense_answer(super().answer(stage_index, state)["logits"])

@@ -1,0 +1,339 @@
+"""
+Exported folders: the program of each stage, `config.json`, `preprocessor_config.json`, and `export.json`, which says
+what the programs return, what wrote them, and their checksums.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+
+from ...families import FAMILIES, task_of
+from ...families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
+from ...models.configuration_checks import as_pair
+from ...models.staged_loop import answer_stage
+from ...models.staged_run import State
+from ...version import __version__
+from ..export import (
+    StageSteps,
+    attention_of,
+    check_onnx_is_there,
+    check_stages,
+    example_pixel_values,
+    export_program,
+    in_dtype,
+    write_onnx,
+)
+from .exported_model import ExportedClassifier, ExportedModel, ExportedSegmenter
+from .programs import RUNTIMES, Output, StageFile, check_precision_name
+from .quantisation import check_calibration, quantise_stages
+
+
+MANIFEST = "export.json"
+FORMAT_VERSION = 1
+FORMATS = {runtime.file_format: name for name, runtime in RUNTIMES.items()}
+SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}
+TASKS = {IMAGE_CLASSIFICATION: ExportedClassifier, IMAGE_SEGMENTATION: ExportedSegmenter}
+
+
+def export_model(
+    model: PreTrainedModel,
+    output_dir: str | os.PathLike,
+    format: Literal["openvino", "onnx"] = "openvino",
+    *,
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    processor: BaseImageProcessor | None = None,
+    calibration: torch.Tensor | None = None,
+) -> Path:
+    r"""
+    Write the stages of a model for a runtime, as a folder that `from_exported` loads without PyTorch weights. Batches
+    may have any size, images have that of `config.image_size`.
+
+    Args:
+        model (`PreTrainedModel`): a model that thinks in stages, in any dtype; it is not changed.
+        output_dir (`str` or `os.PathLike`): the folder, created if it does not exist.
+        format (`"openvino"` or `"onnx"`): of the programs, for the runtimes OpenVINO and ONNX Runtime.
+        precision (`"fp32"`, `"fp16"` or `"int8"`):
+            Of the programs. `"fp16"` is for ONNX; OpenVINO's programs in float32 compute in the precision that they are
+            loaded with. After an export in `"int8"`, look at what
+            [`~hf_thinkingvit.evaluation.compare_precisions`] says of it, and take the τ that it proposes.
+        processor (`BaseImageProcessor`, *optional*): saved beside the programs.
+        calibration (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
+            For int8: preprocessed images, a few hundred of the kind that the model is for.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: for a model that does not think in stages, a format or a precision that does not exist.
+        ImportError: without the packages of the extra `openvino` or `onnx`.
+    """
+    check_stages(model)
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
+    check_precision_name(precision)
+    if precision == "bf16" or (precision == "fp16" and format == "openvino"):
+        raise ValueError(
+            f"`precision` = {precision!r} is chosen on loading, of OpenVINO's programs: export in 'fp32', then "
+            f"`from_exported(folder, precision={precision!r})`."
+        )
+    runtime = RUNTIMES[FORMATS[format]]
+    runtime.check_installed()
+    if format == "onnx":
+        check_onnx_is_there()
+    if precision == "int8":
+        check_calibration(calibration, format, (model.config.num_channels, *as_pair(model.config.image_size)))
+    elif calibration is not None:
+        raise ValueError(f"`calibration` is for `precision` = 'int8', got {precision!r}.")
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / MANIFEST).unlink(missing_ok=True)  # what is written half is no export
+    stages = _write_stages(model, output_dir, format, torch.float16 if precision == "fp16" else torch.float32)
+    if precision == "int8":
+        quantise_stages(output_dir, format, stages, calibration, partial(runtime.load, precision="fp32", options={}))
+    model.config.to_json_file(output_dir / CONFIG_NAME)  # `save_pretrained` would write the code of the model as well
+    if processor is not None:
+        processor.save_pretrained(output_dir)
+    write_manifest(
+        output_dir,
+        {
+            "format_version": FORMAT_VERSION,
+            "format": format,
+            "precision": precision,
+            "task": task_of(model),
+            "image_size": list(as_pair(model.config.image_size)),
+            "num_channels": model.config.num_channels,
+            "stages": [asdict(stage) for stage in stages],
+            "versions": _versions(format),
+        },
+    )
+    return output_dir
+
+
+@torch.no_grad()
+def _write_stages(model: PreTrainedModel, output_dir: Path, format: str, dtype: torch.dtype) -> list[StageFile]:
+    stages = []
+    with ExitStack() as settings:
+        settings.enter_context(attention_of(model, "sdpa" if format == "openvino" else "eager"))
+        settings.enter_context(in_dtype(model, dtype, torch.device("cpu")))
+        # Two images, because `torch.export` takes a dimension of size 1 for a constant.
+        state: State = {"pixel_values": example_pixel_values(model, 2)}
+        training = model.training
+        model.eval()
+        settings.callback(model.train, training)
+        for index in range(model.config.num_stages):
+            _, after = answer_stage(model, range(model.config.num_stages), index, state)
+            is_last = index == model.config.num_stages - 1
+            passed_on = tuple(name for name in after if not is_last and after[name] is state.get(name))
+            module = StageSteps(model, index, passed_on)
+            batch = {name: {0: torch.export.Dim("batch")} for name in state}
+            program = export_program(module, (state,), (batch,))
+            answer, kept = program.module()(state).values()
+            outputs = [
+                Output(name, list(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."), entries is kept)
+                for entries in (answer, kept)
+                for name, tensor in entries.items()
+            ]
+            stage = StageFile(f"stage_{index}{SUFFIXES[format]}", outputs, list(passed_on))
+            path = output_dir / stage.file
+            if format == "openvino":
+                write_openvino(program, state, path)
+            else:
+                names = [f"{'state' if output.is_state else 'answer'}.{output.name}" for output in outputs]
+                write_onnx(program, model, list(state), names, path, own_weights=True)
+            stages.append(stage)
+            state = {**{name: state[name] for name in passed_on}, **kept}
+    return stages
+
+
+def write_openvino(program: torch.export.ExportedProgram, state: State, path: Path) -> None:
+    import openvino
+
+    converted = openvino.convert_model(program)
+    # OpenVINO leaves out inputs that nothing reads.
+    read = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in _user_inputs(program)]
+    used = [name for name, node in zip(state, read, strict=True) if node.users]
+    names = list(state) if len(converted.inputs) == len(state) else used
+    for port, name in zip(converted.inputs, names, strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_friendly_name(name)
+        port.get_node().set_partial_shape(openvino.PartialShape([-1, *state[name].shape[1:]]))
+    converted.validate_nodes_and_infer_types()
+    openvino.save_model(converted, path, compress_to_fp16=False)
+
+
+def _user_inputs(program: torch.export.ExportedProgram) -> set[str]:
+    return set(program.graph_signature.user_inputs)
+
+
+def _versions(format: str) -> dict[str, str]:
+    package = RUNTIMES[FORMATS[format]].package
+    runtime = __import__(package).__version__
+    return {
+        "hf_thinkingvit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        package: runtime,
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `export.json` with the checksums of the programs' files."""
+    sums = {path.name: sha256(path) for path in program_files(folder, manifest["stages"])}
+    path = folder / MANIFEST
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps({**manifest, "sha256": sums}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def program_files(folder: Path, stages: Iterable[dict[str, Any]]) -> list[Path]:
+    """The files of the programs, with the weights that lie beside an OpenVINO program."""
+    paths = [folder / stage["file"] for stage in stages]
+    return [file for path in paths for file in (path, path.with_suffix(".bin")) if file == path or file.exists()]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: if the folder is no export, is of another version, or lacks files or has others than it says.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} is no exported folder, or its export was cut off: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: export the model anew.") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{str(folder)!r} has version {version} of the format of exported folders, this package "
+            f"({__version__}) reads version {FORMAT_VERSION}: export the model anew with it."
+        )
+    for name, expected in manifest["sha256"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{str(folder)!r} lacks {name}: copy the whole folder, or export the model anew.")
+        if sha256(file) != expected:
+            raise ValueError(
+                f"{name} in {str(folder)!r} is not the file that was exported, it is damaged or replaced: copy the "
+                "folder anew, or export the model anew."
+            )
+    return manifest
+
+
+def from_exported(folder: str | os.PathLike, precision: str | None = None, **options) -> ExportedModel:
+    r"""
+    Load what `export_model` wrote, for [`AdaptiveEngine`], the pipeline, or to be called like the model.
+
+    Neither PyTorch weights nor the code of the model are loaded; the loop over stages and the exit rule are the
+    package's own, which uses torch for tensors.
+
+    Args:
+        folder (`str` or `os.PathLike`): the exported folder.
+        precision (`"fp32"`, `"bf16"`, `"fp16"` or `"int8"`, *optional*):
+            To compute in. By default what the folder was exported in. OpenVINO's programs in float32 run in any of the
+            first three that the CPU computes in.
+        options:
+            Of the runtime: `threads` and `config` of both, `providers` of ONNX Runtime.
+
+    Raises:
+        ValueError: if the folder is no export, is damaged or of another version; for a precision that the CPU or the
+            runtime lacks.
+        ImportError: if the runtime is not installed; the message says how to install it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    name = FORMATS[manifest["format"]]
+    runtime = RUNTIMES[name]
+    runtime.check_installed()
+    stored = manifest["precision"]
+    precision = stored if precision is None else precision
+    check_precision_name(precision)
+    runtime.check_precision(precision, stored)
+    config_class = FAMILIES[json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]].config_class
+    stages = [
+        StageFile(stage["file"], [Output(**output) for output in stage["outputs"]], stage["passed_on"])
+        for stage in manifest["stages"]
+    ]
+    return TASKS[manifest["task"]](
+        config=config_class.from_pretrained(folder),
+        processor=AutoImageProcessor.from_pretrained(folder) if (folder / IMAGE_PROCESSOR_NAME).is_file() else None,
+        programs=[runtime.load(folder / stage.file, stage.outputs, precision, options) for stage in stages],
+        stages=stages,
+        image_size=manifest["image_size"],
+        num_channels=manifest["num_channels"],
+        dtype=torch.float16 if (manifest["format"], stored) == ("onnx", "fp16") else torch.float32,
+        folder=folder,
+        runtime=name,
+        precision=precision,
+        options=options,
+    )
+
+
+def with_runtime(
+    model: PreTrainedModel | ExportedModel, runtime: str | None = None, precision: str | None = None, **options
+) -> PreTrainedModel | ExportedModel:
+    r"""
+    The model with its stages run by a runtime.
+
+    Args:
+        model (`PreTrainedModel`, or what `from_exported` returned): the latter has its runtime already.
+        runtime (`str`, *optional*):
+            `"torch"`, the default: the model as it is. `"compiled"`: after `model.compile_stages()`, unless it has
+            been called. `"openvino"` or `"onnxruntime"`: exported now, into a folder that is deleted again; the result
+            does not follow later changes of the model.
+        precision, options: as in `from_exported`. The precision of PyTorch models is their dtype.
+    """
+    if isinstance(model, ExportedModel):
+        if runtime not in (None, model.runtime) or precision not in (None, model.precision):
+            raise ValueError(
+                f"This model was loaded for {model.runtime} in {model.precision}: leave out `runtime` and "
+                "`precision`, or load its folder with `from_exported(folder, precision=...)`."
+            )
+        return model
+    if runtime in (None, "torch", "compiled"):
+        if precision is not None or options:
+            raise ValueError(
+                f"The precision of a PyTorch model is its dtype, as in `model.to(torch.bfloat16)`, got `precision` = "
+                f"{precision!r}: leave it out, or choose a `runtime`, one of {', '.join(map(repr, RUNTIMES))}."
+            )
+        if runtime == "compiled":
+            check_stages(model)
+            if model._stage_programs is None:
+                model.compile_stages()
+        return model
+    if runtime not in RUNTIMES:
+        raise ValueError(
+            f"`runtime` must be one of 'torch', 'compiled', {', '.join(map(repr, RUNTIMES))}, got {runtime!r}."
+        )
+    if precision == "int8":
+        raise ValueError(
+            "int8 needs images to calibrate with: `export_model(model, folder, precision='int8', calibration=images)`, "
+            "then `from_exported(folder)`."
+        )
+    RUNTIMES[runtime].check_installed()
+    precision = precision or "fp32"
+    check_precision_name(precision)
+    stored = precision if RUNTIMES[runtime].file_format == "onnx" else "fp32"
+    RUNTIMES[runtime].check_precision(precision, stored)
+    with TemporaryDirectory(prefix="hf-thinkingvit-") as folder:
+        export_model(model, folder, RUNTIMES[runtime].file_format, precision=stored)
+        return from_exported(folder, precision, **options)

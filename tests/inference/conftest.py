@@ -1,0 +1,65 @@
+"""Models whose stages every runtime runs: exported once a session, since that is the slow part."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from hf_thinkingvit import EXIT_CRITERIA
+from hf_thinkingvit.image_processing import evaluation_image_processor
+from hf_thinkingvit.inference import export_model, from_exported
+from tests.utils import lively_model, lively_swin, random_images
+
+
+RUNTIME_FORMATS = {"openvino": "openvino", "onnxruntime": "onnx"}
+NETWORKS = {"vit": partial(lively_model, num_hidden_layers=1), "swin": partial(lively_swin, depths=[1, 1])}
+
+
+def need_runtime(runtime: str) -> None:
+    """Skip the test where the runtime, or what exports to it, is not installed."""
+    for package in {"openvino": ["openvino"], "onnxruntime": ["onnxruntime", "onnxscript"]}[runtime]:
+        pytest.importorskip(package, reason=f"the runtime {runtime} needs {package}")
+
+
+def with_exits(network):
+    """The network, with τ at which some images exit and some go on."""
+    images = random_images(60)
+    with torch.no_grad():
+        stage_logits = network(images, output_stage_logits=True).stage_logits
+    scores = [EXIT_CRITERIA["topk_entropy"].score(logits, 10) for logits in stage_logits[:-1]]
+    network.config.threshold = [score.quantile(0.4).item() for score in scores]
+    return network
+
+
+class ExportedNetworks:
+    """The folders of networks exported so far, and models loaded from them."""
+
+    def __init__(self, folder):
+        self.folder, self.folders = folder, {}
+
+    def path(self, network: str, runtime: str):
+        need_runtime(runtime)
+        if (network, runtime) not in self.folders:
+            output_dir = self.folder / f"{network}-{runtime}"
+            processor = evaluation_image_processor(32)
+            model = with_exits(NETWORKS[network]())
+            self.folders[network, runtime] = export_model(
+                model, output_dir, RUNTIME_FORMATS[runtime], processor=processor
+            )
+        return self.folders[network, runtime]
+
+    def load(self, network: str, runtime: str, **options):
+        return from_exported(self.path(network, runtime), **options)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> ExportedNetworks:
+    return ExportedNetworks(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """A network with compiled stages, which tests share: compilation is slow."""
+    network = with_exits(NETWORKS["vit"]())
+    network.compile_stages([4, 16], backend="eager")
+    return network

@@ -1,0 +1,106 @@
+"""Quantised stages: int8 programs, and the report that compares them and moves τ."""
+
+import pytest
+import torch
+
+from hf_thinkingvit import EXIT_CRITERIA
+from hf_thinkingvit.evaluation import compare_precisions
+from hf_thinkingvit.evaluation.precisions import move_threshold
+from hf_thinkingvit.evaluation.stages import StageMeasurements
+from hf_thinkingvit.inference import export_model, from_exported
+from tests.inference.conftest import NETWORKS, RUNTIME_FORMATS, need_runtime, with_exits
+from tests.utils import lively_model, random_images
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters
+
+
+@pytest.fixture(scope="module", params=["openvino", "onnxruntime"])
+def quantised(request, tmp_path_factory):
+    """A network, and its stages in int8."""
+    need_runtime(request.param)
+    if request.param == "openvino":
+        pytest.importorskip("nncf", reason="int8 for OpenVINO needs nncf")
+    model = with_exits(lively_model(thinking_stages=[1, 4], num_hidden_layers=1))
+    folder = tmp_path_factory.mktemp("int8") / request.param
+    export_model(model, folder, RUNTIME_FORMATS[request.param], precision="int8", calibration=random_images(32))
+    return model, folder
+
+
+def test_int8_answers_are_near_float_ones(quantised):
+    model, folder = quantised
+    images = random_images(60)
+    with torch.no_grad():
+        expected = model(images, output_stage_logits=True).stage_logits
+    loaded = from_exported(folder, threads=1)
+    assert loaded.precision == "int8"
+    found = loaded(images, output_stage_logits=True).stage_logits
+    for stage in range(2):
+        error = (found[stage] - expected[stage]).abs().mean() / expected[stage].std()
+        assert 0 < error < 0.25  # so it is quantised, and still the same function
+
+
+def test_programs_compute_in_int8(quantised):
+    _, folder = quantised
+    for stage in range(2):
+        if (folder / f"stage_{stage}.onnx").exists():
+            onnx = pytest.importorskip("onnx")
+            operations = {node.op_type for node in onnx.load(folder / f"stage_{stage}.onnx").graph.node}
+            assert {"QuantizeLinear", "DequantizeLinear"} <= operations
+        else:
+            assert "FakeQuantize" in (folder / f"stage_{stage}.xml").read_text()
+
+
+def test_the_report(quantised):
+    model, folder = quantised
+    images, labels = random_images(80, seed=5), torch.randint(12, (80,), generator=torch.Generator().manual_seed(0))
+    batches = [
+        {"pixel_values": part, "labels": part_labels} for part, part_labels in zip(images.split(32), labels.split(32))
+    ]
+    report = compare_precisions(model, from_exported(folder, threads=1), batches)
+    assert report.images == 80
+    assert report.threshold == list(model.config.threshold)
+    assert report.new_exits == report.exits[0]  # τ is moved so that as many images exit at each stage
+    with torch.no_grad():
+        expected = model(images, output_stage_logits=True)
+    for stage in range(2):
+        right = (expected.stage_logits[stage].argmax(dim=1) == labels).float().mean()
+        assert report.top1[0][stage] == pytest.approx(right.item())
+    assert report.accepted_top1[0] == pytest.approx((expected.logits.argmax(dim=1) == labels).float().mean().item())
+    assert report.exits[0] == pytest.approx(
+        [(expected.exit_stage == stage).float().mean().item() for stage in range(2)]
+    )
+    assert 0 < report.same_class[0] <= 1 and report.entropy_change[0] > 0
+    assert report.table().count("\n| ") == 2
+    same = compare_precisions(model, model, batches)
+    assert (same.same_exit, same.same_class, same.new_threshold) == (1.0, [1.0] * 2, same.threshold)
+    unlabelled = compare_precisions(model, model, [{"pixel_values": images}])
+    assert unlabelled.top1 is None and "top-1" in unlabelled.table()
+    with pytest.raises(ValueError, match="at least one"):
+        compare_precisions(model, model, [])
+
+
+@pytest.mark.parametrize("criterion", ["topk_entropy", "max_probability"])
+def test_moved_thresholds_give_the_same_shares(criterion):
+    """For scores that are scaled and noisy, in both directions of certainty, also where none or all exit."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(200, 3, generator=generator)
+    noisy = 0.7 * scores + 0.05 * torch.rand(200, 3, generator=generator)
+    first, second = (StageMeasurements(values, criterion, 10, False, {}) for values in (scores, noisy))
+    for threshold in ([0.3, 0.5], [0.9, 0.1], [0.0, 0.5], [1.0, 0.2], [0.4, 1.0]):
+        moved = move_threshold(first, second, threshold)
+        expected, found = first.exit_stages(threshold), second.exit_stages(moved)
+        assert found.bincount(minlength=3).tolist() == expected.bincount(minlength=3).tolist()
+    assert EXIT_CRITERIA["topk_entropy"].exits_below and not EXIT_CRITERIA["max_probability"].exits_below
+    assert move_threshold(first, first, [0.3, 0.5]) == [0.3, 0.5]
+
+
+def test_calibration_is_checked(tmp_path):
+    need_runtime("onnxruntime")
+    model = NETWORKS["vit"]()
+    for calibration in (None, torch.zeros(4, 3, 48, 48), torch.zeros(0, 3, 32, 32), [torch.zeros(3, 32, 32)]):
+        with pytest.raises(ValueError, match=r"needs `calibration`, .*\(images, 3, 32, 32\)"):
+            export_model(model, tmp_path / "x", "onnx", precision="int8", calibration=calibration)
+    with pytest.raises(ValueError, match="`calibration` is for"):
+        export_model(model, tmp_path / "x", "onnx", calibration=torch.zeros(4, 3, 32, 32))
+    assert not (tmp_path / "x").exists()
