@@ -35,9 +35,9 @@ _TYPES = {
 
 def in_own_thread(function: Callable[[], Any]) -> Any:
     """
-    What `function` returns, called in a thread that ends with it. On CPUs with AMX, OpenVINO gives the thread that loads
-    its CPU plugin an alternate stack for signals, and frees that with the plugin, from whatever thread: the next signal
-    to the first thread, such as that a worker of a `DataLoader` has ended, then kills the process (seen with 2026.4).
+    What `function` returns, called in a thread that ends with it. On CPUs with AMX, OpenVINO gives the thread that
+    loads its CPU plugin an alternate stack for signals, and frees that with the plugin, from whatever thread: the next
+    signal to the first thread, such as that a worker of a `DataLoader` has ended, then kills the process (2026.4).
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
