@@ -290,12 +290,14 @@ def test_from_a_hub(server, tmp_path):
         ("org/private", {"revision": old, "token": TOKEN}),
         ("org/private", {}),
         ("org/missing", {}),
+        (public, {"config": str(tmp_path)}),  # with which Transformers would draw every weight
     )
     newest, *others = found[:7]
     assert newest["difference"] > 0.1 and newest["threshold"] == 0.9 and newest["size"] == 35
     assert [each["difference"] < 1e-4 for each in others] == [True, False, True, False, True, True]
     assert (tmp_path / "elsewhere").is_dir()
-    assert [each["error"] for each in found[7:]] == ["OSError", "OSError"] and "org/private" in found[7]["message"]
+    assert [each["error"] for each in found[7:]] == ["OSError", "OSError", "ValueError"]
+    assert "org/private" in found[7]["message"] and "`config`" in found[9]["message"]
     # Once for each commit and cache: other loads are from the cache.
     assert _downloads(server, public) == 3
 

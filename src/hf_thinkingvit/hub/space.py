@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, SpaceCard, SpaceCardData
+from PIL import Image, ImageOps
 
 import hf_thinkingvit
 
@@ -101,11 +102,13 @@ def push_space(
 
     def write(folder: Path) -> None:
         write_page(folder, models, title, license)
-        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(Path(hf_thinkingvit.__file__).parent, folder / PACKAGE, ignore=ignored)
+        shutil.copytree(Path(hf_thinkingvit.__file__).parent, folder / PACKAGE, ignore=_not_of_the_package)
         for sample in samples:
             (folder / "images").mkdir(exist_ok=True)
-            shutil.copy(sample, folder / "images")
+            with Image.open(sample) as image:  # its pixels alone: photographs know where and by whom they were taken
+                pixels = ImageOps.exif_transpose(image).convert("RGB")
+            pixels.info.clear()
+            pixels.save(folder / "images" / Path(sample).name)
 
     return publish(
         write,
@@ -118,3 +121,15 @@ def push_space(
         # Modules of an earlier version would be imported beside those of this one.
         is_stale=lambda name: name.startswith(f"{PACKAGE}/"),
     )
+
+
+def _not_of_the_package(folder: str, names: list[str]) -> list[str]:
+    """What else lies in the package's folder, such as notes, keys or weights."""
+    paths = [Path(folder) / name for name in names]
+    return [
+        path.name
+        for path in paths
+        if path.is_symlink()
+        or path.name.startswith((".", "__pycache__"))
+        or (path.is_file() and path.suffix not in (".md", ".py", ".txt"))
+    ]

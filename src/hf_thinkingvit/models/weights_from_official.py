@@ -53,8 +53,6 @@ def is_official(source: str | os.PathLike | None, kwargs: dict[str, Any]) -> boo
             files = [file.name for file in path.iterdir()] if path.is_dir() else []
             return not has_config and _ADAPTERS not in files and any(name.endswith(_WEIGHTS) for name in files)
         config_file = path / "config.json"
-    elif has_config:  # Auto classes have read the repository's, which has a `model_type`
-        return False
     else:
         try:
             config_file = cached_file(str(source), "config.json", **hub_arguments(kwargs))
