@@ -63,3 +63,25 @@ def compiled():
     network = with_exits(NETWORKS["vit"]())
     network.compile_stages([4, 16], backend="eager")
     return network
+
+
+def give_little_memory(model, most: int, device: str, ran: list[int]) -> None:
+    """Let steps of more than `most` images run out of memory as on `device`; `ran` gets the sizes of the others."""
+    run_stage = model.run_stage
+
+    def of_little_memory(stage_index, state, *args, **kwargs):
+        rows = len(next(iter(state.values())))
+        if rows > most:
+            if device == "cpu":
+                torch.empty(2**50)  # raises
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        ran.append(rows)
+        return run_stage(stage_index, state, *args, **kwargs)
+
+    model.run_stage = of_little_memory
+
+
+def iter_into(stream, found: list) -> None:
+    """Append the results before an exception to `found`."""
+    for result in stream:
+        found.append(result)  # noqa: PERF402  extend() would lose the results before the exception

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_thinkingvit.evaluation import stage_macs
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
-from tests.inference.conftest import NETWORKS, with_exits
+from tests.inference.conftest import NETWORKS, give_little_memory, iter_into, with_exits
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import HostSynchronisations, lively_model, lively_swin, random_images
 
@@ -340,25 +340,3 @@ class TestFaults:
     def test_refuses(self, model, arguments):
         with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
             AdaptiveEngine(model, **arguments)
-
-
-def give_little_memory(model, most: int, device: str, ran: list[int]) -> None:
-    """Let steps of more than `most` images run out of memory as on `device`; `ran` gets the sizes of the others."""
-    run_stage = model.run_stage
-
-    def of_little_memory(stage_index, state, *args, **kwargs):
-        rows = len(next(iter(state.values())))
-        if rows > most:
-            if device == "cpu":
-                torch.empty(2**50)  # raises
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        ran.append(rows)
-        return run_stage(stage_index, state, *args, **kwargs)
-
-    model.run_stage = of_little_memory
-
-
-def iter_into(stream, found: list) -> None:
-    """Append the results before an exception to `found`."""
-    for result in stream:
-        found.append(result)  # noqa: PERF402  extend() would lose the results before the exception
