@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import metadata_load
 from PIL import Image
 
+import hf_thinkingvit
 from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.commands.loading import load_model
 from hf_thinkingvit.demo.rendering import render
@@ -104,7 +105,7 @@ class TestSpace:
         assert data["models"] == ["org/animals"] and "org/animals](https://hf" not in data["title"]
         assert sorted(path.name for path in (folder / "images").iterdir()) == [path.name for path in samples]
         written = {path.relative_to(folder / "hf_thinkingvit") for path in (folder / "hf_thinkingvit").rglob("*.*")}
-        package = ROOT / "src" / "hf_thinkingvit"
+        package = Path(hf_thinkingvit.__file__).parent
         expected = {path.relative_to(package) for path in package.rglob("*.*") if "__pycache__" not in path.parts}
         assert written == expected
 

@@ -1,7 +1,9 @@
 """The queue of images that wait for a stage, and the limit of their waiting time."""
 
 import math
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -71,7 +73,16 @@ def test_nothing_is_copied_where_every_image_goes_on():
 
 def test_nothing_waits_for_others_if_it_may_not():
     engine = AdaptiveEngine(lively_model(), threshold=0.0, batch_size=4, max_wait=0)
-    assert [result.index for result in engine(random_images(3))] == [0, 1, 2]
+    answered = threading.Semaphore(0)
+
+    def each_after_the_answer_before() -> Iterator[torch.Tensor]:
+        for image in random_images(3):
+            yield image
+            assert answered.acquire(timeout=60), "no answer to the image before"
+
+    for index, result in enumerate(engine(each_after_the_answer_before())):
+        assert result.index == index
+        answered.release()
     assert engine.stats.batches == engine.stats.rows == [3, 3, 3]
 
 

@@ -80,14 +80,14 @@ MODELS = {
     "thinkingvit": lively_model(pruning_layers=[1, 2], pruning_keep_rate=0.5),
     "thinking_swin": lively_swin(),
     "avit": lively_avit(),
-    "early_exit_vit": lively_method("pondernet"),
+    "early_exit_vit": lively_method("pondernet", exit_criterion="q_exit"),  # by which answers are not random
     "elastic_vit": lively_elastic(),
 }
 OVERRIDES = {
     "thinkingvit": {"threshold": middle_threshold(MODELS["thinkingvit"], PIXEL_VALUES)},
     "thinking_swin": {"threshold": middle_threshold(MODELS["thinking_swin"], PIXEL_VALUES)},
     "avit": {"halting_epsilon": 0.02},
-    "early_exit_vit": {"threshold": 0.9},
+    "early_exit_vit": {"threshold": 0.5},
     "elastic_vit": {"default_sub_network": 1},
 }
 

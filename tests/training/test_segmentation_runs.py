@@ -193,7 +193,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(scenes, tmp_path, 
 
 def test_settings_of_classification_are_refused(scenes, tmp_path, capsys):
     for name, value, said in (
-        ("mixup", "0.5", "`--mixup`, `--cutmix` and `--teacher` are of image-classification"),
+        ("mixup", "0.5", "`--mixup`, `--cutmix`, `--probe-images` and `--teacher` are of image-classification"),
         ("model_type", "avit", "A-ViT"),
     ):
         with pytest.raises(SystemExit):

@@ -139,7 +139,7 @@ def first_state(rule: ExitRule, pixel_values: torch.Tensor | None, generator: to
     The state with which images enter the first stage: their pixels, and what the rule remembers at first, which it may
     draw from `generator` (see `ExitRule.first_memory`).
     """
-    is_batch = isinstance(pixel_values, torch.Tensor)  # `begin` refuses others
+    is_batch = isinstance(pixel_values, torch.Tensor) and pixel_values.dim() > 0  # `begin` refuses others
     memory = rule.first_memory(len(pixel_values) if is_batch else 0, generator)
     places = {MEMORY_PREFIX + name: tensor.to(pixel_values.device) for name, tensor in memory.items() if is_batch}
     return {"pixel_values": pixel_values, **places}
