@@ -7,26 +7,11 @@ import torch
 from hf_thinkingvit import (
     EarlyExitViTConfig,
     EarlyExitViTForImageClassification,
-    ElasticViTConfig,
-    ElasticViTForImageClassification,
 )
 from tests.models.segmentation_models import lively_segmenter
 from tests.models.test_modeling_avit import lively_avit
+from tests.models.test_modeling_elastic_vit import SIZES, lively_elastic
 from tests.utils import lively, lively_model, lively_swin, random_images
-
-
-SIZES = {
-    "num_attention_heads": 4,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": 12,
-}
-
-
-def lively_elastic(method: str, **fields) -> ElasticViTForImageClassification:
-    return lively(ElasticViTForImageClassification, getattr(ElasticViTConfig, method)(**SIZES, **fields))
 
 
 def lively_exits(**fields) -> EarlyExitViTForImageClassification:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..models.configuration_staged import thinks_in_stages
+from .answers import all_logits, arguments_for_all
 from .labels import check_single_label
 
 
@@ -28,18 +28,12 @@ def kind_of_answers(measured: Mapping[str, Any]) -> str:
 
 
 def _every_logits(
-    model: nn.Module, pixel_values: torch.Tensor, sub_networks: int
+    model: nn.Module, pixel_values: torch.Tensor, every_sub_network: bool
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """
-    Logits of every stage, or of that many sub-networks, for every image (of a model without, one entry), and the
-    measurements per image that the model's output has: `mean_depth`, `macs`.
-    """
-    arguments: dict[str, Any] = {"output_stage_logits": True} if thinks_in_stages(model) else {}
-    if sub_networks:
-        arguments = {"sub_network": list(range(sub_networks))}
-    outputs = model(pixel_values, **arguments)
+    """All answers to every image, and the measurements per image in the model's output: `mean_depth`, `macs`."""
+    outputs = model(pixel_values, **arguments_for_all(model, every_sub_network))
     measured = {name: outputs[name] for name in ("mean_depth", "macs") if outputs.get(name) is not None}
-    return outputs.get("stage_logits") or outputs.get("sub_network_logits") or (outputs.logits,), measured
+    return all_logits(outputs), measured
 
 
 def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -74,7 +68,6 @@ def evaluate_accuracy(
     """
     for model in models.values():
         check_single_label(model.config)
-    counts = {name: len(getattr(model.config, "sub_networks", None) or ()) for name, model in models.items()}
     was_training = {name: model.training for name, model in models.items()}
     sums: dict[str, torch.Tensor] = {}
     names: dict[str, list[str]] = {}
@@ -86,7 +79,7 @@ def evaluate_accuracy(
             labels = batch["labels"]
             for name, model in models.items():
                 with accelerator.autocast():
-                    logits, measured = _every_logits(model, batch["pixel_values"], every_sub_network * counts[name])
+                    logits, measured = _every_logits(model, batch["pixel_values"], every_sub_network)
                 hits = [_hits(stage, labels) for stage in logits]
                 columns = [hit[:, 0] for hit in hits] + [hit.any(dim=1) for hit in hits] + list(measured.values())
                 names[name] = list(measured)
@@ -108,6 +101,6 @@ def evaluate_accuracy(
             "images": images,
             **dict(zip(names[name], means[2 * num_stages :])),
         }
-        if every_sub_network and counts[name]:
+        if every_sub_network and getattr(models[name].config, "sub_networks", None):
             results[name][DEFAULT] = models[name].config.default_sub_network
     return results

@@ -15,6 +15,7 @@ from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import answer_entropy
 from ..models.staged_run import Answer
 from ..public_names import public_name
+from .answers import all_logits, arguments_for_all
 from .labels import LabelMap
 from .splits import evaluation_rows, warn_if_not_new
 from .stages import StageMeasurements, Threshold, measure_stages
@@ -165,17 +166,14 @@ def collect_image_answers(
 
 def _measure_others(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], measure: Any) -> dict[str, Any]:
     """The measurements of every answer of a model that does not think in stages, and an A-ViT's `depths`."""
-    elastic = isinstance(model.config, ElasticViTConfig)
-    options = {"sub_network": list(range(len(model.config.networks)))} if elastic else {}
+    arguments = arguments_for_all(model)
     columns: dict[str, list[torch.Tensor]] = {}
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
-            outputs = model(batch["pixel_values"].to(model.device, model.dtype), **options)
-            answers = [
-                logits.float().cpu() for logits in (outputs.sub_network_logits if elastic else (outputs.logits,))
-            ]
+            outputs = model(batch["pixel_values"].to(model.device, model.dtype), **arguments)
+            answers = [logits.float().cpu() for logits in all_logits(outputs)]
             measured = [measure(logits, answer_entropy(logits, model.config), batch["labels"]) for logits in answers]
             for name in measured[0]:
                 columns.setdefault(name, []).append(torch.stack([entry[name] for entry in measured], dim=1))

@@ -25,6 +25,7 @@ from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import answer_entropy
 from ..models.image_files import as_rgb
 from ..models.staged_run import Answer
+from .answers import all_logits, arguments_for_all
 from .macs import halting_macs, stage_macs, sub_network_macs
 from .stages import StageMeasurements, Threshold, measure_stages
 from .token_depths import token_depths
@@ -144,8 +145,8 @@ def inspect_image(model: PreTrainedModel, processor: BaseImageProcessor, image: 
         logits, macs, full_macs, chosen = outputs.logits, (int(outputs.macs[0]),), int(full[0]), 0
         depths = depth[0, config.num_prefix_tokens :].view(config.patch_grid).numpy()
     elif family_of(config).costs.sub_networks is not None:
-        outputs = model(pixel_values, sub_network=list(range(len(config.networks))))
-        logits, macs, depths = torch.cat(outputs.sub_network_logits), tuple(sub_network_macs(config)), None
+        outputs = model(pixel_values, **arguments_for_all(model))
+        logits, macs, depths = torch.cat(all_logits(outputs)), tuple(sub_network_macs(config)), None
         full_macs, chosen = max(macs), config.default_sub_network
     else:
         raise ValueError(f"{type(model).__name__} has answers that cannot be told apart by their compute.")

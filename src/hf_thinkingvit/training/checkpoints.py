@@ -6,7 +6,6 @@ of each file, so that later damage is detected as well. `evaluated.json` is adde
 evaluated.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..checksums import sha256
+
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +30,6 @@ PROGRESS = "progress.json"
 EVALUATED = "evaluated.json"
 EMA = "ema.safetensors"
 _COMPLETE = re.compile(r"step-(\d{8,})")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read(file)
-
-
-def _read(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -68,7 +57,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if _digest(path) != entry["sha256"]:
+        if sha256(path) != entry["sha256"]:
             return f"{name} has changed"
     return None
 
@@ -193,7 +182,7 @@ class Checkpoints:
                     save_file({k: v.contiguous() for k, v in self.ema.state_dict().items()}, temporary / EMA)
                 (temporary / PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
                 manifest = {
-                    str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
+                    str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": sha256(path)}
                     for path in _files(temporary)
                 }
                 (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data import evaluation_batches, without_unreadable
-from ..models.configuration_staged import thinks_in_stages
+from ..evaluation.answers import arguments_for_all
 from .splits import stratified_ranking
 
 
@@ -127,14 +127,6 @@ def trained_classifiers(model: nn.Module, heads: Sequence[str]) -> list[nn.Linea
     return [part for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad]
 
 
-def _arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """That make a model in evaluation mode answer with all of its stages or sub-networks."""
-    if thinks_in_stages(model):
-        return {"output_stage_logits": True}
-    networks = getattr(model.config, "sub_networks", None)
-    return {"sub_network": list(range(len(networks)))} if networks else {}
-
-
 @torch.no_grad()
 def collect_features(
     model: PreTrainedModel, classifiers: Sequence[nn.Linear], batches: Any, device: torch.device
@@ -150,7 +142,7 @@ def collect_features(
     try:
         for batch in batches:
             with _recorded_inputs(classifiers) as given:
-                model(batch["pixel_values"].to(device), **_arguments(model))
+                model(batch["pixel_values"].to(device), **arguments_for_all(model))
             found.append(given)
             labels.append(batch["labels"])
     finally:

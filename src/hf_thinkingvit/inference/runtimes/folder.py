@@ -3,7 +3,6 @@ Exported folders: the program of each stage, `config.json`, `preprocessor_config
 what the programs return, what wrote them, and their checksums.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
+from ...checksums import sha256
 from ...families import FAMILIES, task_of
 from ...families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
 from ...models.configuration_checks import as_pair
@@ -202,11 +202,6 @@ def program_files(folder: Path, stages: Iterable[dict[str, Any]]) -> list[Path]:
     """The files of the programs, with the weights that lie beside an OpenVINO program."""
     paths = [folder / stage["file"] for stage in stages]
     return [file for path in paths for file in (path, path.with_suffix(".bin")) if file == path or file.exists()]
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
