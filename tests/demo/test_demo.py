@@ -143,12 +143,48 @@ class TestModels:
     def test_the_range_of_the_slider_is_that_of_the_criterion(self):
         from hf_thinkingvit.demo.app import slider_of
 
-        properties = slider_of(lively_model(exit_criterion="max_probability", threshold=[0.9, 0.8]))
+        properties = slider_of(lively_model(exit_criterion="max_probability", threshold=[0.9, 0.8]).config)
         assert (properties["minimum"], properties["maximum"], properties["value"]) == (0.0, 1.0, 0.9)
         assert "is above τ" in properties["info"]
-        assert slider_of(lively_avit()) == {"visible": False}
+        assert slider_of(lively_avit().config) == {"visible": False}
         regression = lively_model(problem_type="regression", threshold=0.0)
-        assert slider_of(regression) == {"visible": False}
+        assert slider_of(regression.config) == {"visible": False}
+
+    @pytest.mark.parametrize("threshold, maximum", [(2.0, 4.0), (1e-5, 2e-5), (0.0, 3.0), (float("inf"), 3.0)])
+    def test_the_slider_of_scores_without_bound(self, threshold, maximum):
+        from hf_thinkingvit.demo.app import slider_of
+
+        config = lively_model(thinking_stages=[1, 2, 4], exit_criterion="similarity", threshold=threshold).config
+        properties = slider_of(config)
+        assert properties["maximum"] == pytest.approx(maximum) and 0 < properties["step"] < maximum
+        assert properties["value"] <= properties["maximum"]
+
+    def test_a_slider_that_was_not_moved_leaves_each_exit_its_own_threshold(self):
+        from hf_thinkingvit.demo.app import _used, slider_of
+
+        model = lively_model(thinking_stages=[1, 2, 4], num_labels=5, threshold=[0.0, 10.0])
+        inspection = inspect_image(model, evaluation_image_processor(32), Image.new("RGB", (40, 40), "red"))
+        properties = slider_of(model.config)
+        assert "τ = 0, 10" in properties["info"]
+        assert inspection.exit_stages(_used(inspection, properties["value"])).tolist() == [1]
+        assert inspection.exit_stages(_used(inspection, 1e-9)).tolist() == [2]
+
+    def test_a_public_page_reads_other_models_without_its_token(self, monkeypatch):
+        from hf_thinkingvit.demo import app
+
+        given = {}
+        monkeypatch.setattr(app, "load_model", lambda name, **options: given.setdefault(name, options) and _nothing())
+        for public in (True, False):
+            models = app.Models(hub_only=public, listed=["org/listed"])
+            for name in ("org/listed", "org/other"):
+                models.get(name)
+            tokens = {name: options.get("token") for name, options in given.items()}
+            assert tokens == {"org/listed": None, "org/other": False if public else None}
+            given.clear()
+
+
+def _nothing() -> tuple[torch.nn.Module, None]:
+    return torch.nn.Identity(), None
 
 
 def browser_program(name: str) -> str | None:

@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..auto import TASKS, AutoImageProcessor, saved_task
 from ..families.record import IMAGE_CLASSIFICATION
 from ..models.configuration_staged import thinks_in_stages
+from ..models.weights_from_official import hub_arguments
 from .command import check_model_folder, say
 
 
@@ -30,14 +31,15 @@ def load_model(
     """
     check_model_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        found = hub_arguments(options)
+        config = AutoConfig.from_pretrained(name, **found)
         saved = saved_task(config)
         if task is None and saved is None:
             raise ValueError(f"`{name}` is no model of this package with a head: its class is {config.architectures}.")
         if task is not None and saved not in (task, None):
             raise ValueError(f"`{name}` is a model for {saved}, and this command is for {task}.")
         model = TASKS[saved or task][0].from_pretrained(name, **options).eval()
-        return model, AutoImageProcessor.from_pretrained(name)
+        return model, AutoImageProcessor.from_pretrained(name, **found)
     except OSError as error:
         if Path(name).exists():
             raise

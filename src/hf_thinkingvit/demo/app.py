@@ -5,6 +5,7 @@ Every answer is computed once for each image; the slider of τ asks the exit rul
 The page loads nothing from other servers: fonts are the system's, and gradio's analytics are off.
 """
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -56,7 +57,8 @@ class Models:
     The models that were used last, in evaluation mode on the best device.
 
     Args:
-        hub_only (`bool`): refuse names that are paths, as a public page must.
+        hub_only (`bool`): refuse names that are paths, and read models that are not listed without a token, as a public
+            page must: its own token may open private ones.
         listed (`Sequence[str]`): names that are taken nevertheless.
     """
 
@@ -71,7 +73,8 @@ class Models:
             raise ValueError(f"`{name}` is no id of a model on the Hub.")
         with self._lock:
             if name not in self._loaded:
-                model, processor = load_model(name, task=None, dtype=torch.float32)
+                options = {"token": False} if self.hub_only and name not in self.listed else {}
+                model, processor = load_model(name, task=None, dtype=torch.float32, **options)
                 self._loaded[name] = model.to(best_device()), processor
             self._loaded.move_to_end(name)
             while len(self._loaded) > LOADED_MODELS:
@@ -84,14 +87,23 @@ def has_slider(config: PreTrainedConfig) -> bool:
     return thinks_in_stages(config) and config.num_stages > 1 and configured_problem_type(config) != "regression"
 
 
-def slider_of(model: PreTrainedModel) -> dict[str, Any]:
-    """The properties of the slider for a model: its range is that of the exit criterion's scores."""
-    config = model.config
+def slider_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    The properties of the slider for a model: its range is that of the exit criterion's scores, and where these have no
+    bound, twice the model's τ. It begins at the model's τ, of several at the first.
+    """
     if not has_slider(config):
         return {"visible": False}
     criterion = EXIT_CRITERIA[config.exit_criterion]
-    maximum = round(criterion.maximum(config.num_labels, config.entropy_top_k), 4)
-    threshold = config.threshold[0] if isinstance(config.threshold, (list, tuple)) else config.threshold
+    own = config.threshold if isinstance(config.threshold, (list, tuple)) else [config.threshold]
+    several = f" Here the exits have τ = {', '.join(f'{tau:g}' for tau in own)}." if len(set(own)) > 1 else ""
+    threshold, maximum = own[0], criterion.maximum(config.num_labels, config.entropy_top_k)
+    if math.isfinite(maximum):
+        maximum = round(maximum, 4)
+    else:
+        maximum = 2 * threshold if 0 < threshold < math.inf else float(config.num_stages)
+    if math.isfinite(threshold):
+        maximum = max(maximum, threshold)
     comparison = "below" if criterion.exits_below else "above"
     if config.exit_at_threshold:
         comparison += " or at"
@@ -99,11 +111,11 @@ def slider_of(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "visible": True,
         "minimum": 0.0,
-        "maximum": max(maximum, threshold),
+        "maximum": maximum,
         "step": maximum / STEPS if maximum < 1 else 0.01,
-        "value": threshold,
+        "value": min(threshold, maximum),
         "label": "τ",
-        "info": f"An image leaves once {score} is {comparison} τ.",
+        "info": f"An image leaves once {score} is {comparison} τ.{several}",
     }
 
 
@@ -138,7 +150,7 @@ def build_demo(models: Sequence[str], samples: Sequence[str | Path] = (), hub_on
     def choose(name: str, image: Image.Image | None) -> tuple[Any, ImageInspection | None, str]:
         """Show another model."""
         try:
-            properties = slider_of(loaded.get(name)[0])
+            properties = slider_of(loaded.get(name)[0].config)
         except (OSError, ValueError) as error:
             return gr.skip(), None, f'<div class="tv-verdict">{escape(str(error))}</div>'
         return gr.update(**properties), *look(name, image, properties.get("value"))
@@ -172,7 +184,7 @@ def build_demo(models: Sequence[str], samples: Sequence[str | Path] = (), hub_on
                     elem_id="model",
                 )
             with gr.Column(scale=3, min_width=320):
-                threshold = gr.Slider(elem_id="threshold", **slider_of(first_model))
+                threshold = gr.Slider(elem_id="threshold", **slider_of(first_model.config))
                 answer = gr.HTML(WAITING, elem_id="answer")
         gr.on([demo.load, image.change], look, [model, image, threshold], [inspected, answer], api_visibility="private")
         model.change(choose, [model, image], [threshold, inspected, answer], api_visibility="private")
@@ -188,8 +200,9 @@ def build_demo(models: Sequence[str], samples: Sequence[str | Path] = (), hub_on
 
 
 def _used(inspection: ImageInspection, threshold: float) -> float | None:
-    """The slider's τ, where the model has one."""
-    return threshold if has_slider(inspection.config) else None
+    """The slider's τ; `None`, which means the model's own, where it has none, or has not been moved from there."""
+    properties = slider_of(inspection.config)
+    return threshold if properties["visible"] and threshold != properties["value"] else None
 
 
 def _model_words(hub_only: bool) -> str:

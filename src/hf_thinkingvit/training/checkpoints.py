@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..checksums import sha256
+from ..files import replace_file, sha256, sync
 
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,6 @@ PROGRESS = "progress.json"
 EVALUATED = "evaluated.json"
 EMA = "ema.safetensors"
 _COMPLETE = re.compile(r"step-(\d{8,})")
-
-
-def _sync(path: Path) -> None:
-    """fsync `path`."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -88,15 +79,6 @@ def checkpoints_of(resume: str, own: Path) -> list[Path]:
     return list_checkpoints(path) or list_checkpoints(path / own.name)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Replace the file `path` atomically: readers see the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
 @contextmanager
 def replacing_folder(final: Path) -> Iterator[Path]:
     """
@@ -112,7 +94,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*_files(temporary), temporary):
-            _sync(path)
+            sync(path)
     except Exception as error:  # any, because torch reports a full disk as a plain "iostream error"
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(temporary.parent).free
@@ -123,7 +105,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -144,7 +126,7 @@ def recover_folder(final: Path) -> None:
     if old.is_dir() and not final.exists():
         logger.warning("%s was being replaced when its run was killed: the one before is back in its place", final)
         old.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
 
 
 def recover_checkpoints(folder: Path) -> None:
@@ -186,7 +168,7 @@ class Checkpoints:
                     for path in _files(temporary)
                 }
                 (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-                _sync(temporary / MANIFEST)
+                sync(temporary / MANIFEST)
         if main:
             # Checkpoints of later steps can only be there if this run resumed from an earlier one: they do not count.
             until_now = [path for path in list_checkpoints(self.folder) if _step(path) <= step]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..evaluation.accuracy import main_measure
-from .checkpoints import replace_file
+from ..files import replace_file
 from .progress import Progress
 from .reporting import save_model, say_measures
 from .setup import TrainingSetup

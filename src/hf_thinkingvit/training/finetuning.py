@@ -30,11 +30,11 @@ from ..evaluation.labels import LabelMap
 from ..evaluation.splits import ALL, why_not_new
 from ..evaluation.sweep import StageAnswers, collect_stage_answers
 from ..evaluation.threshold_points import distinct_thresholds
+from ..files import replace_file
 from ..hub import accuracy_results, model_card
 from ..models.configuration_staged import thinks_in_stages
 from ..public_names import public_name
 from .adapters import adapter_facts
-from .checkpoints import replace_file
 from .config import TrainingConfig
 from .data import load_data
 from .finetuning_plan import find_source, settings_for

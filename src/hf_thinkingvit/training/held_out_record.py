@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data import ImageSplit
+from ..files import replace_file
 from ..public_names import public_name
-from .checkpoints import replace_file
 from .config import TrainingConfig
 from .splits import HOLD_OUT_SEED, TrainingData
 

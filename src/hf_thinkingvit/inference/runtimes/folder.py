@@ -19,9 +19,9 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from ...checksums import sha256
 from ...families import FAMILIES, task_of
 from ...families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
+from ...files import replace_file, sha256
 from ...models.configuration_checks import as_pair
 from ...models.staged_loop import answer_stage
 from ...models.staged_run import State
@@ -192,10 +192,7 @@ def _versions(format: str) -> dict[str, str]:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `export.json` with the checksums of the programs' files."""
     sums = {path.name: sha256(path) for path in program_files(folder, manifest["stages"])}
-    path = folder / MANIFEST
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps({**manifest, "sha256": sums}, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(folder / MANIFEST, json.dumps({**manifest, "sha256": sums}, indent=2) + "\n")
 
 
 def program_files(folder: Path, stages: Iterable[dict[str, Any]]) -> list[Path]:
