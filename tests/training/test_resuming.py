@@ -155,6 +155,19 @@ class TestFolders:
         assert_same(weights(tmp_path / "second"), weights(whole[0]))
 
 
+def test_the_losses_of_an_epoch_are_those_of_all_its_steps(images, tmp_path, whole):
+    """Also where it was interrupted between two evaluations."""
+    words = {"save_steps": 4, "keep_checkpoints": 9, "log_steps": 2}
+    train(parse_config(flags(images, tmp_path, **words)))
+    for folder in list_checkpoints(tmp_path / "checkpoints"):
+        if int(re.search(r"\d+", folder.name)[0]) > 4:
+            shutil.rmtree(folder)
+    resumed = train(parse_config(flags(images, tmp_path, resume="auto", **words)))
+    for one, other in zip(resumed["history"], whole[1]["history"], strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
+        assert one["losses"]["loss"] > 0
+
+
 def test_half_a_step_is_never_saved(images, tmp_path):
     run = TrainingRun(parse_config(flags(images, tmp_path / "broken", **LIVELY)))
     loss, calls = run.loss, []

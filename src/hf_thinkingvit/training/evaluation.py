@@ -37,7 +37,7 @@ def evaluate_epoch(
     Args:
         setup (`TrainingSetup`): of the run.
         progress (`Progress`): of the run; its best score is updated.
-        history (`list[dict]`): gets an entry.
+        history (`list[dict]`): gets an entry, which has the mean training losses since the last one too.
         each (`Callable`): iterates over the batches it is given, and may raise to stop.
 
     Returns:
@@ -50,7 +50,9 @@ def evaluate_epoch(
     results = setup.task.evaluate(accelerator, models, each(setup.evaluation))
     decisive = setup.task.decisive
     better = max(results, key=lambda name: main_measure(results[name], decisive))
-    history.append({"step": progress.step, "epoch": progress.epoch, "chosen": better, "results": results})
+    where = {"step": progress.step, "epoch": progress.epoch, "seconds": round(progress.seconds, 1)}
+    losses = progress.take_mean_losses()  # of training, since the last entry
+    history.append({**where, "losses": losses, "chosen": better, "results": results})
     say_measures(setup, progress, results, time.perf_counter() - started)
     folders, score = ["last"], main_measure(results[better], decisive)
     if score > progress.best_score:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 from .config import TrainingConfig
 from .continuation import OLDER_RUNS
@@ -27,6 +28,10 @@ class Progress:
     best_score: float = -1.0  # the task's decisive measure
     best_step: int | None = None
     classifier: str | None = None  # what it started from, in words, if from a probe
+    loss_sums: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # over micro-batches since the last evaluation
+    loss_counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Progress":
@@ -39,6 +44,18 @@ class Progress:
     def skipped_images(self) -> int:
         """How many training images could not be decoded so far."""
         return len(self.skipped)
+
+    def add_losses(self, means: Mapping[str, float], counts: Mapping[str, int]) -> None:
+        """Record the mean of each loss over as many micro-batches."""
+        for name, mean in means.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0.0) + mean * counts[name]
+            self.loss_counts[name] = self.loss_counts.get(name, 0) + counts[name]
+
+    def take_mean_losses(self) -> dict[str, float]:
+        """The mean of each loss since the last call."""
+        means = {name: value / self.loss_counts[name] for name, value in self.loss_sums.items()}
+        self.loss_sums, self.loss_counts = {}, {}
+        return means
 
     def finish_step(self, steps_per_epoch: int) -> None:
         """Count a step, and the epoch if it was the last of one."""

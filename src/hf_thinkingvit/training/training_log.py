@@ -92,6 +92,7 @@ class TrainingLog:
             self.known_skipped |= self._of_all_processes(self.skipped)
             progress.skipped = sorted(self.known_skipped, key=str)
         progress.seconds += seconds
+        progress.add_losses(losses, self.counts)
         images = self.micro_batches * self.setup.batch_of_process * accelerator.num_processes / seconds
         learning_rate = max(
             group["lr"] for group in self.setup.optimizer.param_groups
