@@ -15,7 +15,6 @@ same test, and "not seen" otherwise.
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import json
@@ -29,6 +28,7 @@ import torch
 from scipy import stats
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from benchmarks.training_logs import write_training_log
 from hf_thinkingvit.auto import AutoImageProcessor
 from hf_thinkingvit.evaluation import StageAnswers, evaluate_thresholds
 from hf_thinkingvit.evaluation.threshold_points import distinct_thresholds
@@ -241,18 +241,6 @@ def train_run(name: str, seed: int, arguments: argparse.Namespace, flags: list[s
     (folder / "done").touch()
 
 
-def write_log(run: Trained, path: Path) -> None:
-    """The training loss and the accuracy of each answer, a line for each evaluation."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        count = len(run.top1)
-        writer.writerow(["epoch", "seconds", "loss", *(f"top1_of_stage_{stage}" for stage in range(count))])
-        for entry in run.results["history"]:
-            top1 = [round(value, 2) for value in entry["results"]["weights"]["top1"]]
-            writer.writerow([entry["epoch"], entry["seconds"], round(entry["losses"]["loss"], 4), *top1])
-
-
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
@@ -314,7 +302,7 @@ def main() -> None:
             folder = folder_of(arguments.output_dir, name, seed)
             if (folder / "done").exists():
                 found[seed][name] = Trained(folder, dataset)
-                write_log(found[seed][name], arguments.output_dir / "logs" / f"{folder.name}.csv")
+                write_training_log(folder, arguments.output_dir / "logs" / f"{folder.name}.csv")
     print(tables(found))
 
 
