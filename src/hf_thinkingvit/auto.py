@@ -1,5 +1,10 @@
 """Registration with Transformers' Auto classes, which also makes saved models carry their own code."""
 
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -20,6 +25,7 @@ from transformers.utils import is_torchvision_available
 
 from .families import FAMILIES
 from .families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
+from .models.weights_from_official import is_official
 
 
 # For each task, its Auto class, and the names by which pipelines look up the models that they support.
@@ -27,6 +33,8 @@ TASKS = {
     IMAGE_CLASSIFICATION: (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
     IMAGE_SEGMENTATION: (AutoModelForSemanticSegmentation, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
 }
+
+_EXPLAINED = "_explains_official_sources"  # marks the method that `explain_official_sources` puts in place
 
 
 def saved_task(config: PreTrainedConfig) -> str | None:
@@ -60,3 +68,30 @@ def register_models() -> None:
             auto_class.register(family.config_class, head, exist_ok=True)
             pipeline_names[family.model_type] = head.__name__  # without it, pipelines log that the model is unsupported
             head.register_for_auto_class(auto_class.__name__)
+
+
+def explain_official_sources() -> None:
+    """
+    Have `AutoConfig`, and with it every Auto class, say how an official checkpoint, or adapters of one, are loaded,
+    where it would only miss a `model_type`. Further calls change nothing.
+    """
+    original = AutoConfig.from_pretrained.__func__
+    if _EXPLAINED in vars(original):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        source = pretrained_model_name_or_path
+        try:
+            return original(cls, source, **kwargs)
+        except (OSError, ValueError) as error:
+            if (isinstance(error, OSError) and not Path(source).exists()) or not is_official(source, kwargs):
+                raise
+            raise ValueError(
+                f"{source} is an official checkpoint, which Auto classes do not convert. Load it, or adapters of it, "
+                "by its class, such as `ThinkingViTForImageClassification.from_pretrained(...)`, or convert it into a "
+                "folder: `hf-thinkingvit convert`."
+            ) from error
+
+    setattr(from_pretrained, _EXPLAINED, True)
+    AutoConfig.from_pretrained = classmethod(from_pretrained)

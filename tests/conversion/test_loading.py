@@ -1,6 +1,7 @@
 """Official checkpoints by `from_pretrained` of the model classes: as a folder, as a file, and from a Hub."""
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, TorchAoConfig, pipeline
+from transformers import (
+    AutoModelForImageClassification,
+    TorchAoConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
+from transformers.utils import logging
 
 from hf_thinkingvit import (
     AViTForImageClassification,
@@ -192,8 +200,149 @@ def test_other_sources_are_loaded_as_ever(tmp_path):
 def test_arguments_for_other_layouts_are_refused():
     with pytest.raises(ValueError, match="`variant` is about files in Transformers' layout"):
         ThinkingViTForImageClassification.from_pretrained(FOLDER, variant="fp16")
-    with pytest.raises(ValueError, match="`config` follows from the files"):
-        ThinkingViTForImageClassification.from_pretrained(FOLDER, config=ThinkingViTConfig())
+    for load in (ThinkingViTForImageClassification.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        with pytest.raises(
+            ValueError, match="`config` follows from the files.*fields of it instead, as in `ThinkingViT"
+        ):
+            load(FOLDER, config=ThinkingViTConfig())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.pth"])
+def test_a_configuration_does_not_hide_that_bare_weights_are_official(name, tmp_path):
+    """Transformers would take none of them, and draw every weight of the model."""
+    config = ThinkingViTForImageClassification.from_pretrained(FOLDER).config
+    weights = load_file(FOLDER / "model.safetensors")
+    for folder, content in (("flat", weights), ("nested", {"state_dict": weights, "epoch": 3})):
+        (tmp_path / folder).mkdir()
+        if name.endswith(".safetensors"):
+            save_file(weights, tmp_path / folder / name)
+        else:
+            torch.save(content, tmp_path / folder / name)
+        with pytest.raises(ValueError, match="`config` follows from the files"):
+            ThinkingViTForImageClassification.from_pretrained(tmp_path / folder, config=config)
+        fields = {"thinking_stages": [1, 2, 4], "image_size": 32}
+        assert_golden(ThinkingViTForImageClassification.from_pretrained(tmp_path / folder, **fields))
+
+
+def test_bare_weights_of_another_library_are_refused_as_well(tmp_path):
+    ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="plain Transformers model of type 'vit'"):
+        ThinkingViTForImageClassification.from_pretrained(tmp_path, config=ThinkingViTConfig())
+
+
+def test_bare_weights_of_this_package_take_a_configuration(tmp_path):
+    """In every form in which Transformers saves and loads them."""
+    model = ThinkingViTForImageClassification.from_pretrained(FOLDER)
+    model.save_pretrained(tmp_path / "split", max_shard_size="100KB")
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    model.thinkingvit.save_pretrained(tmp_path / "without a head")
+    (tmp_path / "pickled").mkdir()
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    for name, options in (("split", {}), ("variant", {"variant": "fp16"}), ("pickled", {})):
+        (tmp_path / name / "config.json").unlink(missing_ok=True)
+        assert_golden(
+            ThinkingViTForImageClassification.from_pretrained(tmp_path / name, config=model.config, **options)
+        )
+    (tmp_path / "without a head" / "config.json").unlink()
+    loaded, info = ThinkingViTForImageClassification.from_pretrained(
+        tmp_path / "without a head", config=model.config, output_loading_info=True
+    )
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(loaded.thinkingvit.layernorm.weight, model.thinkingvit.layernorm.weight)
+
+
+def test_several_checkpoints_in_a_folder_are_not_chosen_between(tmp_path):
+    for name in ("epoch-10.pth", "epoch-9.pth"):
+        torch.save(load_file(FOLDER / "model.safetensors"), tmp_path / name)
+    with pytest.raises(ValueError, match="several checkpoints in .*: epoch-10.pth, epoch-9.pth. Give the file"):
+        ThinkingViTForImageClassification.from_pretrained(tmp_path, thinking_stages=[1, 2, 4])
+
+
+def test_auto_classes_say_what_converts(tmp_path):
+    shutil.copy(FOLDER / "model.safetensors", tmp_path / "model.pth")
+    for source in (FOLDER, tmp_path):
+        with pytest.raises(ValueError, match="is an official checkpoint, which Auto classes do not convert"):
+            AutoModelForImageClassification.from_pretrained(source)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown"}))
+    with pytest.raises(ValueError, match="does not recognize this architecture"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_token_pruning_is_turned_off(tmp_path):
+    """As it is for a saved model: `None` is a value."""
+    source, images = FIXTURES / "thinking_dynamicvit", torch.randn(2, 3, 32, 32)
+    pruned = ThinkingViTForImageClassification.from_pretrained(source)
+    pruned.save_pretrained(tmp_path)
+    off = {"pruning_layers": None, "pruning_keep_rate": None}
+    model, info = ThinkingViTForImageClassification.from_pretrained(source, **off, output_loading_info=True)
+    saved = ThinkingViTForImageClassification.from_pretrained(tmp_path, **off)
+    assert model.config.pruning_layers is model.config.pruning_keep_rate is None and not any(info.values())
+    assert model.config.exit_criterion == pruned.config.exit_criterion and model.config.exit_at_threshold
+    logits = [each(images, threshold=0.0).logits for each in (pruned, model, saved)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-4 and torch.equal(logits[1], logits[2])
+    with pytest.raises(ValueError, match="`pruning_keep_rate` .* has no effect without `pruning_layers`"):
+        ThinkingViTForImageClassification.from_pretrained(source, pruning_layers=None)
+
+
+@pytest.mark.parametrize("name", ["thinkingvit_3stage", "thinking_dynamicvit"])
+def test_none_means_what_it_means_for_a_saved_model(name, tmp_path):
+    source = FIXTURES / name
+    stages = len(ThinkingViTForImageClassification.from_pretrained(source).config.thinking_stages)
+    given = {"stage_loss_weights": [1 / stages] * stages, "out_stage": 0}
+    convert_checkpoint(source, tmp_path, **given)
+    nones = dict.fromkeys([*given, "threshold", "exit_criterion"])
+    ours, saved = (
+        ThinkingViTForImageClassification.from_pretrained(each, **nones).config for each in (source, tmp_path)
+    )
+    assert {field: getattr(ours, field) for field in nones} == {field: getattr(saved, field) for field in nones}
+    assert ours.stage_loss_weights is ours.out_stage is None
+
+
+def test_a_stated_threshold_is_not_read_on_another_scale(tmp_path):
+    """Of the largest probability, the published τ of 0 would let every image leave at the first stage."""
+    source = FIXTURES / "thinking_dynamicvit"
+    convert_checkpoint(source, tmp_path)
+    for each in (source, tmp_path):
+        with pytest.raises(ValueError, match="on another scale: give both `exit_criterion` and `threshold`"):
+            ThinkingViTForImageClassification.from_pretrained(each, exit_criterion="max_probability")
+        fields = {"exit_criterion": "max_probability", "threshold": 0.75}
+        assert ThinkingViTForImageClassification.from_pretrained(each, **fields).config.threshold == 0.75
+
+
+def test_labels_that_are_none_are_not_given():
+    model = ThinkingViTForImageClassification.from_pretrained(FOLDER, num_labels=None, id2label=None, label2id=None)
+    assert model.config.num_labels == 20
+
+
+def test_the_load_report_names_the_source(caplog):
+    with caplog.at_level("WARNING", logger="transformers"):
+        logging.get_logger("transformers").addHandler(caplog.handler)
+        try:
+            model = ThinkingViTForImageClassification.from_pretrained(
+                FOLDER, num_labels=5, ignore_mismatched_sizes=True
+            )
+        finally:
+            logging.get_logger("transformers").removeHandler(caplog.handler)
+    assert "MISMATCH" in caplog.text and f"from: {FOLDER}\n" in caplog.text
+    assert "_official_source" not in vars(model.config) and model.config.name_or_path == str(FOLDER)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map(device_map):
+    model = ThinkingViTForImageClassification.from_pretrained(FOLDER, device_map=device_map)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert_golden(model.cpu())
+
+
+def test_device_map_with_a_disk(tmp_path):
+    devices = {"thinkingvit": "cpu", "classifier": "disk"}
+    model = ThinkingViTForImageClassification.from_pretrained(FOLDER, device_map=devices, offload_folder=tmp_path)
+    assert model.classifier.weight.is_meta
+    assert_golden(model)
 
 
 def test_code_of_a_folder_says_what_converts(monkeypatch):
@@ -265,7 +414,12 @@ def server():
             repository = server.repositories[repo_id] = Repository(private)
             for factor in (1, 2):
                 changed = {**weights, "head.weight": factor * weights["head.weight"]}
-                repository.commit({"config.json": config, "model.safetensors": _as_file(changed), "README.md": b"#"})
+                files = {"config.json": config, "model.safetensors": _as_file(changed), "README.md": b"#"}
+                repository.commit({**files, "pytorch_model.bin": b"not wanted", "other.pth": b"not wanted"})
+        bare = server.repositories["authors/bare"] = Repository(private=False)
+        content = io.BytesIO()
+        torch.save({"state_dict": weights}, content)
+        bare.commit({"thinkingvit.pth.tar": content.getvalue(), "README.md": b"#"})
         yield server
 
 
@@ -291,13 +445,18 @@ def test_from_a_hub(server, tmp_path):
         ("org/private", {}),
         ("org/missing", {}),
         (public, {"config": str(tmp_path)}),  # with which Transformers would draw every weight
+        ("authors/bare", {"config": str(tmp_path)}),
+        ("authors/bare", {"thinking_stages": [1, 2, 4], "image_size": 32}),
+        ("authors/bare", {"thinking_stages": [1, 2, 4], "image_size": 32, "local_files_only": True}),
     )
     newest, *others = found[:7]
     assert newest["difference"] > 0.1 and newest["threshold"] == 0.9 and newest["size"] == 35
     assert [each["difference"] < 1e-4 for each in others] == [True, False, True, False, True, True]
     assert (tmp_path / "elsewhere").is_dir()
-    assert [each["error"] for each in found[7:]] == ["OSError", "OSError", "ValueError"]
-    assert "org/private" in found[7]["message"] and "`config`" in found[9]["message"]
+    assert [each["error"] for each in found[7:11]] == ["OSError", "OSError", "ValueError", "ValueError"]
+    assert "org/private" in found[7]["message"] and all("`config`" in each["message"] for each in found[9:11])
+    assert all(each["difference"] < 1e-4 for each in found[11:])
+    assert not [line for line in server.requests if line.startswith("GET") and line.endswith((".bin", "/other.pth"))]
     # Once for each commit and cache: other loads are from the cache.
     assert _downloads(server, public) == 3
 

@@ -6,15 +6,17 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
+from hf_thinkingvit import ThinkingViTForImageClassification
 from hf_thinkingvit.hub import push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.models.nested_projection import project
 from tests.models.every_family import EVERY_FAMILY, every_answer
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import counted_flops, lively_model, lively_swin, random_images
+from tests.utils import FIXTURES, counted_flops, lively_model, lively_swin, random_images
 
 
 peft = pytest.importorskip("peft")
@@ -177,6 +179,63 @@ def test_folder_of_adapters_loads_by_the_auto_class(tmp_path):
     assert loaded.config.threshold == 0.5
     loaded.config.threshold = 0.0
     assert_same(every_answer(loaded.eval()), every_answer(model))
+
+
+@pytest.fixture
+def official_adapters(tmp_path):
+    """A folder of adapters of an official checkpoint, and the answers of the model that they were saved from."""
+    source = FIXTURES / "thinkingvit_3stage"
+    base = ThinkingViTForImageClassification.from_pretrained(source, threshold=0.0)
+    model = adapted(base, lora(["q_proj", "fc1"], modules_to_save=["classifier"]))
+    model.save_pretrained(tmp_path / "adapters")
+    with torch.no_grad():
+        return tmp_path / "adapters", model(official_images(), output_stage_logits=True).stage_logits
+
+
+def official_images() -> torch.Tensor:
+    return load_file(FIXTURES / "thinkingvit_3stage" / "expected.safetensors")["pixel_values"]
+
+
+@torch.no_grad()
+def test_adapters_of_an_official_checkpoint(official_adapters):
+    """Their folder names it: it is converted in memory, and gets the adapters."""
+    folder, expected = official_adapters
+    model, processor, info = ThinkingViTForImageClassification.from_pretrained_with_processor(
+        folder, threshold=0.0, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()) and list(model.peft_config) == ["default"] and not model.training
+    assert_same(model(official_images(), output_stage_logits=True).stage_logits, expected)
+    assert processor.crop_size.height == 32
+    named = ThinkingViTForImageClassification.from_pretrained(folder, threshold=0.5, adapter_name="mine")
+    assert list(named.peft_config) == ["mine"] and named.config.threshold == 0.5
+    base = ThinkingViTForImageClassification.from_pretrained(FIXTURES / "thinkingvit_3stage", threshold=0.0)
+    by_peft = peft.PeftModel.from_pretrained(base, folder)
+    assert_same(by_peft(official_images(), output_stage_logits=True).stage_logits, expected)
+    by_auto = peft.AutoPeftModel.from_pretrained(folder, import_allowlist=["hf_thinkingvit"])
+    assert_same(by_auto(official_images(), threshold=0.0, output_stage_logits=True).stage_logits, expected)
+
+
+def test_adapters_of_an_official_checkpoint_do_not_get_a_random_base(official_adapters):
+    folder, _ = official_adapters
+    config = ThinkingViTForImageClassification.from_pretrained(FIXTURES / "thinkingvit_3stage").config
+    with pytest.raises(ValueError, match="official checkpoint, which Auto classes do not convert.*adapters of it, by"):
+        AutoModelForImageClassification.from_pretrained(folder)
+    load = r'`ThinkingViTForImageClassification.from_pretrained\("{}", threshold=0.9\)`'
+    for loads, place in ((AutoModelForImageClassification, folder), (ThinkingViTForImageClassification, folder)):
+        with pytest.raises(ValueError, match="`config` follows from the files.*" + load.format(place)):
+            loads.from_pretrained(folder, config=config)
+
+
+@torch.no_grad()
+def test_processor_of_adapters_is_that_of_their_base(tmp_path):
+    lively_model().save_pretrained(tmp_path / "base")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "base")
+    base = ThinkingViTForImageClassification.from_pretrained(tmp_path / "base")
+    model = adapted(base, lora(["q_proj"]))
+    model.save_pretrained(tmp_path / "adapters")
+    loaded, processor = ThinkingViTForImageClassification.from_pretrained_with_processor(tmp_path / "adapters")
+    assert processor.crop_size.height == 32
+    assert_same(every_answer(loaded), every_answer(model))
 
 
 def test_trainer_trains_the_adapters(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..flags import HelpFormatter, LineParser, quiet_pipe, stdout_is_closed, with_flags
+from ..models.official_layout import ADAPTER_FILE, CONFIG_FILE, WEIGHT_SUFFIXES, is_official_folder
 from ..public_names import is_missing_path
 from . import options
 
@@ -97,19 +98,25 @@ def one_or_list(values: list[float] | None) -> float | list[float] | None:
 
 
 def check_model_folder(name: str) -> None:
-    """`FileNotFoundError` or `ValueError` for a local folder without a model or an image processor."""
+    """
+    `FileNotFoundError` or `ValueError` for a local folder without a model or an image processor, which official
+    checkpoints need none of, and for a file that is none of these.
+    """
     if is_missing_path(name):
         raise FileNotFoundError(f"There is no folder `{name}` (--model).")
     path = Path(name)
-    if path.is_file():
+    if path.is_file() and not name.endswith(WEIGHT_SUFFIXES):
         raise ValueError(
-            f"`{name}` is a file: --model takes the folder of a model. `convert` makes one of a checkpoint."
+            f"`{name}` is a file: --model takes the folder of a model, or the weights of an official checkpoint "
+            f"({', '.join(WEIGHT_SUFFIXES)})."
         )
-    if path.is_dir():
-        for file, what in (("config.json", "model"), ("preprocessor_config.json", "image processor")):
+    if path.is_dir() and not is_official_folder(path):
+        for file, what in ((CONFIG_FILE, "model"), ("preprocessor_config.json", "image processor")):
             if not (path / file).is_file():
                 inside = [other for other in ("best", "last") if (path / other / file).is_file()]
                 hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
+                if (path / ADAPTER_FILE).is_file():
+                    hint = " It holds adapters: merge them (`merge_and_unload`), and save the model."
                 raise FileNotFoundError(f"The folder `{name}` has no {what} (there is no {file} in it).{hint}")
 
 

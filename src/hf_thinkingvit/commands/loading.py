@@ -8,9 +8,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..auto import TASKS, AutoImageProcessor, saved_task
+from ..conversion.loading import load_official_source
+from ..families import task_of
+from ..families.official import UnstatedField
 from ..families.record import IMAGE_CLASSIFICATION
 from ..models.configuration_staged import thinks_in_stages
-from ..models.weights_from_official import hub_arguments
+from ..models.weights_from_official import hub_arguments, is_official
 from .command import check_model_folder, say
 
 
@@ -21,7 +24,8 @@ def load_model(
     A model in evaluation mode, and its image processor.
 
     Args:
-        name (`str`): folder or Hub id.
+        name (`str`): folder or Hub id, also of an official checkpoint, or the file of one: these are converted in
+            memory.
         task (`str`, *optional*): that the model must be for; `None` for any, which its configuration says.
         options: of `from_pretrained`.
 
@@ -31,13 +35,14 @@ def load_model(
     """
     check_model_folder(name)
     try:
+        if is_official(name, options):
+            return _load_official(name, task, options)
         found = hub_arguments(options)
         config = AutoConfig.from_pretrained(name, **found)
         saved = saved_task(config)
         if task is None and saved is None:
             raise ValueError(f"`{name}` is no model of this package with a head: its class is {config.architectures}.")
-        if task is not None and saved not in (task, None):
-            raise ValueError(f"`{name}` is a model for {saved}, and this command is for {task}.")
+        _check_task(name, saved, task)
         model = TASKS[saved or task][0].from_pretrained(name, **options).eval()
         return model, AutoImageProcessor.from_pretrained(name, **found)
     except OSError as error:
@@ -47,6 +52,20 @@ def load_model(
             f"`{name}` is no folder here, and cannot be loaded from the Hub: it is not there, or needs "
             "`hf auth login`, or the Hub cannot be reached."
         ) from error
+
+
+def _load_official(name: str, task: str | None, options: dict[str, Any]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    try:
+        model, processor = load_official_source(name, **options)
+    except UnstatedField as error:
+        raise ValueError(f"{error} Commands take the folder that `hf-thinkingvit convert` makes of it then.") from error
+    _check_task(name, task_of(model), task)
+    return model, processor
+
+
+def _check_task(name: str, found: str | None, task: str | None) -> None:
+    if None not in (task, found) and found != task:
+        raise ValueError(f"`{name}` is a model for {found}, and this command is for {task}.")
 
 
 def start(model: PreTrainedModel, **facts: Any) -> None:

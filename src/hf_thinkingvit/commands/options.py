@@ -15,7 +15,9 @@ DELTA = 0.05  # probability with which a promise may fail
 MASK_VALUES = {"--mask-values": [], "--ignored-mask-values": ["255"]}  # defaults
 
 
-def add_model(parser: argparse._ActionsContainer, help: str = "folder or Hub id") -> None:
+def add_model(
+    parser: argparse._ActionsContainer, help: str = "folder or Hub id, or the file of an official checkpoint"
+) -> None:
     parser.add_argument("--model", required=True, help=help)
 
 

@@ -15,13 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..families.official import Checkpoint
+from ..models.official_layout import CONFIG_FILE, WEIGHT_FILES
 from ..public_names import is_missing_path
 from .variant import VARIANT_FILE, read_variant
-
-
-# What a folder is searched for, in this order, and what is downloaded from the Hub.
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "*.pth.tar", "*.pth")
-CONFIG_FILE = "config.json"
 
 
 # What training scripts pickle beside tensors: their arguments, and best accuracies as NumPy scalars. Neither runs code.
@@ -55,13 +51,7 @@ def read_checkpoint(source: str | os.PathLike, subfolder: str = "", **hub: Any) 
     if not path.exists():
         path = _download(str(source), subfolder, hub)
     if path.is_dir():
-        path = path / subfolder
-        found = [file for pattern in WEIGHT_FILES for file in sorted(path.glob(pattern))]
-        if not found:
-            raise FileNotFoundError(
-                f"There is no model in {path}: no weights in one of the files {', '.join(WEIGHT_FILES)}."
-            )
-        path = found[0]
+        path = _weights_in(path / subfolder, f"{source}/{subfolder}" if subfolder else str(source))
     config_path = path.parent / CONFIG_FILE
     config = _read_json(config_path) if config_path.is_file() else {}
     variant_path = path.parent / VARIANT_FILE
@@ -74,15 +64,35 @@ def read_checkpoint(source: str | os.PathLike, subfolder: str = "", **hub: Any) 
     return Checkpoint(path, _state_dict(content, path), config, training_args, variant)
 
 
+def _weights_in(folder: Path, name: str) -> Path:
+    """The weights in a folder that is called `name` in messages."""
+    for pattern in WEIGHT_FILES:
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise ValueError(
+                f"There are several checkpoints in {name}: {', '.join(file.name for file in found)}. Give the file of "
+                "the one to load, or a folder of that alone."
+            )
+        if found:
+            return found[0]
+    raise FileNotFoundError(f"There is no model in {name}: no weights in one of the files {', '.join(WEIGHT_FILES)}.")
+
+
 def _download(repo_id: str, subfolder: str, hub: dict[str, Any]) -> Path:
-    names = [CONFIG_FILE, VARIANT_FILE, *WEIGHT_FILES]
-    patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, **hub))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{repo_id} is no file or folder here, and cannot be downloaded from the Hub: {error}"
-        ) from error
+    """The first of `WEIGHT_FILES` that a repository has, and what is beside it; the folder of the snapshot."""
+    for pattern in WEIGHT_FILES:
+        names = [CONFIG_FILE, VARIANT_FILE, pattern]
+        patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
+        try:
+            snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, **hub))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"{repo_id} is no file or folder here, and cannot be downloaded from the Hub: {error}"
+            ) from error
+        if any((snapshot / subfolder).glob(pattern)):
+            break
+        hub = {**hub, "revision": snapshot.name}  # the commit, of which the others must be as well
+    return snapshot
 
 
 def _read_json(path: Path) -> dict:

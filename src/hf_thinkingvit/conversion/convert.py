@@ -2,6 +2,8 @@
 
 import functools
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ NORMALIZATIONS = {
     "vit": {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD},
     "deit": {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD},
 }
+EXIT_RULE = ("threshold", "exit_criterion")
 
 
 def convert_checkpoint(source: str | os.PathLike, output_dir: str | os.PathLike, **config_overrides) -> PreTrainedModel:
@@ -99,7 +102,7 @@ def load_official(checkpoint: Checkpoint, **config_overrides) -> PreTrainedModel
 
 def convert(checkpoint: Checkpoint, **config_overrides) -> Converted:
     """Convert a checkpoint in memory; `ValueError` if a tensor is missing, unknown or has another shape."""
-    family, official = _detect(checkpoint, config_overrides)
+    family, official = detect(checkpoint, config_overrides)
     _require(checkpoint, list(official.required))
     for name, dimensions in official.required.items():
         if checkpoint.state_dict[name].dim() != dimensions:
@@ -107,7 +110,10 @@ def convert(checkpoint: Checkpoint, **config_overrides) -> Converted:
             raise ValueError(f"{checkpoint.path}: {name} must have {dimensions} dimensions, got the shape {shape}.")
     checkpoint = replace(checkpoint, state_dict=official.prepare(checkpoint, **config_overrides))
     labels = label_fields(checkpoint, official.num_labels(checkpoint.state_dict), config_overrides)
-    config = official.build_config(checkpoint, **{**labels, **config_overrides})
+    config = _build_config(official, checkpoint, {**labels, **config_overrides})
+    if (unread := official.unread(config)) is not None:
+        read = {name: tensor for name, tensor in checkpoint.state_dict.items() if not re.match(unread, name)}
+        checkpoint = replace(checkpoint, state_dict=read)
     model_class = family.heads[official.task]
     with torch.device("meta"):  # names and shapes alone
         parameters = model_class(config).state_dict()
@@ -126,6 +132,20 @@ def convert(checkpoint: Checkpoint, **config_overrides) -> Converted:
         raise ValueError(f"{checkpoint.path} does not fit its configuration:\n" + "\n".join(misshapen))
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in converted.values()})
     return Converted(family, model_class, config, converted, dtype)
+
+
+def _build_config(official: OfficialFormat, checkpoint: Checkpoint, overrides: Mapping) -> PreTrainedConfig:
+    """
+    The configuration, with the rules of saved models for overrides (`StagedConfig.from_dict`): a τ or an exit criterion
+    of `None` is not given, and a criterion alone does not read a τ that is stated for another one.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None or name not in EXIT_RULE}
+    config = official.build_config(checkpoint, **given)
+    if "exit_criterion" in given and "threshold" not in given:
+        stated = official.build_config(checkpoint, **{name: given[name] for name in given if name != "exit_criterion"})
+        if stated.threshold == config.threshold:
+            type(stated).from_dict(stated.to_dict(), exit_criterion=given["exit_criterion"])
+    return config
 
 
 def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> BaseImageProcessor:
@@ -157,11 +177,12 @@ def build_image_processor(checkpoint: Checkpoint, model: PreTrainedModel) -> Bas
     return evaluation_image_processor(model.config.image_size, **options)
 
 
-def _detect(checkpoint: Checkpoint, overrides: dict) -> tuple[Family, OfficialFormat]:
-    missing = {}
+def detect(checkpoint: Checkpoint, overrides: Mapping) -> tuple[Family, OfficialFormat]:
+    """The family of a checkpoint, and which of its formats it has; `ValueError`, which says what it is, if none."""
+    missing, stated = {}, {name: value for name, value in overrides.items() if value is not None}
     for name, family in FAMILIES.items():
         for form in family.official_formats:
-            if form.matches(checkpoint, overrides):
+            if form.matches(checkpoint, stated):
                 return family, form
             form_name = name if form is family.official else f"{name} {form.task}"
             missing[form_name] = [key for key in form.required if key not in checkpoint.state_dict]

@@ -124,7 +124,8 @@ def build_demo(models: Sequence[str], samples: Sequence[str | Path] = (), hub_on
     The page.
 
     Args:
-        models (`Sequence[str]`): folders or Hub ids to choose from, the first of which is shown first.
+        models (`Sequence[str]`): folders, Hub ids, or files of official checkpoints to choose from; the first is shown
+            first.
         samples (`Sequence[path]`): images to pick from, the first of which is shown first.
         hub_only (`bool`): take no other folders than those of `models`, as a public page must.
 
@@ -176,7 +177,7 @@ def build_demo(models: Sequence[str], samples: Sequence[str | Path] = (), hub_on
                     paths = [[str(path)] for path in samples]
                     gr.Examples(paths, [image], label="Samples", examples_per_page=24, elem_id="samples")
                 model = gr.Dropdown(
-                    [(Path(name).name if Path(name).is_dir() else name, name) for name in models],
+                    [(Path(name).name if Path(name).exists() else name, name) for name in models],
                     value=models[0],
                     allow_custom_value=True,
                     label="Model",

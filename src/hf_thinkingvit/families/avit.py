@@ -4,7 +4,7 @@ from ..models import weights_from_vit
 from ..models.configuration_avit import AViTConfig
 from ..models.modeling_avit import AViTForImageClassification, AViTModel
 from . import costs_vit
-from .official import Checkpoint, OfficialFormat
+from .official import Checkpoint, OfficialFormat, UnstatedField
 from .official_deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
 from .record import IMAGE_CLASSIFICATION, TRAINING_FIELDS, CardText, Costs, Family, Paper, PlainSource
 
@@ -43,14 +43,14 @@ def build_config(checkpoint: Checkpoint, **overrides) -> AViTConfig:
         if name in stated:
             fields[name] = stated[name]
         elif name not in overrides:
-            raise ValueError(
+            raise UnstatedField(
                 f"{checkpoint.path} is a DeiT and does not state the gate of an A-ViT. Pass `{name}`: the official "
                 "weights have `gate_scale=10` and `gate_center=30` (Tiny) or `gate_center=75` (Small). If it is a "
                 "plain timm ViT or DeiT, which is not adaptive: training starts from the same model in Transformers' "
                 'format, `ThinkingViTForImageClassification.from_vit("facebook/deit-small-patch16-224")`.'
             )
     if "num_attention_heads" not in overrides and fields["hidden_size"] % max(fields["num_attention_heads"], 1):
-        raise ValueError(f"{checkpoint.path} does not say how many heads it has. Pass `num_attention_heads`.")
+        raise UnstatedField(f"{checkpoint.path} does not say how many heads it has. Pass `num_attention_heads`.")
     return AViTConfig(**{**fields, **overrides})
 
 

@@ -40,6 +40,10 @@ class Checkpoint:
         return self.config.get("pretrained_cfg") or {}
 
 
+class UnstatedField(ValueError):
+    """A field of the configuration that the files of a checkpoint do not state, and the caller did not either."""
+
+
 def rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
     """`name` with the first (pattern, replacement) applied that matches it; `KeyError` if none does."""
     for pattern, replacement in renames:
@@ -54,6 +58,10 @@ def unchanged_state_dict(checkpoint: Checkpoint, **overrides) -> dict[str, torch
 
 
 def default_crop_pct(checkpoint: Checkpoint) -> None:
+    return None
+
+
+def every_tensor_is_read(config: PreTrainedConfig) -> None:
     return None
 
 
@@ -81,6 +89,9 @@ class OfficialFormat:
         crop_pct (`Callable`):
             `(checkpoint)` to the share of the resized shorter side that evaluation crops, where the files do not state
             it; `None` for the default.
+        unread (`Callable`):
+            `(config)` to a pattern of the official names that a model of this configuration has no parameters for
+            although the checkpoint may hold them, such as parts that the caller turned off; `None` if there are none.
     """
 
     required: Mapping[str, int]
@@ -92,6 +103,7 @@ class OfficialFormat:
     task: str = "image-classification"
     count_labels: Callable[[dict[str, torch.Tensor]], int] | None = None
     crop_pct: Callable[[Checkpoint], float | None] = default_crop_pct
+    unread: Callable[[PreTrainedConfig], str | None] = every_tensor_is_read
 
     def num_labels(self, state_dict: dict[str, torch.Tensor]) -> int:
         """The number of classes, from the state dict that `prepare` returned."""

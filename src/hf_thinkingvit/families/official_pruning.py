@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .official import Checkpoint
+from .official import Checkpoint, UnstatedField
 from .official_deit import DEIT_DEPTH
 from .official_supernet import cut_supernet
 
@@ -78,7 +78,7 @@ def pruning_fields(checkpoint: Checkpoint, num_layers: int, num_stages: int, ove
         ("pruning_keep_rate", checkpoint.model_args.get("base_rate"), "0.7, 0.8 or 0.9"),
     ):
         if value is None and name not in overrides:
-            raise ValueError(
+            raise UnstatedField(
                 f"{checkpoint.path} prunes tokens and does not state `{name}`. Pass it: the official models have "
                 f"{usual}."
             )

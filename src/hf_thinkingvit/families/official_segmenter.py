@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ..models.configuration_thinkingvit import ThinkingViTConfig
-from .official import Checkpoint, OfficialFormat, rename
+from .official import Checkpoint, OfficialFormat, UnstatedField, rename
 from .official_deit import DEIT_HEAD_DIM, convert_tensor, deit_fields, deit_name
 from .official_supernet import cut_tensor
 from .record import IMAGE_SEGMENTATION
@@ -136,7 +136,7 @@ def _stages(checkpoint: Checkpoint, overrides: dict) -> list[int]:
         return stages
     widths = [width for _, width in shapes] + [shapes[-1][0] if shapes else len(state_dict["encoder.norm.weight"])]
     if any(width % head_dim for width in widths):
-        raise ValueError(
+        raise UnstatedField(
             f"{checkpoint.path} has stages of {widths} channels, no multiples of {head_dim} channels a head. Pass "
             "`thinking_stages`, the heads of each stage, or add the `variant.yml` of the checkpoint."
         )

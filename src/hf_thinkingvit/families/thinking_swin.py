@@ -9,7 +9,7 @@ from ..models.configuration_thinking_swin import ThinkingSwinConfig
 from ..models.modeling_thinking_swin import ThinkingSwinForImageClassification, ThinkingSwinModel
 from ..models.modeling_thinking_swin_backbone import ThinkingSwinBackbone
 from . import costs_swin
-from .official import Checkpoint, OfficialFormat, rename
+from .official import Checkpoint, OfficialFormat, UnstatedField, rename
 from .official_deit import one_if_equal
 from .record import (
     BACKBONE_FIELDS,
@@ -97,7 +97,7 @@ def build_config(checkpoint: Checkpoint, **overrides) -> ThinkingSwinConfig:
     embed_dim, num_channels, *patch_size = state_dict["patch_embed.proj.weight"].shape
     head_rounds = overrides.get("head_rounds") or stated.get("head_rounds")
     if not head_rounds:
-        raise ValueError(
+        raise UnstatedField(
             f"{checkpoint.path} does not say how many heads its rounds have. Pass `head_rounds`, for each round the "
             "heads of each layer (--head-rounds on the command line); the published model has [[3, 3, 6, 12], "
             "[3, 6, 12, 24]]."

@@ -12,7 +12,7 @@ from ..models.modeling_thinkingvit import ThinkingViTForImageClassification, Thi
 from ..models.modeling_thinkingvit_backbone import ThinkingViTBackbone
 from ..models.modeling_thinkingvit_segmentation import ThinkingViTForSemanticSegmentation
 from . import costs_vit
-from .official import Checkpoint, OfficialFormat
+from .official import Checkpoint, OfficialFormat, UnstatedField
 from .official_deit import DEIT_HEAD_DIM, REQUIRED, convert_tensor, deit_fields, deit_name
 from .official_pruning import CROP_PCT, cut_to_stages, predictor_name, predictor_width, pruning_fields
 from .official_segmenter import SEGMENTER
@@ -73,7 +73,7 @@ def prepare(checkpoint: Checkpoint, **overrides) -> dict[str, torch.Tensor]:
         _refuse_supernet_without_alphas(checkpoint, num_heads, num_stages, thinking_stages)
         return checkpoint.state_dict
     if thinking_stages is None:
-        raise ValueError(
+        raise UnstatedField(
             f"{checkpoint.path} is a supernet of {num_heads} heads, whose tensors do not tell the widest stage. "
             "Pass `thinking_stages`, the heads of each stage (--thinking-stages on the command line)."
         )
@@ -149,7 +149,7 @@ def _stages_from_widths(checkpoint: Checkpoint, hidden_size: int) -> list[int]:
     widths = [*_projection_widths(checkpoint), predictor_width(checkpoint.state_dict) or hidden_size]
     head_dim = _head_dim(checkpoint, hidden_size)
     if any(width % head_dim for width in widths):
-        raise ValueError(
+        raise UnstatedField(
             f"{checkpoint.path} has stages of {widths} channels and does not say how many heads they have. "
             "Pass `thinking_stages`, the heads of each stage (--thinking-stages on the command line)."
         )
@@ -164,6 +164,11 @@ def _head_dim(checkpoint: Checkpoint, hidden_size: int) -> int:
 
 def crop_pct(checkpoint: Checkpoint) -> float | None:
     return CROP_PCT if predictor_width(checkpoint.state_dict) is not None else None
+
+
+def unread(config: ThinkingViTConfig) -> str | None:
+    """The predictors of token pruning, where the caller has turned it off (`pruning_layers=None`)."""
+    return None if config.pruning_layers else r"score_predictor\."
 
 
 def describe_pruning(config: ThinkingViTConfig) -> str | None:
@@ -219,7 +224,9 @@ the recycled tokens.""",
         tokens=describe_pruning,
     ),
     paper=THINKINGVIT_PAPER,
-    official=OfficialFormat(REQUIRED, matches, build_config, official_name, convert_tensor, prepare, crop_pct=crop_pct),
+    official=OfficialFormat(
+        REQUIRED, matches, build_config, official_name, convert_tensor, prepare, crop_pct=crop_pct, unread=unread
+    ),
     other_official=(SEGMENTER,),
     backbone_class=ThinkingViTBackbone,
 )
