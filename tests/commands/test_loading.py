@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,13 +69,3 @@ def test_commands_answer_as_with_the_converted_model(tmp_path, capsys):
     assert pushed.keys() == converted.keys() and all(torch.equal(pushed[key], converted[key]) for key in pushed)
     texts = [path.read_text() for path in (tmp_path / "pushed").iterdir() if path.suffix in (".json", ".md")]
     assert not any(str(FOLDER.parent) in text for text in texts)
-
-
-@pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra `space`")
-def test_the_demo_takes_them():
-    from hf_thinkingvit.demo.app import Models, slider_of
-
-    model, processor = Models().get(str(FOLDER))
-    assert slider_of(model.config)["visible"] and processor.crop_size.height == 32
-    with pytest.raises(ValueError, match="no id of a model on the Hub"):
-        Models(hub_only=True).get(str(Path(FOLDER) / "model.safetensors"))

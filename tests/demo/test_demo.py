@@ -22,7 +22,7 @@ from hf_thinkingvit.hub.space import GRADIO_VERSION, REQUIREMENTS, write_page
 from hf_thinkingvit.image_processing import evaluation_image_processor, segmentation_image_processor
 from tests.models.segmentation_models import lively_segmenter
 from tests.models.test_modeling_avit import lively_avit
-from tests.utils import lively_model
+from tests.utils import FIXTURES, lively_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +181,16 @@ class TestModels:
             tokens = {name: options.get("token") for name, options in given.items()}
             assert tokens == {"org/listed": None, "org/other": False if public else None}
             given.clear()
+
+    def test_official_checkpoints_are_taken(self):
+        from hf_thinkingvit.demo.app import Models, slider_of
+
+        source = FIXTURES / "thinkingvit_2stage"
+        model, processor = Models().get(str(source))
+        assert slider_of(model.config)["visible"]
+        assert len(inspect_image(model, processor, Image.new("RGB", (40, 40))).entropies[0]) == 2
+        with pytest.raises(ValueError, match="no id of a model on the Hub"):
+            Models(hub_only=True).get(str(source / "model.safetensors"))
 
 
 def _nothing() -> tuple[torch.nn.Module, None]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 # Imported from its module: some versions hide it at the top level without torchvision, although Pillow suffices.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
+from transformers.utils.hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
 from .official_layout import (
     ADAPTER_FILE,
@@ -84,9 +85,12 @@ def is_official(source: str | os.PathLike | None, kwargs: dict[str, Any]) -> boo
     else:
         try:
             config_file = cached_file(str(source), CONFIG_FILE, **hub_arguments(kwargs))
-            if config_file is None and _find(source, ADAPTER_FILE, kwargs) is not None:
-                return False
-        except OSError:  # of which Transformers' own loading has more to say
+        except OSError:
+            # Without the Hub, only the cache tells that a repository has no such file.
+            if not _is_cached_as_missing(source, CONFIG_FILE, kwargs):
+                return False  # Transformers' own loading has more to say
+            config_file = None
+        if config_file is None and _find(source, ADAPTER_FILE, kwargs) is not None:
             return False
         has_config = config_file is not None
         if has_config and not is_official_config(config_file):
@@ -106,6 +110,16 @@ def _has_own_weights(source: str | os.PathLike, kwargs: dict[str, Any]) -> bool:
 def _find(source: str | os.PathLike, name: str, kwargs: dict[str, Any]) -> str | None:
     """A file of a folder or Hub id; `None` if there is none of that name."""
     return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs))
+
+
+def _is_cached_as_missing(source: str | os.PathLike, name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether the Hub has said before that a repository does not have a file."""
+    name = str(PurePosixPath(kwargs.get("subfolder") or "", name))
+    try:
+        found = try_to_load_from_cache(str(source), name, kwargs.get("cache_dir"), kwargs.get("revision"))
+    except ValueError:  # no name of a repository
+        return False
+    return found is _CACHED_NO_EXIST
 
 
 class AdapterBase(NamedTuple):
