@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     TorchAoConfig,
     ViTConfig,
@@ -262,13 +263,27 @@ def test_several_checkpoints_in_a_folder_are_not_chosen_between(tmp_path):
 
 
 def test_auto_classes_say_what_converts(tmp_path):
-    shutil.copy(FOLDER / "model.safetensors", tmp_path / "model.pth")
-    for source in (FOLDER, tmp_path):
-        with pytest.raises(ValueError, match="is an official checkpoint, which Auto classes do not convert"):
-            AutoModelForImageClassification.from_pretrained(source)
+    published = shutil.copytree(FOLDER, tmp_path / "published")
+    config = json.loads((FOLDER / "config.json").read_text()) | {"pretrained_cfg": {"crop_pct": 0.9}}
+    (published / "config.json").write_text(json.dumps(config))
+    (tmp_path / "bare").mkdir()
+    shutil.copy(FOLDER / "model.safetensors", tmp_path / "bare" / "model.pth")
+    for source in (FOLDER, published, tmp_path / "bare"):
+        for load in (AutoModelForImageClassification.from_pretrained, AutoConfig.from_pretrained):
+            with pytest.raises(ValueError, match="is an official checkpoint, which Auto classes do not convert"):
+                load(source)
+
+
+def test_auto_classes_load_what_is_not_official_as_ever(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown"}))
     with pytest.raises(ValueError, match="does not recognize this architecture"):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
+        AutoConfig.from_pretrained(tmp_path)
+    plain = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "num_classes": 2, "label_names": ["a", "b"]}
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    config, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, other=1)
+    assert config.model_type == "timm_wrapper" and unused == {"other": 1}
+    with pytest.raises(OSError):
+        AutoConfig.from_pretrained(tmp_path / "missing")
 
 
 @torch.no_grad()
