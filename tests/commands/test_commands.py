@@ -155,6 +155,18 @@ def test_debug_shows_where(folder):
 
 
 @TRAINS
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_train_says_that_official_checkpoints_are_converted_first(name, capsys, tmp_path):
+    """`finetune` converts them itself."""
+    write_rows(tmp_path / "rows.parquet", 24)
+    words = ["--from-pretrained", FIXTURES / "thinkingvit_2stage" / name, "--output-dir", tmp_path / "run"]
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["train", "--dataset", str(tmp_path / "rows.parquet"), "--batch-size", "8", *map(str, words)])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "is an official checkpoint" in message and "`hf-thinkingvit convert`" in message
+
+
+@TRAINS
 def test_finetune_asks_for_what_is_missing(capsys, folder):
     assert "Name the images" in refused(capsys, "finetune", "--source", folder / "model")
     assert "--source" in refused(capsys, "finetune", folder / "pictures")

@@ -234,6 +234,14 @@ def test_bare_weights_of_another_library_are_refused_as_well(tmp_path):
         ThinkingViTForImageClassification.from_pretrained(tmp_path, config=ThinkingViTConfig())
 
 
+def test_bare_weights_of_a_plain_timm_model_say_how_to_start_from_it(tmp_path):
+    """Its tensors are also those of an A-ViT, which has no others."""
+    shutil.copy(FIXTURES / "avit" / "model.safetensors", tmp_path / "model.safetensors")
+    for options in ({}, {"config": ThinkingViTConfig()}):
+        with pytest.raises(ValueError, match="plain timm ViT or DeiT.*`ThinkingViTForImageClassification.from_vit"):
+            ThinkingViTForImageClassification.from_pretrained(tmp_path, **options)
+
+
 def test_bare_weights_of_this_package_take_a_configuration(tmp_path):
     """In every form in which Transformers saves and loads them."""
     model = ThinkingViTForImageClassification.from_pretrained(FOLDER)

@@ -57,16 +57,21 @@ def load_arguments(
     family, official = detect(checkpoint, kwargs)
     right = family.heads[official.task]
     model_class = right if model_class is None else model_class
-    _check_class(model_class, right, source)
+    fields = config_fields(family.config_class)
+    overrides = {name: value for name, value in kwargs.items() if name in fields}
+    labels = {name: overrides.pop(name) for name in LABELS if name in overrides}
+    if not _suits(model_class, right):
+        convert(checkpoint, **overrides)  # says more of what no class takes, such as a plain DeiT of timm
+        raise ValueError(
+            f"{source} is a checkpoint for {right.__name__}, and not for {model_class.__name__}: load it with "
+            f"`{right.__name__}.from_pretrained`."
+        )
     if kwargs.get("config") is not None:
         place = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", source)
         raise ValueError(
             f"`config` follows from the files of {source}, an official checkpoint: leave it out and give fields of it "
             f'instead, as in `{model_class.__name__}.from_pretrained("{place}", threshold=0.9)`.'
         )
-    fields = config_fields(family.config_class)
-    overrides = {name: value for name, value in kwargs.items() if name in fields}
-    labels = {name: overrides.pop(name) for name in LABELS if name in overrides}
     converted = convert(checkpoint, **overrides)
     config = _with_labels(converted.config, {name: value for name, value in labels.items() if value is not None})
     config.architectures, config.dtype = [right.__name__], converted.dtype
@@ -82,12 +87,8 @@ def _with_labels(config: PreTrainedConfig, labels: Mapping[str, Any]) -> PreTrai
     return type(config)(**{**config.to_dict(), **complete_labels(labels)})
 
 
-def _check_class(model_class: type[PreTrainedModel], right: type[PreTrainedModel], source: str | os.PathLike) -> None:
-    """`ValueError` if the checkpoint, for the class `right`, is of another family or head than `model_class`."""
+def _suits(model_class: type[PreTrainedModel], right: type[PreTrainedModel]) -> bool:
+    """Whether a checkpoint for the class `right` is of the family of `model_class`, which has no other head."""
     heads = [head for family in FAMILIES.values() for head in family.heads.values()]
     has_other_head = issubclass(model_class, tuple(heads)) and not issubclass(model_class, right)
-    if model_class.config_class is not right.config_class or has_other_head:
-        raise ValueError(
-            f"{source} is a checkpoint for {right.__name__}, and not for {model_class.__name__}: load it with "
-            f"`{right.__name__}.from_pretrained`."
-        )
+    return model_class.config_class is right.config_class and not has_other_head
