@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -400,13 +401,16 @@ import json, sys
 import torch
 from safetensors.torch import load_file
 from hf_thinkingvit import ThinkingViTForImageClassification
+from hf_thinkingvit.commands.loading import load_model
 
 expected, *jobs = sys.argv[1:]
 expected = load_file(expected)
 for job in jobs:
     repo_id, arguments = json.loads(job)
+    by_command = arguments.pop("by_command", False)
+    load = load_model if by_command else ThinkingViTForImageClassification.from_pretrained_with_processor
     try:
-        model, processor = ThinkingViTForImageClassification.from_pretrained_with_processor(repo_id, **arguments)
+        model, processor = load(repo_id, **arguments)
     except Exception as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)[:300]}))
         continue
@@ -455,6 +459,11 @@ def _as_file(weights: dict[str, torch.Tensor]) -> bytes:
 @pytest.mark.slow
 def test_from_a_hub(server, tmp_path):
     public, (pinned, old) = "authors/thinkingvit", (each[1][0] for each in _commits(server))
+    if find_spec("peft") is not None:
+        _add_adapters(server, tmp_path, public, pinned)
+        adapters = [("authors/adapters", {}), ("authors/adapters", {"local_files_only": True})]
+    else:
+        adapters = []
     found = load_from_there(
         server,
         tmp_path,
@@ -471,7 +480,10 @@ def test_from_a_hub(server, tmp_path):
         ("authors/bare", {"config": str(tmp_path)}),
         ("authors/bare", {"thinking_stages": [1, 2, 4], "image_size": 32}),
         ("authors/bare", {"thinking_stages": [1, 2, 4], "image_size": 32, "local_files_only": True}),
+        (public, {"by_command": True, "revision": pinned}),
+        *adapters,
     )
+    assert len(found) == 14 + len(adapters)
     newest, *others = found[:7]
     assert newest["difference"] > 0.1 and newest["threshold"] == 0.9 and newest["size"] == 35
     assert [each["difference"] < 1e-4 for each in others] == [True, False, True, False, True, True]
@@ -486,6 +498,19 @@ def test_from_a_hub(server, tmp_path):
 
 def _commits(server) -> list[list[tuple]]:
     return [server.repositories[repo_id].commits for repo_id in ("authors/thinkingvit", "org/private")]
+
+
+def _add_adapters(server, tmp_path: Path, base: str, revision: str) -> None:
+    """A repository of new adapters, which change no answer."""
+    import peft
+
+    model = ThinkingViTForImageClassification.from_pretrained(FOLDER)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapters")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": base, "revision": revision}
+    weights = (tmp_path / "adapters" / "adapter_model.safetensors").read_bytes()
+    repository = server.repositories["authors/adapters"] = Repository(private=False)
+    repository.commit({"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights})
 
 
 def _downloads(server, repo_id: str) -> int:
