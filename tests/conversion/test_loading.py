@@ -1,24 +1,16 @@
-"""Official checkpoints by `from_pretrained` of the model classes: as a folder, as a file, and from a Hub."""
+"""Official checkpoints by `from_pretrained` of the model classes: as a folder and as a file."""
 
 import copy
-import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     TorchAoConfig,
-    ViTConfig,
-    ViTForImageClassification,
     pipeline,
 )
 from transformers.utils import logging
@@ -37,8 +29,6 @@ from hf_thinkingvit import (
     convert_checkpoint,
 )
 from tests.conversion.segmenter_files import write_official
-from tests.hub_server import TOKEN, Repository, running_hub
-from tests.test_hub import online
 from tests.utils import FIXTURES
 
 
@@ -209,92 +199,6 @@ def test_arguments_for_other_layouts_are_refused():
             load(FOLDER, config=ThinkingViTConfig())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.pth"])
-def test_a_configuration_does_not_hide_that_bare_weights_are_official(name, tmp_path):
-    """Transformers would take none of them, and draw every weight of the model."""
-    config = ThinkingViTForImageClassification.from_pretrained(FOLDER).config
-    weights = load_file(FOLDER / "model.safetensors")
-    for folder, content in (("flat", weights), ("nested", {"state_dict": weights, "epoch": 3})):
-        (tmp_path / folder).mkdir()
-        if name.endswith(".safetensors"):
-            save_file(weights, tmp_path / folder / name)
-        else:
-            torch.save(content, tmp_path / folder / name)
-        with pytest.raises(ValueError, match="`config` follows from the files"):
-            ThinkingViTForImageClassification.from_pretrained(tmp_path / folder, config=config)
-        fields = {"thinking_stages": [1, 2, 4], "image_size": 32}
-        assert_golden(ThinkingViTForImageClassification.from_pretrained(tmp_path / folder, **fields))
-
-
-def test_bare_weights_of_another_library_are_refused_as_well(tmp_path):
-    ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(
-        tmp_path
-    )
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="plain Transformers model of type 'vit'"):
-        ThinkingViTForImageClassification.from_pretrained(tmp_path, config=ThinkingViTConfig())
-
-
-def test_bare_weights_of_a_plain_timm_model_say_how_to_start_from_it(tmp_path):
-    """Its tensors are also those of an A-ViT, which has no others."""
-    shutil.copy(FIXTURES / "avit" / "model.safetensors", tmp_path / "model.safetensors")
-    for options in ({}, {"config": ThinkingViTConfig()}):
-        with pytest.raises(ValueError, match="plain timm ViT or DeiT.*`ThinkingViTForImageClassification.from_vit"):
-            ThinkingViTForImageClassification.from_pretrained(tmp_path, **options)
-
-
-def test_bare_weights_of_this_package_take_a_configuration(tmp_path):
-    """In every form in which Transformers saves and loads them."""
-    model = ThinkingViTForImageClassification.from_pretrained(FOLDER)
-    model.save_pretrained(tmp_path / "split", max_shard_size="100KB")
-    model.save_pretrained(tmp_path / "variant", variant="fp16")
-    model.thinkingvit.save_pretrained(tmp_path / "without a head")
-    (tmp_path / "pickled").mkdir()
-    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    for name, options in (("split", {}), ("variant", {"variant": "fp16"}), ("pickled", {})):
-        (tmp_path / name / "config.json").unlink(missing_ok=True)
-        assert_golden(
-            ThinkingViTForImageClassification.from_pretrained(tmp_path / name, config=model.config, **options)
-        )
-    (tmp_path / "without a head" / "config.json").unlink()
-    loaded, info = ThinkingViTForImageClassification.from_pretrained(
-        tmp_path / "without a head", config=model.config, output_loading_info=True
-    )
-    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
-    assert torch.equal(loaded.thinkingvit.layernorm.weight, model.thinkingvit.layernorm.weight)
-
-
-def test_several_checkpoints_in_a_folder_are_not_chosen_between(tmp_path):
-    for name in ("epoch-10.pth", "epoch-9.pth"):
-        torch.save(load_file(FOLDER / "model.safetensors"), tmp_path / name)
-    with pytest.raises(ValueError, match="several checkpoints in .*: epoch-10.pth, epoch-9.pth. Give the file"):
-        ThinkingViTForImageClassification.from_pretrained(tmp_path, thinking_stages=[1, 2, 4])
-
-
-def test_auto_classes_say_what_converts(tmp_path):
-    published = shutil.copytree(FOLDER, tmp_path / "published")
-    config = json.loads((FOLDER / "config.json").read_text()) | {"pretrained_cfg": {"crop_pct": 0.9}}
-    (published / "config.json").write_text(json.dumps(config))
-    (tmp_path / "bare").mkdir()
-    shutil.copy(FOLDER / "model.safetensors", tmp_path / "bare" / "model.pth")
-    for source in (FOLDER, published, tmp_path / "bare"):
-        for load in (AutoModelForImageClassification.from_pretrained, AutoConfig.from_pretrained):
-            with pytest.raises(ValueError, match="is an official checkpoint, which Auto classes do not convert"):
-                load(source)
-
-
-def test_auto_classes_load_what_is_not_official_as_ever(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown"}))
-    with pytest.raises(ValueError, match="does not recognize this architecture"):
-        AutoConfig.from_pretrained(tmp_path)
-    plain = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "num_classes": 2, "label_names": ["a", "b"]}
-    (tmp_path / "config.json").write_text(json.dumps(plain))
-    config, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, other=1)
-    assert config.model_type == "timm_wrapper" and unused == {"other": 1}
-    with pytest.raises(OSError):
-        AutoConfig.from_pretrained(tmp_path / "missing")
-
-
 @torch.no_grad()
 def test_token_pruning_is_turned_off(tmp_path):
     """As it is for a saved model: `None` is a value."""
@@ -394,126 +298,3 @@ def test_adaptive_pipeline_of_model_and_processor():
     classifier = pipeline("adaptive-image-classification", model=model, image_processor=processor)
     answer = classifier(Image.new("RGB", (50, 40), (200, 30, 30)), top_k=1)[0]
     assert answer["exit_stage"] == 2 and answer["label"] in model.config.label2id
-
-
-LOAD = """
-import json, sys
-import torch
-from safetensors.torch import load_file
-from hf_thinkingvit import ThinkingViTForImageClassification
-from hf_thinkingvit.commands.loading import load_model
-
-expected, *jobs = sys.argv[1:]
-expected = load_file(expected)
-for job in jobs:
-    repo_id, arguments = json.loads(job)
-    by_command = arguments.pop("by_command", False)
-    load = load_model if by_command else ThinkingViTForImageClassification.from_pretrained_with_processor
-    try:
-        model, processor = load(repo_id, **arguments)
-    except Exception as error:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)[:300]}))
-        continue
-    with torch.no_grad():
-        logits = model(expected["pixel_values"], threshold=0.0).logits
-    difference = (logits - expected["stage2.logits"]).abs().max().item()
-    size = processor.size["shortest_edge"]
-    print(json.dumps({"difference": difference, "threshold": model.config.threshold, "size": size}))
-"""
-
-
-def load_from_there(server, home: Path, *jobs: tuple[str, dict]) -> list[dict]:
-    """Loads in another process, whose client asks this Hub and caches in `home`."""
-    environment = {**online(server, home), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", LOAD, str(FOLDER / "expected.safetensors"), *map(json.dumps, jobs)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A Hub with an official checkpoint, whose newest commit has other weights, and a private copy of it."""
-    config = (FOLDER / "config.json").read_bytes()
-    weights = load_file(FOLDER / "model.safetensors")
-    with running_hub() as server:
-        for repo_id, private in (("authors/thinkingvit", False), ("org/private", True)):
-            repository = server.repositories[repo_id] = Repository(private)
-            for factor in (1, 2):
-                changed = {**weights, "head.weight": factor * weights["head.weight"]}
-                files = {"config.json": config, "model.safetensors": _as_file(changed), "README.md": b"#"}
-                repository.commit({**files, "pytorch_model.bin": b"not wanted", "other.pth": b"not wanted"})
-        bare = server.repositories["authors/bare"] = Repository(private=False)
-        content = io.BytesIO()
-        torch.save({"state_dict": weights}, content)
-        bare.commit({"thinkingvit.pth.tar": content.getvalue(), "README.md": b"#"})
-        yield server
-
-
-def _as_file(weights: dict[str, torch.Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save(weights)
-
-
-@pytest.mark.slow
-def test_from_a_hub(server, tmp_path):
-    public, (pinned, old) = "authors/thinkingvit", (each[1][0] for each in _commits(server))
-    if find_spec("peft") is not None:
-        _add_adapters(server, tmp_path, public, pinned)
-        adapters = [("authors/adapters", {}), ("authors/adapters", {"local_files_only": True})]
-    else:
-        adapters = []
-    found = load_from_there(
-        server,
-        tmp_path,
-        (public, {"threshold": 0.9}),
-        (public, {"threshold": 0.9, "revision": pinned}),
-        (public, {"local_files_only": True}),
-        (public, {"local_files_only": True, "revision": pinned}),
-        (public, {}),
-        (public, {"cache_dir": str(tmp_path / "elsewhere"), "revision": pinned}),
-        ("org/private", {"revision": old, "token": TOKEN}),
-        ("org/private", {}),
-        ("org/missing", {}),
-        (public, {"config": str(tmp_path)}),  # with which Transformers would draw every weight
-        ("authors/bare", {"config": str(tmp_path)}),
-        ("authors/bare", {"thinking_stages": [1, 2, 4], "image_size": 32}),
-        ("authors/bare", {"thinking_stages": [1, 2, 4], "image_size": 32, "local_files_only": True}),
-        (public, {"by_command": True, "revision": pinned}),
-        *adapters,
-    )
-    assert len(found) == 14 + len(adapters)
-    newest, *others = found[:7]
-    assert newest["difference"] > 0.1 and newest["threshold"] == 0.9 and newest["size"] == 35
-    assert [each["difference"] < 1e-4 for each in others] == [True, False, True, False, True, True]
-    assert (tmp_path / "elsewhere").is_dir()
-    assert [each["error"] for each in found[7:11]] == ["OSError", "OSError", "ValueError", "ValueError"]
-    assert "org/private" in found[7]["message"] and all("`config`" in each["message"] for each in found[9:11])
-    assert all(each["difference"] < 1e-4 for each in found[11:])
-    assert not [line for line in server.requests if line.startswith("GET") and line.endswith((".bin", "/other.pth"))]
-    # Once for each commit and cache: other loads are from the cache.
-    assert _downloads(server, public) == 3
-
-
-def _commits(server) -> list[list[tuple]]:
-    return [server.repositories[repo_id].commits for repo_id in ("authors/thinkingvit", "org/private")]
-
-
-def _add_adapters(server, tmp_path: Path, base: str, revision: str) -> None:
-    """A repository of new adapters, which change no answer."""
-    import peft
-
-    model = ThinkingViTForImageClassification.from_pretrained(FOLDER)
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapters")
-    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": base, "revision": revision}
-    weights = (tmp_path / "adapters" / "adapter_model.safetensors").read_bytes()
-    repository = server.repositories["authors/adapters"] = Repository(private=False)
-    repository.commit({"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights})
-
-
-def _downloads(server, repo_id: str) -> int:
-    return sum(
-        line.startswith(f"GET /{repo_id}/resolve/") and line.endswith("/model.safetensors") for line in server.requests
-    )
