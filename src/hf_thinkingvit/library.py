@@ -1,6 +1,6 @@
 """The names of the package; importing this module registers its models and pipelines with Transformers."""
 
-from .auto import explain_official_sources, register_models
+from .auto import register_models
 from .conversion import convert_checkpoint
 from .conversion.loading import load_arguments
 from .inference import AdaptiveImageClassificationPipeline
@@ -93,5 +93,4 @@ __all__ = [
 
 register_models()
 register_pipeline()
-explain_official_sources()
 set_converter(load_arguments)  # `from_pretrained` takes official checkpoints

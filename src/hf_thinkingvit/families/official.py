@@ -9,10 +9,6 @@ import torch
 from transformers import PreTrainedConfig
 
 
-# Arguments of official models' constructors, as a `config.json` states them, which no plain model of timm has.
-OWN_ARGUMENTS = frozenset({"thinking_stages", "head_rounds", "pruning_loc"})
-
-
 @dataclass
 class Checkpoint:
     """
