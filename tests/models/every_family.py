@@ -33,6 +33,8 @@ EVERY_FAMILY: dict[str, Callable[[], torch.nn.Module]] = {
     "segmentation": lively_segmenter,
     "segmentation mask": lambda: lively_segmenter("mask_transformer"),
 }
+# One of each class, where the fields of its configuration make no difference.
+EVERY_CLASS = ("thinkingvit", "thinking_swin", "avit", "elastic_vit hydravit", "early_exit_vit", "segmentation")
 
 
 def every_answer(model: torch.nn.Module, pixel_values: torch.Tensor | None = None) -> list[torch.Tensor]:

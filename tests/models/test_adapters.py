@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
@@ -14,7 +15,7 @@ from hf_thinkingvit.hub import push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.models.nested_projection import project
-from tests.models.every_family import EVERY_FAMILY, every_answer
+from tests.models.every_family import EVERY_CLASS, EVERY_FAMILY, every_answer
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import FIXTURES, counted_flops, lively_model, lively_swin, random_images
 
@@ -235,6 +236,16 @@ def test_processor_of_adapters_is_that_of_their_base(tmp_path):
     model.save_pretrained(tmp_path / "adapters")
     loaded, processor = ThinkingViTForImageClassification.from_pretrained_with_processor(tmp_path / "adapters")
     assert processor.crop_size.height == 32
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.22"), reason="Transformers adds adapters by newer PEFT")
+@torch.no_grad()
+def test_adapters_of_transformers_are_saved_alone(tmp_path):
+    model = lively_model()
+    model.add_adapter(lora(["q_proj", "fc1"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = peft.PeftModel.from_pretrained(lively_model(), tmp_path).eval()
     assert_same(every_answer(loaded), every_answer(model))
 
 
@@ -330,3 +341,27 @@ def test_copies_of_the_weights_ask_to_merge_first(tmp_path):
         push(model.base_model.model, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
     assert not (tmp_path / "push").exists()
     assert model.merge_and_unload().extract_stage(0).config.num_attention_heads == 1
+
+
+@pytest.mark.parametrize("family", EVERY_CLASS)
+def test_saving_the_model_within_asks_to_merge_first(family, tmp_path):
+    """Its layers have other names than those that a model without adapters reads."""
+    wrapped = peft.get_peft_model(EVERY_FAMILY[family](), lora())
+    model, message = wrapped.get_base_model(), r"the saved folder would leave out.*merge_and_unload.*save them alone"
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict())
+    wrapped.merge_adapter()  # in place: the names stay
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("make", [lively_model, lambda: lively_swin(qkv_slicing="each_projection")])
+@torch.no_grad()
+def test_a_merged_model_is_saved(make, tmp_path):
+    model = adapted(make(), lora(modules_to_save=["classifier"], target_modules=["fc1", "fc2"]))
+    expected = every_answer(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert_same(every_answer(type(model.get_base_model()).from_pretrained(tmp_path)), expected)

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification, BitsAndBytesConfig, Qu
 from transformers.models.vit.modeling_vit import ViTForImageClassification
 
 from hf_thinkingvit.inference import AdaptiveEngine
-from tests.models.every_family import EVERY_FAMILY, every_answer
+from tests.models.every_family import EVERY_CLASS, EVERY_FAMILY, every_answer
 from tests.utils import lively_model, lively_swin, random_images
 
 
@@ -86,6 +86,32 @@ def test_saved_and_loaded_again(int8, tmp_path):
     assert torch.int8 in dtypes
 
 
+@pytest.mark.parametrize("family", EVERY_CLASS)
+@torch.no_grad()
+def test_what_was_loaded_quantised_is_saved_again(family, int8, tmp_path):
+    quantized = loaded(EVERY_FAMILY[family](), tmp_path / "plain", int8)
+    expected = every_answer(quantized)
+    for name in ("first", "second"):
+        quantized.save_pretrained(tmp_path / name)
+        quantized = type(quantized).from_pretrained(tmp_path / name)
+    for ours, theirs in zip(every_answer(quantized), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_was_quantised_after_loading_is_not_saved(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = lively_model()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="as torchao quantised them, cannot be saved.*quantization_config"):
+        model.save_pretrained(tmp_path / "quantized")
+    quanto, model = pytest.importorskip("optimum.quanto"), lively_model()
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    with pytest.raises(ValueError, match="as optimum quantised them, cannot be saved.*quantization_config"):
+        model.save_pretrained(tmp_path / "quantized")
+    assert not (tmp_path / "quantized").exists()
+
+
 @torch.no_grad()
 def test_engine(int8, tmp_path):
     quantized, images = loaded(lively_model(), tmp_path, int8), random_images(8)
@@ -115,6 +141,9 @@ def test_quanto(family, tmp_path):
     model = EVERY_FAMILY[family]()
     quantized = loaded(model, tmp_path, QuantoConfig(weights="int8"))
     assert_similar(every_answer(quantized), every_answer(model), similar_of(family))
+    with pytest.raises(ValueError, match="as quanto quantised them, cannot be saved. Save the model before it is"):
+        quantized.save_pretrained(tmp_path / "quantized")
+    assert not (tmp_path / "quantized").exists()
 
 
 def test_mean_macs_of_avit_are_those_of_its_sizes(int8, tmp_path):

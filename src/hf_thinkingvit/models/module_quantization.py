@@ -1,13 +1,19 @@
 """
-Which quantisers know nested layers. One that does not would leave most of a model as it is, without a word.
+Which quantisers know nested layers, and which models can be saved. A quantiser that does not know them would leave most
+of a model as it is, and some layers in the place of nested ones lose their weights on the way through a folder, both
+without a word.
 
 torchao quantises the weights of every `nn.Linear`, of subclasses too, and the nested layers slice such weights. quanto
 puts its own layers in their place, which run at full width (`nested_projection.py`).
 """
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from .nested_projection import check_merged
 
 
 # Names in Transformers (`QuantizationMethod`).
@@ -30,12 +36,44 @@ def check_quantization(config: Any, model_name: str) -> None:
         )
 
 
+def check_saved(model: PreTrainedModel, names: Iterable[str] | None = None) -> None:
+    """
+    `ValueError` if `save_pretrained` would write weights that no model reads again. `names` are those of the weights to
+    be saved, by default of all.
+    """
+    check_merged(model, "the saved folder", names, ", or save them alone by `peft_model.save_pretrained(folder)`")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.is_serializable():
+        return
+    kinds = {type(parameter) for parameter in model.parameters()}
+    libraries = sorted({kind.__module__.partition(".")[0] for kind in kinds} & {"optimum", "torchao"})
+    if quantizer is not None or libraries:
+        method = libraries[0] if quantizer is None else quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"The weights of this {type(model).__name__}, as {getattr(method, 'value', method)} quantised them, cannot "
+            "be saved. Save the model before it is quantised, and quantise it as it is loaded: "
+            "`from_pretrained(..., quantization_config=...)`. What `TorchAoConfig` quantised so can be saved as well."
+        )
+
+
 class QuantizablePreTrainedModel(PreTrainedModel):
-    """A model with nested layers, which refuses what would not quantise them."""
+    """A model with nested layers, which refuses what would not quantise or not save them."""
 
     def __init__(self, config, *args, **kwargs):
         check_quantization(config, type(self).__name__)
         super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        As of every model in Transformers. `ValueError` for adapters that are not merged, and for quantised weights that
+        Transformers cannot save.
+        """
+        if not getattr(self, "_hf_peft_config_loaded", False):  # of which Transformers saves the adapters
+            check_saved(self, kwargs.get("state_dict"))
+            if getattr(self, "hf_quantizer", None) is not None:
+                # Otherwise Transformers looks for the inverse of how it has read quantised weights, and has none.
+                kwargs["save_original_format"] = False
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def qconfig(self) -> None:
@@ -51,4 +89,4 @@ class QuantizablePreTrainedModel(PreTrainedModel):
         )
 
 
-__all__ = ["QuantizablePreTrainedModel", "check_quantization"]
+__all__ = ["QuantizablePreTrainedModel", "check_quantization", "check_saved"]

@@ -7,6 +7,7 @@ that is the leading corner of what they amount to, and so equals the sub-network
 inside a LoRA adapter computes its leading corner alone.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -105,13 +106,17 @@ def _adds_to_nested(layer: nn.Module, base: nn.Module) -> bool:
     return is_lora and layer.base_layer is base and is_nested(base)
 
 
-def check_merged(model: nn.Module, use: str) -> None:
-    """`ValueError` for adapters in `model`, which what is called `use` would leave out."""
-    names = [name for name, _ in model.named_parameters() if ".base_layer." in name or ".original_module." in name]
-    if names:
+def check_merged(model: nn.Module, use: str, names: Iterable[str] | None = None, otherwise: str = "") -> None:
+    """
+    `ValueError` for adapters in `model`, which what is called `use` would leave out. `names` are those of its weights,
+    by default of its parameters; `otherwise` ends the message.
+    """
+    names = [name for name, _ in model.named_parameters()] if names is None else names
+    adapted = [name for name in names if ".base_layer." in name or ".original_module." in name]
+    if adapted:
         raise ValueError(
-            f"{type(model).__name__} has adapters, which {use} would leave out: {names[0].rpartition('.')[0]} and "
-            f"{len(names) - 1} more. Merge them first: `model = peft_model.merge_and_unload()`."
+            f"{type(model).__name__} has adapters, which {use} would leave out: {adapted[0].rpartition('.')[0]} and "
+            f"{len(adapted) - 1} more. Merge them first: `model = peft_model.merge_and_unload()`{otherwise}."
         )
 
 
