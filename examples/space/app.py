@@ -9,8 +9,10 @@ any folders or Hub ids. `hf-thinkingvit push --space` publishes it for a model.
 
 from pathlib import Path
 
-from hf_thinkingvit.demo.app import main
 
+IMPORTS_HF_THINKINGVIT_LATER = True  # the page is painted before torch and Transformers are imported
 
 if __name__ == "__main__":
+    from hf_thinkingvit.demo.app import main
+
     main(Path(__file__).resolve().parent)

@@ -1,10 +1,14 @@
 """The page: what it shows of an image, its files as a Space, and the page itself in a browser."""
 
+import pickle
 import re
 import shutil
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,8 @@ from PIL import Image
 import hf_thinkingvit
 from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.commands.loading import load_model
+from hf_thinkingvit.demo import answers
+from hf_thinkingvit.demo.answers import Answers, Models, slider_of, used_threshold
 from hf_thinkingvit.demo.rendering import render
 from hf_thinkingvit.evaluation.inspection import inspect_image
 from hf_thinkingvit.hub import push_space
@@ -129,11 +135,8 @@ class TestSpace:
         assert "give --space as well" in capsys.readouterr().err
 
 
-@needs_gradio
 class TestModels:
     def test_a_public_page_takes_no_other_folders(self):
-        from hf_thinkingvit.demo.app import Models
-
         public = Models(hub_only=True, listed=[str(SHIPPED)])
         assert public.get(str(SHIPPED))[0].config.num_stages == 2
         for name in (str(EXAMPLES / "checkpoints" / "avit-cifar10"), "/etc", "~/model"):
@@ -141,8 +144,6 @@ class TestModels:
                 public.get(name)
 
     def test_the_range_of_the_slider_is_that_of_the_criterion(self):
-        from hf_thinkingvit.demo.app import slider_of
-
         properties = slider_of(lively_model(exit_criterion="max_probability", threshold=[0.9, 0.8]).config)
         assert (properties["minimum"], properties["maximum"], properties["value"]) == (0.0, 1.0, 0.9)
         assert "is above τ" in properties["info"]
@@ -152,30 +153,24 @@ class TestModels:
 
     @pytest.mark.parametrize("threshold, maximum", [(2.0, 4.0), (1e-5, 2e-5), (0.0, 3.0), (float("inf"), 3.0)])
     def test_the_slider_of_scores_without_bound(self, threshold, maximum):
-        from hf_thinkingvit.demo.app import slider_of
-
         config = lively_model(thinking_stages=[1, 2, 4], exit_criterion="similarity", threshold=threshold).config
         properties = slider_of(config)
         assert properties["maximum"] == pytest.approx(maximum) and 0 < properties["step"] < maximum
         assert properties["value"] <= properties["maximum"]
 
     def test_a_slider_that_was_not_moved_leaves_each_exit_its_own_threshold(self):
-        from hf_thinkingvit.demo.app import _used, slider_of
-
         model = lively_model(thinking_stages=[1, 2, 4], num_labels=5, threshold=[0.0, 10.0])
         inspection = inspect_image(model, evaluation_image_processor(32), Image.new("RGB", (40, 40), "red"))
         properties = slider_of(model.config)
         assert "τ = 0, 10" in properties["info"]
-        assert inspection.exit_stages(_used(inspection, properties["value"])).tolist() == [1]
-        assert inspection.exit_stages(_used(inspection, 1e-9)).tolist() == [2]
+        assert inspection.exit_stages(used_threshold(inspection, properties["value"])).tolist() == [1]
+        assert inspection.exit_stages(used_threshold(inspection, 1e-9)).tolist() == [2]
 
     def test_a_public_page_reads_other_models_without_its_token(self, monkeypatch):
-        from hf_thinkingvit.demo import app
-
-        given = {}
-        monkeypatch.setattr(app, "load_model", lambda name, **options: given.setdefault(name, options) and _nothing())
+        given, nothing = {}, (torch.nn.Identity(), None)
+        monkeypatch.setattr(answers, "load_model", lambda name, **options: given.setdefault(name, options) and nothing)
         for public in (True, False):
-            models = app.Models(hub_only=public, listed=["org/listed"])
+            models = Models(hub_only=public, listed=["org/listed"])
             for name in ("org/listed", "org/other"):
                 models.get(name)
             tokens = {name: options.get("token") for name, options in given.items()}
@@ -193,8 +188,71 @@ class TestModels:
             Models(hub_only=True).get(str(source / "model.safetensors"))
 
 
-def _nothing() -> tuple[torch.nn.Module, None]:
-    return torch.nn.Identity(), None
+class TestAnswers:
+    def test_a_model_runs_once_for_each_image_among_the_last(self, tmp_path, monkeypatch):
+        model, inspected = lively_model(thinking_stages=[1, 4], num_hidden_layers=1), []
+        monkeypatch.setattr(Models, "get", lambda self, name: (model, evaluation_image_processor(32)))
+        monkeypatch.setattr(
+            answers, "inspect_image", lambda *inputs: inspected.append(inputs[2]) or inspect_image(*inputs)
+        )
+        monkeypatch.setattr(answers, "INSPECTED_IMAGES", 2)
+        paths = [str(tmp_path / f"{colour}.png") for colour in ("red", "green", "blue")]
+        for path in paths:
+            Image.new("RGB", (40, 40), Path(path).stem).save(path)
+        found = Answers(Models())
+        early, late = found.html("m", paths[0], 9.0), found.html("m", paths[0], 0.0)
+        assert (badges(early), badges(late)) == (["accepted", "not needed"], ["thinks again", "accepted"])
+        assert len(inspected) == 1
+        for path in (paths[1], paths[2], paths[1], paths[0]):  # the first one again, which is no longer kept
+            found.html("m", path, 0.0)
+        assert len(inspected) == 4
+        Path(paths[1]).unlink()
+        assert badges(found.html("m", paths[1], 0.0)) == ["thinks again", "accepted"]
+        assert "no longer kept" in found.html("m", str(tmp_path / "none.png"), 0.0)
+
+    def test_answers_hold_no_model(self):
+        class Finder(pickle.Pickler):
+            modules = 0
+
+            def persistent_id(self, value):
+                self.modules += isinstance(value, torch.nn.Module)
+
+        model, image = lively_segmenter(), Image.new("RGB", (64, 40), "red")
+        for held, expected in ((inspect_image(model, segmentation_image_processor(32), image), 0), ([model], 1)):
+            finder = Finder(BytesIO())
+            finder.dump(held)
+            assert min(finder.modules, 1) == expected
+
+
+@needs_gradio
+class TestPage:
+    def test_sessions_hold_no_answers(self):
+        import gradio
+
+        from hf_thinkingvit.demo.app import LaterAnswers, build_demo
+
+        demo = build_demo(LaterAnswers([str(SHIPPED)]), [EXAMPLES / "images" / "airplane.png"])
+        assert not any(isinstance(block, gradio.State) for block in demo.blocks.values())
+
+    def test_a_folder_without_a_model_is_refused_before_the_page_is_there(self, tmp_path, capsys):
+        from hf_thinkingvit.demo import app
+
+        with pytest.raises(SystemExit, match="2"):
+            app.main(tmp_path, ["--model", str(tmp_path)])
+        assert "has no model (there is no config.json in it)" in capsys.readouterr().err
+
+    def test_the_page_is_there_before_torch_is_imported(self):
+        code = (EXAMPLES / "space" / "app.py").read_text().partition('if __name__ == "__main__":')[0]
+        code += f"""
+import sys
+from hf_thinkingvit.demo.app import LaterAnswers, build_demo, launch_demo
+
+demo = build_demo(LaterAnswers([{str(SHIPPED)!r}]))
+launch_demo(demo, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+print(*sorted({{"torch", "transformers", "datasets"}} & sys.modules.keys()))
+"""
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
 
 
 def browser_program(name: str) -> str | None:
@@ -231,8 +289,8 @@ def test_the_slider_decides_again_in_a_browser(tmp_path, monkeypatch):
     from hf_thinkingvit.demo import app
 
     inspected = []
-    monkeypatch.setattr(app, "inspect_image", lambda *inputs: inspected.append(inputs) or inspect_image(*inputs))
-    demo = app.build_demo([str(SHIPPED)], [EXAMPLES / "images" / "airplane.png"])
+    monkeypatch.setattr(answers, "inspect_image", lambda *inputs: inspected.append(inputs) or inspect_image(*inputs))
+    demo = app.build_demo(app.LaterAnswers([str(SHIPPED)]), [EXAMPLES / "images" / "airplane.png"])
     _, address, _ = app.launch_demo(demo, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:
         with browser(tmp_path / "profile") as driver:

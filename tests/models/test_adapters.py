@@ -236,6 +236,7 @@ def test_processor_of_adapters_is_that_of_their_base(tmp_path):
     model.save_pretrained(tmp_path / "adapters")
     loaded, processor = ThinkingViTForImageClassification.from_pretrained_with_processor(tmp_path / "adapters")
     assert processor.crop_size.height == 32
+    assert_same(every_answer(loaded), every_answer(model))
 
 
 @pytest.mark.skipif(Version(peft.__version__) < Version("0.22"), reason="Transformers adds adapters by newer PEFT")

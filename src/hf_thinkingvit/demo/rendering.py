@@ -22,40 +22,12 @@ from ..models.exit_criteria import EXIT_CRITERIA
 SHOWN_LABELS = 5
 WIDEST = 640  # pixels of a picture
 
-STYLE = """
-#image img { width: 100%; height: 100%; object-fit: contain; }
-#samples .gallery { display: grid; gap: 6px; grid-template-columns: repeat(auto-fill, minmax(52px, 1fr)); }
-#samples .gallery button, #samples .gallery button * { width: 100%; height: auto; min-width: 0; aspect-ratio: 1; }
-.tv-verdict { font-size: 1.15rem; line-height: 1.5; margin-bottom: .5rem; }
-.tv-verdict strong { color: var(--body-text-color); }
-.tv-small { font-size: .85rem; color: var(--body-text-color); opacity: .8; }
-.tv-bar { height: 10px; border-radius: 5px; background: var(--border-color-primary); overflow: hidden; }
-.tv-bar { margin: .2rem 0; }
-.tv-bar > div { height: 100%; border-radius: 5px; background: #0072B2; }
-.tv-cards { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); margin: .75rem 0; }
-.tv-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75rem; min-width: 0; }
-.tv-card.tv-accepted { border: 2px solid #009E73; padding: calc(.75rem - 1px); }
-.tv-card.tv-unused { opacity: .7; }
-.tv-head { display: flex; justify-content: space-between; gap: .5rem; font-weight: 600; }
-.tv-badge { font-size: .8rem; border-radius: 4px; padding: .05rem .4rem; white-space: nowrap; font-weight: 400; }
-.tv-accepted .tv-badge { background: #009E73; color: #fff; }
-.tv-label { display: flex; justify-content: space-between; gap: .5rem; margin-top: .35rem; font-size: .9rem; }
-.tv-label span:first-child { overflow-wrap: anywhere; }
-.tv-pictures { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
-.tv-pictures figure { margin: 0; min-width: 0; }
-.tv-pictures img { width: 100%; max-width: 640px; border-radius: 6px; }
-.tv-chip { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .3em; }
-.tv-legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin-top: .4rem; }
-.tv-ramp { height: 10px; border-radius: 3px; max-width: 640px; }
-.tv-ends { display: flex; justify-content: space-between; max-width: 640px; }
-"""
-
 
 def render(inspection: ImageInspection, threshold: float | None) -> str:
     """The whole answer under τ (the model's own for `None`), as HTML."""
     stages = inspection.exit_stages(threshold)
     pictures = ""
-    if inspection.segmenter is not None:
+    if inspection.windows is not None:
         pictures = _segmentation(inspection, stages)
     elif inspection.depth is not None:
         pictures = _depths(inspection)
@@ -73,7 +45,7 @@ def _verdict(inspection: ImageInspection, stages: torch.Tensor, threshold: float
     """Which answer counts, and what it cost."""
     spent, full = inspection.spent(threshold)
     name = escape(answer_name(inspection, int(stages[0])))
-    if inspection.segmenter is not None:
+    if inspection.windows is not None:
         counts = stages.bincount(minlength=inspection.num_answers).tolist()
         left = ", ".join(f"{count} at stage {stage}" for stage, count in enumerate(counts))
         text = f"{len(stages)} window{'s' * (len(stages) > 1)} accepted: <strong>{left}</strong>"
@@ -113,7 +85,7 @@ def _standing(inspection: ImageInspection, stages: torch.Tensor, answer: int) ->
     here, later = int((stages == answer).sum()), int((stages > answer).sum())
     if inspection.scores is None and inspection.num_answers == 1:
         return "", ""
-    if inspection.segmenter is not None:
+    if inspection.windows is not None:
         return ("tv-accepted" if here else ""), f"{here} window{'s' * (here != 1)}"
     if here:
         return "tv-accepted", "accepted" if inspection.scores is not None else "default"
@@ -162,7 +134,8 @@ def _segmentation(inspection: ImageInspection, stages: torch.Tensor) -> str:
     """The accepted classes, where windows left, and every stage's classes, over the image."""
     photograph = Image.fromarray(inspection.pixels)
     accepted = inspection.segmented(stages)
-    windows = window_picture(photograph, accepted, inspection.segmenter.window_size)
+    _, (view, *_) = inspection.windows
+    windows = window_picture(photograph, accepted, view.window)
     figures = [
         _figure(_overlay(photograph, accepted), "Accepted classes"),
         _figure(np.asarray(windows), "Windows: stage of exit (from 1) and entropy"),

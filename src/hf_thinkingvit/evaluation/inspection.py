@@ -6,7 +6,6 @@ without running the model again. The decision is that of the exit rule (`StageSc
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..families import family_of, task_of
 from ..families.record import IMAGE_SEGMENTATION
 from ..image_sizes import recorded_sides
-from ..inference.sliding import SlidingResult, SlidingWindowSegmenter, scaled_views
+from ..inference.sliding import (
+    ImageViews,
+    SlidingResult,
+    SlidingWindowSegmenter,
+    ViewWindows,
+    merge_windows,
+    scaled_views,
+)
 from ..inference.stream import EngineResult
 from ..models.configuration_avit import AViTConfig
 from ..models.configuration_checks import configured_problem_type
@@ -35,7 +41,7 @@ from .token_pictures import undo_normalisation
 @dataclass(frozen=True)
 class ImageInspection:
     """
-    Every answer of a model to one image.
+    Every answer of a model to one image, without the model.
 
     Attributes:
         config (`PreTrainedConfig`): the model's.
@@ -51,7 +57,7 @@ class ImageInspection:
             until an A-ViT halts it, or in the last stage of a model that prunes tokens.
         scores (`StageMeasurements`, *optional*): of the exit criterion, for a model that thinks in stages.
         chosen (`int`): the answer that counts, for other models.
-        segmenter, windows (*optional*): what merges the windows of a segmentation model.
+        windows (*optional*): of a segmentation model, the image without its pixels, and its windows.
     """
 
     config: PreTrainedConfig
@@ -63,8 +69,7 @@ class ImageInspection:
     depth: np.ndarray | None = None
     scores: StageMeasurements | None = None
     chosen: int = 0
-    segmenter: SlidingWindowSegmenter | None = None
-    windows: tuple[Any, ...] = ()
+    windows: tuple[ImageViews, list[ViewWindows]] | None = None
 
     @property
     def num_answers(self) -> int:
@@ -101,7 +106,7 @@ class ImageInspection:
                 zip(torch.as_tensor(stages).tolist(), self.scores.measures["logits"], self.entropies.tolist())
             )
         ]
-        return self.segmenter.merge(0, image, views, results)
+        return merge_windows(0, image, views, results, return_probabilities=False)
 
 
 @torch.no_grad()
@@ -189,6 +194,5 @@ def _inspect_windows(model: PreTrainedModel, processor: BaseImageProcessor, imag
         macs[-1],
         undo_normalisation(pixel_values, processor),
         scores=measured,
-        segmenter=segmenter,
         windows=planned.popleft(),
     )

@@ -32,10 +32,12 @@ and open the address that it prints. It shows the models that README.md lists; `
 
 from pathlib import Path
 
-from hf_thinkingvit.demo.app import main
 
+IMPORTS_HF_THINKINGVIT_LATER = True  # the page is painted before torch and Transformers are imported
 
 if __name__ == "__main__":
+    from hf_thinkingvit.demo.app import main
+
     main(Path(__file__).resolve().parent)
 '''
 

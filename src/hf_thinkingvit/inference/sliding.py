@@ -206,7 +206,7 @@ class SlidingWindowSegmenter:
                 image, views = planned[0]
                 if len(results) == sum(view.num_windows for view in views):
                     planned.popleft()
-                    yield self.merge(index, image, views, results)
+                    yield merge_windows(index, image, views, results, self.return_probabilities)
                     index, results = index + 1, []
                     bar.update()
 
@@ -241,37 +241,6 @@ class SlidingWindowSegmenter:
         scale = self.window_size / min(height, width)
         size = [max(int(side * scale + 1e-6), self.window_size) for side in (height, width)]
         return F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
-
-    def merge(
-        self, index: int, image: ImageViews, views: list["ViewWindows"], results: list[EngineResult]
-    ) -> SlidingResult:
-        logits, exits, start = [], [], 0
-        for number, view in enumerate(views):
-            parts = results[start : start + view.num_windows]
-            start += view.num_windows
-            logits.append(torch.stack([part.logits for part in parts]).unflatten(0, (len(view.tops), -1)))
-            places = [(top, left) for top in view.tops for left in view.lefts]
-            exits += [WindowExit(number, *place, part.exit_stage, part.entropy) for place, part in zip(places, parts)]
-        height, width = image.size
-        num_labels = logits[0].shape[2]
-        labels = torch.empty(height, width, dtype=torch.long)
-        probabilities = torch.empty(num_labels, height, width) if self.return_probabilities else None
-        widest = max(width, *(view.size[1] for view in views))
-        band = max(BAND_BYTES // (4 * num_labels * widest), 1)
-        for start in range(0, height, band):
-            stop = min(start + band, height)
-            maps = (
-                outline.oriented(view.resized_rows(windows, start, stop, image.size))
-                for outline, view, windows in zip(image.views, views, logits)
-            )
-            if len(views) == 1 and probabilities is None:  # the order of logits is that of probabilities
-                mean = next(maps)
-            else:
-                mean = sum(resized.softmax(dim=0) for resized in maps) / len(views)
-            labels[start:stop] = mean.argmax(dim=0)
-            if probabilities is not None:
-                probabilities[:, start:stop] = mean
-        return SlidingResult(index, labels, exits, probabilities)
 
 
 @dataclass(frozen=True)
@@ -323,6 +292,39 @@ class ViewWindows:
         above, below, _ = _neighbours(start, stop, self.size[0], size[0])
         first, last = int(above[0]), int(below[-1]) + 1
         return _resized_rows(self.rows(windows, first, last), start, stop, size, (first, self.size[0]))
+
+
+def merge_windows(
+    index: int, image: ImageViews, views: list[ViewWindows], results: list[EngineResult], return_probabilities: bool
+) -> SlidingResult:
+    """The answer to the image at `index` from those of its windows, view by view, row by row."""
+    logits, exits, start = [], [], 0
+    for number, view in enumerate(views):
+        parts = results[start : start + view.num_windows]
+        start += view.num_windows
+        logits.append(torch.stack([part.logits for part in parts]).unflatten(0, (len(view.tops), -1)))
+        places = [(top, left) for top in view.tops for left in view.lefts]
+        exits += [WindowExit(number, *place, part.exit_stage, part.entropy) for place, part in zip(places, parts)]
+    height, width = image.size
+    num_labels = logits[0].shape[2]
+    labels = torch.empty(height, width, dtype=torch.long)
+    probabilities = torch.empty(num_labels, height, width) if return_probabilities else None
+    widest = max(width, *(view.size[1] for view in views))
+    band = max(BAND_BYTES // (4 * num_labels * widest), 1)
+    for start in range(0, height, band):
+        stop = min(start + band, height)
+        maps = (
+            outline.oriented(view.resized_rows(windows, start, stop, image.size))
+            for outline, view, windows in zip(image.views, views, logits)
+        )
+        if len(views) == 1 and probabilities is None:  # the order of logits is that of probabilities
+            mean = next(maps)
+        else:
+            mean = sum(resized.softmax(dim=0) for resized in maps) / len(views)
+        labels[start:stop] = mean.argmax(dim=0)
+        if probabilities is not None:
+            probabilities[:, start:stop] = mean
+    return SlidingResult(index, labels, exits, probabilities)
 
 
 def _neighbours(start: int, stop: int, source: int, target: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
