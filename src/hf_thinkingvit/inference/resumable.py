@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow.parquet
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
@@ -163,6 +161,8 @@ class ResumableOutput:
         ordered = [lines[place] for place in range(len(self.names))]
         rows = [{name: line[name] for name in line if name not in ("place", "identity")} for line in ordered]
         if self.path.suffix == ".parquet":
+            import datasets  # here, because it imports pandas, which everybody who imports this package would wait for
+
             columns = dict.fromkeys(name for row in [*rows, {"error": None}] for name in row)
             table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
             temporary = self.path.with_name(f".{self.path.name}.partial")
@@ -186,7 +186,9 @@ class ResumableOutput:
     def _unchanged_lines(self) -> dict[int, dict[str, Any]]:
         """The lines of the complete output for images that are there, and the same, by place."""
         if self.path.suffix == ".parquet":
-            rows = pyarrow.parquet.read_table(self.path).to_pylist()
+            from pyarrow.parquet import read_table
+
+            rows = read_table(self.path).to_pylist()
             rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
         else:
             rows = [json.loads(text) for text in self.path.read_bytes().split(b"\n")[:-1]]
