@@ -98,16 +98,22 @@ def test_what_was_loaded_quantised_is_saved_again(family, int8, tmp_path):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_what_was_quantised_after_loading_is_not_saved(tmp_path):
+def by_torchao(model):
     quantization = pytest.importorskip("torchao.quantization")
-    model = lively_model()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    with pytest.raises(ValueError, match="as torchao quantised them, cannot be saved.*quantization_config"):
-        model.save_pretrained(tmp_path / "quantized")
-    quanto, model = pytest.importorskip("optimum.quanto"), lively_model()
+
+
+def by_optimum(model):
+    quanto = pytest.importorskip("optimum.quanto")
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
-    with pytest.raises(ValueError, match="as optimum quantised them, cannot be saved.*quantization_config"):
+
+
+@pytest.mark.parametrize("quantise", [by_torchao, by_optimum])
+def test_what_was_quantised_after_loading_is_not_saved(quantise, tmp_path):
+    model, library = lively_model(), quantise.__name__.removeprefix("by_")
+    quantise(model)
+    with pytest.raises(ValueError, match=f"as {library} quantised them, cannot be saved.*quantization_config"):
         model.save_pretrained(tmp_path / "quantized")
     assert not (tmp_path / "quantized").exists()
 
