@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_thinkingvit import ElasticViTConfig, ElasticViTForImageClassification
 from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.evaluation import evaluate_segmentation_thresholds, evaluate_thresholds
+from hf_thinkingvit.evaluation.answer_plots import plot_classes
 from hf_thinkingvit.evaluation.classes import class_table, entropy_histogram, segmentation_class_table
 from hf_thinkingvit.evaluation.image_answers import collect_image_answers
 from hf_thinkingvit.image_processing import evaluation_image_processor, segmentation_image_processor
@@ -123,6 +124,20 @@ def test_segmentation_by_class():
     assert sum(each["pixels"] for each in table) == 4 * 32 * 32
     assert [each["iou"] for each in table] == pytest.approx([100 * iou for iou in row["per_category_iou"][:3]])
     assert table[0]["gain"] == pytest.approx(table[0]["iou_2"] - table[0]["iou_0"])
+
+
+@pytest.mark.parametrize("dataset", ["photographs", "photographs-of-animals-in-their-surroundings-at-night"])
+def test_all_words_of_a_picture_of_classes_are_in_it(dataset):
+    matplotlib = pytest.importorskip("matplotlib")
+    names = [f"n0153443{index} long-billed house finch of the woods, bird" for index in range(3)]
+    rows = [{"class": name, "gain": gain} for name, gain in zip(names, (-100.0, 0.0, 0.0))]
+    figure = plot_classes(rows, f"{dataset}, split validation, 1000 images, τ = 0 by class: last stage over first")
+    figure.draw_without_rendering()
+    words = [text for text in figure.findobj(matplotlib.text.Text) if text.get_visible() and text.get_text()]
+    assert any("last stage" in text.get_text() for text in words)
+    for text in words:
+        extent = text.get_window_extent()
+        assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1, text
 
 
 def test_histograms_count_every_answer_once(answers):

@@ -69,7 +69,7 @@ def test_lora_equals_the_merged_model_in_every_stage(family):
         assert_same(every_answer(model), every_answer(plain))
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_CLASS)
 @torch.no_grad()
 def test_merged_in_place_and_unmerged(family):
     plain = EVERY_FAMILY[family]()

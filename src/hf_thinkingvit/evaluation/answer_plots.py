@@ -3,6 +3,7 @@ Pictures of a model's answers image by image: classes that gain and lose, histog
 easiest and hardest. Needs matplotlib.
 """
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from .stages import Threshold
 SHOWN_CLASSES = 15  # at each end of a ranking
 GRID_COLUMNS = 6
 LONGEST_NAME = 28  # characters
+TITLE_CHARACTERS = 11  # in an inch
 
 
 def plot_classes(rows: Sequence[dict[str, Any]], title: str) -> Any:
@@ -45,7 +47,7 @@ def plot_classes(rows: Sequence[dict[str, Any]], title: str) -> Any:
     axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlabel(words[key])
-    axes.set_title(title, fontsize=10, parse_math=False)
+    _set_title(figure, title)
     axes.margins(x=0.12)
     axes.axvline(0, color="0.4", linewidth=0.8)
     axes.grid(axis="x", color="0.88", linewidth=0.8)
@@ -87,7 +89,7 @@ def plot_histograms(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("entropy of the answer (nats)")
-    figure.suptitle(title, fontsize=10)
+    _set_title(figure, title)
     return figure
 
 
@@ -107,7 +109,7 @@ def plot_examples(answers: ImageAnswers, count: int, title: str, threshold: Thre
     lines = 1 + answers.num_answers if answers.stages is not None else 3
     figure_rows = -(-count // columns)
     figure = _new_figure(1.85 * columns, 2 * figure_rows * (1.55 + 0.19 * lines) + 1.1)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    _set_title(figure, title)
     accepted = answers.accepted(threshold)
     kinds = ("the fewest layers a token", "the most layers a token") if by_depth else ("most certain", "least certain")
     for part, indices, kind in zip(figure.subfigures(2, 1), groups, kinds):
@@ -157,6 +159,12 @@ def _caption(answers: ImageAnswers, index: int, stop: int) -> str:
     if answers.depths is not None:
         lines.append(f"{answers.depths[index]:.1f} layers")
     return "\n".join(lines)
+
+
+def _set_title(figure: Any, title: str) -> None:
+    """Over the whole figure, in as many lines as it takes."""
+    lines = textwrap.wrap(title, round(TITLE_CHARACTERS * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
 
 
 def _short(name: str) -> str:
