@@ -178,8 +178,6 @@ class TestModels:
             given.clear()
 
     def test_official_checkpoints_are_taken(self):
-        from hf_thinkingvit.demo.app import Models, slider_of
-
         source = FIXTURES / "thinkingvit_2stage"
         model, processor = Models().get(str(source))
         assert slider_of(model.config)["visible"]
