@@ -18,15 +18,14 @@ import math
 import time
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 
 import prometheus_client
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from PIL import Image
 
-from hf_thinkingvit.commands.loading import load_model
-from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull, from_exported
+from hf_thinkingvit.commands.loading import load_classifier
+from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull
 
 
 def decode(content: bytes) -> Image.Image:
@@ -125,21 +124,14 @@ def build_app(engine: AdaptiveEngine, max_requests: int = 256, max_bytes: int = 
 
 def load_engine(model: str, precision: str | None = None, threads: int | None = None, **options) -> AdaptiveEngine:
     """The engine of a service, for an exported folder or a model with PyTorch weights."""
-    if (Path(model) / "export.json").is_file():
-        network = from_exported(model, precision, threads=threads)
-        processor = network.processor
-        if processor is None:
-            raise ValueError(f"{model!r} has no image processor: `export_model(..., processor=processor)` saves it.")
-    else:
-        network, processor = load_model(model)
-        options["precision"] = precision
+    network, processor = load_classifier(model, precision, threads)
     return AdaptiveEngine(network, processor, in_order=False, on_error="return", **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"])
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of an exported folder")
     parser.add_argument("--threads", type=int, help="of the runtime of an exported folder")
     parser.add_argument("--threshold", type=float, help="τ of requests without their own; by default the model's")
     parser.add_argument("--batch-size", type=int, default=16)
