@@ -181,6 +181,10 @@ class TestRefusals:
             loaded(torch.zeros(0, 3, 32, 32))
         with pytest.raises(ValueError, match=r"floating-point numbers, .* got torch\.uint8"):
             loaded(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        images = random_images(2)
+        assert torch.equal(loaded(images.requires_grad_()).logits, loaded(images.detach()).logits)
+        layout = images.detach().to(memory_format=torch.channels_last)
+        assert torch.equal(loaded(layout).logits, loaded(images.detach()).logits)
         with pytest.raises(ValueError, match="for which the programs were exported"):
             list(AdaptiveEngine(loaded)([torch.zeros(3, 48, 48)]))
 
@@ -239,8 +243,18 @@ class TestRefusals:
             export_model(model, tmp_path / "x", "coreml")
         with pytest.raises(ValueError, match="does not think in stages"):
             export_model(lively_avit(), tmp_path / "x", "onnx")
+        with pytest.raises(ValueError, match="got OptimizedModule"):
+            export_model(torch.compile(model), tmp_path / "x", "onnx")
         with pytest.raises(ValueError, match="has no provider"):
             exported.load("vit", "onnxruntime", providers=["NoExecutionProvider"])
+        assert not (tmp_path / "x").exists()
+
+    def test_quantised_models(self, tmp_path):
+        torchao = pytest.importorskip("torchao.quantization")
+        model = lively_model(num_hidden_layers=1)
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        with pytest.raises(ValueError, match="quantised or distributed, .* export the original"):
+            export_model(model, tmp_path / "x", "onnx")
         assert not (tmp_path / "x").exists()
 
     def test_a_precision_that_the_cpu_lacks(self, exported, monkeypatch):

@@ -17,9 +17,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
 from ...models.exit_rules import ExitRule
+from ...models.modeling_early_exit_vit import with_halting_scores
 from ...models.staged_loop import resolve_stages, run_stages
-from ...models.staged_run import Answer, State
-from ...models.task_classification import ImageClassificationTask
+from ...models.staged_run import Answer, StagedRun, State
+from ...models.task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from ...models.task_segmentation import SemanticSegmentationTask
 from ...models.tasks import Task
 from .manifest import check_fixed
@@ -135,7 +136,7 @@ class ExportedModel(Task):
                 f"`pixel_values` must be floating-point numbers, as the image processor returns them, got "
                 f"{pixel_values.dtype}."
             )
-        return {"pixel_values": pixel_values.to(self.device, self.dtype)}
+        return {"pixel_values": pixel_values.detach().to(self.device, self.dtype)}
 
     def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> State:
         """The state after the stage's program, with its answers."""
@@ -211,6 +212,12 @@ class ExportedModel(Task):
 
 class ExportedClassifier(ExportedModel, ImageClassificationTask):
     """A classifier's stages in a runtime."""
+
+    def build_output(
+        self, run: StagedRun, labels: None, output_stage_logits: bool | None, **kwargs: Any
+    ) -> StagedImageClassifierOutput:
+        outputs = super().build_output(run, labels, output_stage_logits, **kwargs)
+        return with_halting_scores(outputs, run, self.config) if hasattr(self.config, "halting") else outputs
 
 
 class ExportedSegmenter(ExportedModel, SemanticSegmentationTask):

@@ -74,12 +74,19 @@ def export_model(
         `Path`: the folder.
 
     Raises:
-        ValueError: for a model that does not think in stages, a format or a precision that does not exist, and a folder
-            that holds a model's weights.
+        ValueError: for a model that does not think in stages or is quantised, a format or a precision that does not
+            exist, and a folder that holds a model's weights.
         ImportError: without the packages of the extra `openvino` or `onnx`.
     """
     check_stages(model)
     task = task_of(model)
+    if getattr(model, "is_quantized", False) or any(
+        type(weight.data) is not torch.Tensor for weight in model.parameters()
+    ):
+        raise ValueError(
+            "The weights of this model are quantised or distributed, which exporters do not write: export the original "
+            "model, for int8 with `precision='int8'` and `calibration`."
+        )
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     check_precision_name(precision)
