@@ -105,22 +105,21 @@ def load_classifier(
 def start(model: PreTrainedModel | ExportedModel, **facts: Any) -> None:
     """Print what a command is about to do: device, precision and model, then `facts`."""
     if isinstance(model, ExportedModel):
-        size = f"{model.config.num_labels} classes, {model.config.num_stages} stages"
-        say(device=f"{model.runtime}, {model.precision}", model=f"{type(model.config).__name__[:-6]}, {size}", **facts)
-        return
-    device = next(model.parameters()).device
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        device, dtype, size = model.runtime, model.precision, ""
+        name = type(model.config).__name__.removesuffix("Config")
+    else:
+        device, dtype = next(model.parameters()).device, str(next(model.parameters()).dtype).removeprefix("torch.")
+        name, size = type(model).__name__, f"{model.num_parameters() / 1e6:.2f} M parameters, "
     stages = getattr(model.config, "num_stages", None)
-    size = f"{model.num_parameters() / 1e6:.2f} M parameters, {model.config.num_labels} classes"
     say(
         device=f"{device}, {dtype}",
-        model=f"{type(model).__name__}, {size}" + (f", {stages} stages" if stages else ""),
+        model=f"{name}, {size}{model.config.num_labels} classes" + (f", {stages} stages" if stages else ""),
         answers="random, by numbers drawn from the seed 0" if answers_are_random(model) else None,
         **facts,
     )
 
 
-def answers_are_random(model: PreTrainedModel) -> bool:
+def answers_are_random(model: PreTrainedModel | ExportedModel) -> bool:
     """Whether the model's exit rule draws a number for each image (PonderNet's sampling)."""
     return thinks_in_stages(model) and model.exit_rule().draws
 
