@@ -71,7 +71,10 @@ def profile(arguments: argparse.Namespace) -> None:
             count = sum(1 for _ in engine(paths))
             seconds = time.perf_counter() - started
             share = engine.stats.seconds / seconds
-            print(f"| {num_workers} | {count / seconds:.0f} | {share:.0%} of the time | {engine.stats.batches} |")
+            print(
+                f"| {num_workers} | {count / seconds:.0f} | {share:.0%} of the time | {engine.stats.batches} |",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -85,8 +88,14 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    print(describe_run(torch.device(arguments.device), f"{arguments.runtime} {arguments.precision or ''}".strip()))
-    print(f"Overhead at batch size 1024: {overhead(1024, arguments.repeats):.1f} µs per image (goal: at most 10)")
+    print(
+        describe_run(torch.device(arguments.device), f"{arguments.runtime} {arguments.precision or ''}".strip()),
+        flush=True,
+    )
+    print(
+        f"Overhead at batch size 1024: {overhead(1024, arguments.repeats):.1f} µs per image (goal: at most 10)",
+        flush=True,
+    )
     if arguments.dataset is not None:
         profile(arguments)
 

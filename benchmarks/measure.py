@@ -44,6 +44,8 @@ def measure(rivals: dict[str, Callable[[], object]], repeats: int, device: torch
 
 
 def median_and_quartiles(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     low, _, high = statistics.quantiles(values, n=4)
     return f"{statistics.median(values):.3f} ({low:.3f} to {high:.3f})"
 

@@ -100,13 +100,13 @@ def compare(way: str, arguments: argparse.Namespace) -> dict[tuple[int, str], fl
     if runtime == "onnxruntime":
         # Otherwise its idle threads spin on the cores that the other rivals are timed on.
         options["config"] = {"session.intra_op.allow_spinning": "0"}
+    print(f"\n{runtime}, {precision}\n", flush=True)  # before the exports, which take a while
     torch.manual_seed(0)
     calibration = torch.randn(32, 3, 224, 224)
     with tempfile.TemporaryDirectory() as folder:
         tiny, small = (plain_program(heads, runtime, precision, calibration, Path(folder), options) for heads in (3, 6))
         ours = our_model(runtime, precision, calibration, Path(folder), options)
-    print(f"\n{runtime}, {precision}\n")
-    print("| batch | | ms per image | throughput: rival = 1 | rival | goal |\n|---|---|---|---|---|---|")
+    print("| batch | | ms per image | throughput: rival = 1 | rival | goal |\n|---|---|---|---|---|---|", flush=True)
     ratios = {}
     for batch_size in arguments.batch_size:
         images = torch.randn(SINGLE_IMAGES if batch_size == 1 else arguments.images, 3, 224, 224)
@@ -181,7 +181,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     packages = [__import__(package) for package in dict.fromkeys(way.split(":")[0] for way in arguments.runtimes)]
     versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
-    print(f"{versions}, {describe_run(torch.device('cpu'), 'see the tables')}")
+    print(f"{versions}, {describe_run(torch.device('cpu'), 'see the tables')}", flush=True)
     ratios = {way: compare(way, arguments) for way in arguments.runtimes}
     if arguments.picture is not None:
         draw(ratios, arguments.picture)

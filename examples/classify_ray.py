@@ -21,8 +21,8 @@ import numpy as np
 import ray
 from PIL import Image
 
-from hf_thinkingvit.commands.loading import load_model
-from hf_thinkingvit.inference import AdaptiveEngine, from_exported
+from hf_thinkingvit.commands.loading import load_classifier
+from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.models.image_files import as_rgb
 
 
@@ -41,11 +41,7 @@ class Classifier:
     """Lives in an actor: the engine is made once, and classifies batches of rows."""
 
     def __init__(self, model: str, column: str, batch_size: int, threshold: float | None, precision: str | None):
-        if (Path(model) / "export.json").is_file():
-            network = from_exported(model, precision)
-            processor = network.processor
-        else:
-            network, processor = load_model(model)
+        network, processor = load_classifier(model, precision)
         self.column, self.id2label = column, network.config.id2label
         self.engine = AdaptiveEngine(network, processor, batch_size=batch_size, threshold=threshold, on_error="return")
 

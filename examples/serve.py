@@ -18,19 +18,20 @@ import math
 import time
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 
 import prometheus_client
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from PIL import Image
 
-from hf_thinkingvit.commands.loading import load_model
-from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull, from_exported
+from hf_thinkingvit.commands.loading import load_classifier
+from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull
 
 
-def decode(content: bytes) -> Image.Image:
+def decode(content: bytes, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(content))
+    if image.width * image.height > max_pixels:  # a small file may be a large image: nothing is decoded so far
+        raise ValueError(f"{image.width}×{image.height} pixels are more than {max_pixels}")
     image.load()  # a file that is cut off fails here, with its own reason
     return image
 
@@ -59,7 +60,9 @@ def mean_batch_size(engine: AdaptiveEngine, stage: int) -> float:
     return engine.stats.rows[stage] / max(engine.stats.batches[stage], 1)
 
 
-def build_app(engine: AdaptiveEngine, max_requests: int = 256, max_bytes: int = 20_000_000) -> FastAPI:
+def build_app(
+    engine: AdaptiveEngine, max_requests: int = 256, max_bytes: int = 20_000_000, max_pixels: int = 40_000_000
+) -> FastAPI:
     """The application. Its engine must be made as [`EngineService`] asks."""
     service = EngineService(engine, max_requests)
     metrics, id2label = Metrics(service), engine.model.config.id2label
@@ -92,7 +95,7 @@ def build_app(engine: AdaptiveEngine, max_requests: int = 256, max_bytes: int = 
             raise HTTPException(400, "The body is empty: send the file of an image.")
         started = time.perf_counter()
         try:
-            future = service.submit(partial(decode, bytes(content)), threshold)
+            future = service.submit(partial(decode, bytes(content), max_pixels), threshold)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         except (ServiceFull, ServiceClosed) as error:
@@ -125,26 +128,20 @@ def build_app(engine: AdaptiveEngine, max_requests: int = 256, max_bytes: int = 
 
 def load_engine(model: str, precision: str | None = None, threads: int | None = None, **options) -> AdaptiveEngine:
     """The engine of a service, for an exported folder or a model with PyTorch weights."""
-    if (Path(model) / "export.json").is_file():
-        network = from_exported(model, precision, threads=threads)
-        processor = network.processor
-        if processor is None:
-            raise ValueError(f"{model!r} has no image processor: `export_model(..., processor=processor)` saves it.")
-    else:
-        network, processor = load_model(model)
-        options["precision"] = precision
+    network, processor = load_classifier(model, precision, threads)
     return AdaptiveEngine(network, processor, in_order=False, on_error="return", **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"])
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of an exported folder")
     parser.add_argument("--threads", type=int, help="of the runtime of an exported folder")
     parser.add_argument("--threshold", type=float, help="τ of requests without their own; by default the model's")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-wait", type=float, default=0.005, help="seconds that a request waits for others")
     parser.add_argument("--max-requests", type=int, default=256, help="that may wait; beyond them the answer is 503")
+    parser.add_argument("--max-pixels", type=int, default=40_000_000, help="of an image, which is decoded as a whole")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
@@ -156,7 +153,8 @@ def main() -> None:
         max_wait=arguments.max_wait,
         threshold=arguments.threshold,
     )
-    uvicorn.run(build_app(engine, arguments.max_requests), host=arguments.host, port=arguments.port)
+    app = build_app(engine, arguments.max_requests, max_pixels=arguments.max_pixels)
+    uvicorn.run(app, host=arguments.host, port=arguments.port)
 
 
 if __name__ == "__main__":

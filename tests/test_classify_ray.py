@@ -1,12 +1,15 @@
-"""examples/classify_ray.py on a local Ray, with a model's folder, images in a folder and in Parquet."""
+"""
+examples/classify_ray.py on a local Ray: Parquet in and out with a pool of actors, and a folder read by Ray. One job has
+actors, since each of them is a process that imports torch.
+"""
 
-import os
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, Value
 
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.models.image_files import read_image
@@ -18,62 +21,84 @@ ray = pytest.importorskip("ray", reason="the example needs ray[data]")
 pd = pytest.importorskip("pandas", reason="the example needs ray[data]")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "classify_ray.py"
+COUNT, BROKEN = 12, 3
 
 
 @pytest.fixture(scope="module")
 def local_ray():
+    """Its workers inherit this process's environment."""
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
         object_store_memory=10**8,
-        runtime_env={"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}},
     )
     yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ray") / "model"
+def example():
+    return runpy.run_path(str(EXAMPLE), run_name="classify_ray")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model and its folder, and image files in a folder and its subfolder, one of which is broken."""
+    root = tmp_path_factory.mktemp("ray")
     model = with_exits(NETWORKS["vit"]())
-    model.save_pretrained(folder)
-    evaluation_image_processor(32).save_pretrained(folder)
-    return model, folder
-
-
-def test_a_folder_and_parquet(local_ray, model, tmp_path):
-    """The same answers as the model's own, for every image, from a folder and from Parquet."""
-    network, folder = model
-    images = tmp_path / "images"
+    model.save_pretrained(root / "model")
+    evaluation_image_processor(32).save_pretrained(root / "model")
+    images = root / "images"
     (images / "more").mkdir(parents=True)
-    names = [images / "more" / f"{n}.png" if n % 2 else images / f"{n}.png" for n in range(12)]
+    names = [images / "more" / f"{n}.png" if n % 2 else images / f"{n}.png" for n in range(COUNT)]
     for n, name in enumerate(names):
-        name.write_bytes(encoded_image(n))
-    names[3].write_bytes(b"no image")
-    classify = runpy.run_path(str(EXAMPLE), run_name="classify_ray")["classify"]
-    classify(str(folder), str(images), str(tmp_path / "from_folder"), batch_size=4)
-    found = pd.read_parquet(tmp_path / "from_folder").set_index("path")
-    assert len(found) == 12
+        name.write_bytes(b"no image" if n == BROKEN else encoded_image(n))
+    (images / "notes.txt").write_text("no image either, by its name")
+    return model, root, names
+
+
+def assert_answers(rows, names, network, **arguments) -> None:
+    """`rows` has the model's own answer to each image, in their order, and an error for the broken one."""
     processor = evaluation_image_processor(32)
-    for name in names:
-        row = found.loc[str(name)]
-        if name == names[3]:
-            assert "Cannot read the image" in row.error and row.exit_stage == -1
+    assert len(rows) == COUNT
+    for n, (name, row) in enumerate(zip(names, rows)):
+        if n == BROKEN:
+            assert "Cannot read the image" in row["error"] and row["exit_stage"] == -1
             continue
         with torch.no_grad():
-            expected = network(**processor(read_image(name), return_tensors="pt"))
-        assert row.exit_stage == expected.exit_stage.item()
-        assert row.label == network.config.id2label[expected.logits.argmax().item()]
-        assert row.score == pytest.approx(expected.logits.softmax(dim=-1).max().item(), abs=1e-4)
+            expected = network(**processor(read_image(name), return_tensors="pt"), **arguments)
+        assert (row["exit_stage"], row["error"]) == (expected.exit_stage.item(), "")
+        assert row["label"] == network.config.id2label[expected.logits.argmax().item()]
+        assert row["score"] == pytest.approx(expected.logits.softmax(dim=-1).max().item(), abs=1e-4)
+        assert row["entropy"] == pytest.approx(expected.entropy.item(), abs=1e-4)
 
-    rows = {"image": [{"bytes": name.read_bytes()} for name in names], "number": list(range(12))}
-    features = Features({"image": Image(), "number": Dataset.from_dict({"number": [0]}).features["number"]})
-    Dataset.from_dict(rows, features).to_parquet(tmp_path / "images.parquet")
-    classify(str(folder), str(tmp_path / "images.parquet"), str(tmp_path / "from_parquet"), batch_size=4, threshold=0.0)
-    found = pd.read_parquet(tmp_path / "from_parquet").set_index("number").sort_index()
-    assert list(found.columns) == ["label", "score", "exit_stage", "entropy", "error"]
-    assert found.exit_stage.tolist() == [-1 if n == 3 else 2 for n in range(12)]
+
+def test_parquet_in_and_out(local_ray, example, saved, tmp_path):
+    network, root, names = saved
+    rows = {"image": [{"bytes": name.read_bytes()} for name in names], "number": list(range(COUNT))}
+    Dataset.from_dict(rows, Features({"image": Image(), "number": Value("int64")})).to_parquet(
+        tmp_path / "images.parquet"
+    )
+    example["classify"](
+        str(root / "model"), str(tmp_path / "images.parquet"), str(tmp_path / "found"), batch_size=4, threshold=0.9
+    )
+    found = pd.read_parquet(tmp_path / "found").sort_values("number")
+    assert list(found.columns) == ["number", "label", "score", "exit_stage", "entropy", "error"]
+    assert_answers(found.to_dict("records"), names, network, threshold=0.9)
     with pytest.raises(ValueError, match="has no column 'picture'"):
-        classify(str(folder), str(tmp_path / "images.parquet"), str(tmp_path / "x"), column="picture")
+        example["read"](str(tmp_path / "images.parquet"), "picture")
+
+
+def test_a_folder_with_its_subfolders(local_ray, example, saved):
+    """Read by Ray; the class that lives in an actor answers here."""
+    network, root, names = saved
+    rows, column = example["read"](str(root / "images"), None)
+    batch = {
+        name: np.array(values, dtype=object) for name, values in pd.DataFrame(rows.take_all()).to_dict("list").items()
+    }
+    classifier = example["Classifier"](str(root / "model"), column, batch_size=4, threshold=None, precision=None)
+    found = pd.DataFrame(classifier(batch)).set_index("path")
+    assert len(found) == COUNT and column not in found.columns
+    assert_answers([found.loc[str(name)] for name in names], names, network)

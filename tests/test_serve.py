@@ -23,8 +23,10 @@ from tests.inference.conftest import NETWORKS, with_exits
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def png(seed: int) -> bytes:
-    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+def png(seed: int, black: tuple[int, int] | None = None) -> bytes:
+    """Noise, or a black image of a size, in few bytes."""
+    noise = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    image = Image.fromarray(noise) if black is None else Image.new("1", black)
     content = io.BytesIO()
     image.save(content, "png")
     return content.getvalue()
@@ -94,6 +96,7 @@ class TestService:
                 ("/classify", b"no image", 400, "no image that can be read"),
                 ("/classify", png(0)[:200], 400, "truncated"),
                 ("/classify", b"", 400, "empty"),
+                ("/classify", png(0, (7000, 6000)), 400, "7000×6000 pixels are more than 40000000"),
                 ("/classify", bytes(100_001), 413, "more than 100000 bytes"),
                 ("/classify?threshold=-1", png(0), 422, "threshold"),
                 ("/classify?threshold=nan", png(0), 422, "threshold"),

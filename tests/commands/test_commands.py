@@ -1,5 +1,6 @@
 """Messages and exit codes of the commands, called in this process."""
 
+import json
 import re
 import shlex
 from importlib.util import find_spec
@@ -307,3 +308,24 @@ def test_export_for_a_runtime(folder, capsys, tmp_path):
     assert "2 images; τ" in shown and "| 0 |  | 100.00 % |" in shown
     loaded = from_exported(tmp_path / "exported")
     assert loaded.processor is not None and loaded.config.num_labels == 3
+
+    # `classify` takes the folder, and finds what it finds with the model; other commands need weights.
+    lines = []
+    for name in (folder / "model", tmp_path / "exported"):
+        classify = ["classify", "--model", str(name), "--dataset", str(folder / "pictures"), "--output-dir"]
+        main([*classify, str(tmp_path / f"of {name.name}")])
+        rows = (tmp_path / f"of {name.name}" / "classified.jsonl").read_text().splitlines()
+        lines.append([json.loads(row) for row in rows])
+    assert "openvino, fp32" in capsys.readouterr().out
+    for ours, theirs in zip(*lines, strict=True):
+        assert [ours[key] for key in ("name", "label", "exit_stage")] == [
+            theirs[key] for key in ("name", "label", "exit_stage")
+        ]
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+    again = [*classify[:-1], "--output-dir", str(tmp_path / "of model")]
+    assert "other facts: model was" in refused(capsys, *again)
+    assert "--keep-rate" in refused(capsys, *classify, str(tmp_path / "x"), "--keep-rate", "0.5")
+    precision = ["--precision", "bf16"]
+    assert "exported folders" in refused(capsys, *classify[:2], str(folder / "model"), *classify[3:], "y", *precision)
+    sweep = ["sweep", "--model", str(tmp_path / "exported"), "--dataset", str(folder / "pictures")]
+    assert "is an exported folder, which has no weights" in refused(capsys, *sweep)

@@ -52,6 +52,12 @@ class ExportedNetworks:
         return from_exported(self.path(network, runtime), **options)
 
 
+@pytest.fixture(params=["openvino", "onnxruntime"])
+def runtime(request):
+    need_runtime(request.param)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> ExportedNetworks:
     return ExportedNetworks(tmp_path_factory.mktemp("exported"))

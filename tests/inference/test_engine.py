@@ -270,8 +270,8 @@ class TestFaults:
             list(AdaptiveEngine(model, batch_size=16)(images))
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    def test_out_of_memory_empties_the_cache_of_the_device(self, model):
-        model.cuda()
+    def test_out_of_memory_empties_the_cache_of_the_device(self):
+        model = with_exits(NETWORKS["vit"]()).cuda()
         reserved = []
 
         def run_stage(stage_index, state, *args, run=model.run_stage, **kwargs):

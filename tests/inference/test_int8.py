@@ -74,10 +74,33 @@ def test_the_report(quantised):
     assert report.table().count("\n| ") == 2
     same = compare_precisions(model, model, batches)
     assert (same.same_exit, same.same_class, same.new_threshold) == (1.0, [1.0] * 2, same.threshold)
+    moved = compare_precisions(model, model, batches, new_threshold=[99.0])
+    assert (moved.new_threshold, moved.new_exits) == ([99.0], [1.0, 0.0]) and moved.exits == same.exits
+    assert (same.other_exit, same.unexplained_exit) == (0, 0)
+    assert report.other_exit == round(80 * (1 - report.same_exit)) >= report.unexplained_exit
     unlabelled = compare_precisions(model, model, [{"pixel_values": images}])
     assert unlabelled.top1 is None and "top-1" in unlabelled.table()
     with pytest.raises(ValueError, match="at least one"):
         compare_precisions(model, model, [])
+
+
+def test_exits_that_rounding_decides_are_counted():
+    """Scores within rounding of τ, at a stage that the image reaches; and exits that differ without such a score."""
+    from hf_thinkingvit.evaluation import precisions
+
+    threshold, rounding = [0.5, 0.3], 0.01
+    scores = torch.tensor([[0.2, 0.9], [0.505, 0.9], [0.4, 0.305], [0.9, 0.295], [0.9, 0.9], [float("nan"), 0.1]])
+    others = torch.tensor([[0.2, 0.9], [0.495, 0.9], [0.4, 0.2], [0.9, 0.31], [0.4, 0.9], [float("nan"), 0.1]])
+    first, second = (
+        StageMeasurements(torch.cat([values, torch.zeros(6, 1)], dim=1), "topk_entropy", 10, False, {})
+        for values in (scores, others)
+    )
+    exits = [each.exit_stages(threshold) for each in (first, second)]
+    near, parted, unexplained = precisions._near_threshold(first, *exits, threshold, rounding)
+    # The third image exits before the stage at which its score is near; nothing explains that the fifth exits early.
+    assert near.tolist() == [False, True, False, True, False, False]
+    assert parted.tolist() == [False, True, False, True, True, False]
+    assert unexplained.tolist() == [False, False, False, False, True, False]
 
 
 @pytest.mark.parametrize("criterion", ["topk_entropy", "max_probability"])

@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import as_images, decode, find_split, load_splits
-from ..inference import AdaptiveEngine, ResumableOutput
+from ..inference import AdaptiveEngine, ExportedModel, ResumableOutput
 from ..inference.resumable import fingerprint, model_fingerprint, printable
 from ..public_names import public_name
 from . import command
-from .loading import answers_are_random, best_device, load_model, start
+from .loading import answers_are_random, best_device, load_classifier, start
 
 
 class ImageSource(NamedTuple):
@@ -59,8 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     state = PartialState(cpu=best_device().type == "cpu")
     source = find_images(arguments.dataset, arguments.split, arguments.image_column)
     path = arguments.output or arguments.output_dir / f"classified.{arguments.format}"
-    model, processor = load_model(arguments.model)
-    model.to(state.device)
+    model, processor = load_classifier(arguments.model, arguments.precision)
+    if not isinstance(model, ExportedModel):
+        model.to(state.device)
     threshold, keep_rate = command.one_or_list(arguments.threshold), command.one_or_list(arguments.keep_rate)
     engine = AdaptiveEngine(
         model,

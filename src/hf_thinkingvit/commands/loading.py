@@ -12,7 +12,10 @@ from ..conversion.loading import load_official_source
 from ..families import task_of
 from ..families.official import UnstatedField
 from ..families.record import IMAGE_CLASSIFICATION
+from ..inference import ExportedModel, from_exported
+from ..inference.runtimes import is_exported
 from ..models.configuration_staged import thinks_in_stages
+from ..models.task_classification import ImageClassificationTask
 from ..models.weights_from_official import hub_arguments, is_official
 from .command import check_model_folder, say
 
@@ -34,6 +37,11 @@ def load_model(
             message says what is missing.
     """
     check_model_folder(name)
+    if is_exported(name):
+        raise ValueError(
+            f"`{name}` is an exported folder, which has no weights: give the folder of the model. The command "
+            "`classify`, `from_exported` and the engine take exported ones."
+        )
     try:
         if is_official(name, options):
             return _load_official(name, task, options)
@@ -68,21 +76,50 @@ def _check_task(name: str, found: str | None, task: str | None) -> None:
         raise ValueError(f"`{name}` is a model for {found}, and this command is for {task}.")
 
 
-def start(model: PreTrainedModel, **facts: Any) -> None:
+def load_classifier(
+    name: str, precision: str | None = None, threads: int | None = None
+) -> tuple[PreTrainedModel | ExportedModel, BaseImageProcessor]:
+    """
+    A classifier for the engine, and its image processor: of a model, or of a folder that `export_model` wrote.
+
+    Args:
+        name (`str`): as in `load_model`, or an exported folder.
+        precision, threads (*optional*): of an exported folder, as in `from_exported`.
+
+    Raises:
+        OSError, ValueError: as in `load_model` and `from_exported`; for an exported folder without an image processor,
+            or of a model for another task; for `precision` or `threads` of another model.
+    """
+    if not is_exported(name):
+        if precision is not None or threads is not None:
+            raise ValueError(f"`precision` and `threads` are of exported folders, and `{name}` is none.")
+        return load_model(name)
+    model = from_exported(name, precision, threads=threads)
+    if not isinstance(model, ImageClassificationTask):
+        raise ValueError(f"`{name}` was exported from a model for another task than classification.")
+    if model.processor is None:
+        raise ValueError(f"`{name}` has no image processor: `export_model(..., processor=processor)` saves it.")
+    return model, model.processor
+
+
+def start(model: PreTrainedModel | ExportedModel, **facts: Any) -> None:
     """Print what a command is about to do: device, precision and model, then `facts`."""
-    device = next(model.parameters()).device
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if isinstance(model, ExportedModel):
+        device, dtype, size = model.runtime, model.precision, ""
+        name = type(model.config).__name__.removesuffix("Config")
+    else:
+        device, dtype = next(model.parameters()).device, str(next(model.parameters()).dtype).removeprefix("torch.")
+        name, size = type(model).__name__, f"{model.num_parameters() / 1e6:.2f} M parameters, "
     stages = getattr(model.config, "num_stages", None)
-    size = f"{model.num_parameters() / 1e6:.2f} M parameters, {model.config.num_labels} classes"
     say(
         device=f"{device}, {dtype}",
-        model=f"{type(model).__name__}, {size}" + (f", {stages} stages" if stages else ""),
+        model=f"{name}, {size}{model.config.num_labels} classes" + (f", {stages} stages" if stages else ""),
         answers="random, by numbers drawn from the seed 0" if answers_are_random(model) else None,
         **facts,
     )
 
 
-def answers_are_random(model: PreTrainedModel) -> bool:
+def answers_are_random(model: PreTrainedModel | ExportedModel) -> bool:
     """Whether the model's exit rule draws a number for each image (PonderNet's sampling)."""
     return thinks_in_stages(model) and model.exit_rule().draws
 

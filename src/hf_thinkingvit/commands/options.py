@@ -217,11 +217,12 @@ Classify many images with full batches at every stage, and write one line per im
     hf-thinkingvit classify --model MODEL --dataset examples/images
     hf-thinkingvit classify --model MODEL --dataset uoft-cs/cifar10 --split test --format parquet
 
-`--dataset` is a folder of images, searched with its subfolders, or what `datasets` reads. The output is JSONL or
-Parquet; `OUTPUT.run.json` beside it records model, τ, keep rate and source. A further run with the same output resumes,
-with any number of processes; with a complete output, it classifies the images of the folder that are new or changed (by
-names, sizes and modification times). If model, τ, rate or source differ, it is refused. Images that cannot be read are
-lines with an `error`, and further runs try them again. `accelerate launch` splits the images among processes.
+`--model` may also be a folder that `export --runtime` wrote. `--dataset` is a folder of images, searched with its
+subfolders, or what `datasets` reads. The output is JSONL or Parquet; `OUTPUT.run.json` beside it records model, τ, keep
+rate and source. A further run with the same output resumes, with any number of processes; with a complete output, it
+classifies the images of the folder that are new or changed (by names, sizes and modification times). If model, τ, rate
+or source differ, it is refused. Images that cannot be read are lines with an `error`, and further runs try them again.
+`accelerate launch` splits the images among processes.
 """
 
 
@@ -240,6 +241,9 @@ def classify(parser: argparse.ArgumentParser) -> None:
         "--keep-rate", type=float, nargs="+", help="share of patches that remain, of a model that prunes tokens"
     )
     parser.add_argument("--max-stages", type=positive, help="run at most this many stages")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of an exported folder, to compute in"
+    )
 
 
 SEGMENT = """

@@ -34,7 +34,14 @@ class PrecisionComparison:
         threshold (`list[float]`): τ of the first model.
         exits (`tuple[list[float], list[float]]`): shares of images that exit at each stage, at that τ.
         same_exit (`float`): share of images that exit at the same stage, at that τ.
-        new_threshold (`list[float]`): τ at which the shares of the second model are those of the first.
+        rounding (`float`): how near a score must lie to τ for rounding to decide.
+        near_threshold (`int`): images of which the first model has a score within `rounding` of that τ, at a stage that
+            they reach.
+        other_exit (`int`): images that exit at another stage, at that τ.
+        unexplained_exit (`int`): those of them whose exit rounding does not explain: where the two models part, the
+            first one's score is not within `rounding` of τ. None, of one model in two runtimes in float32.
+        new_threshold (`list[float]`): τ at which the shares of the second model are those of the first, on the images
+            that moved it.
         new_exits (`list[float]`), new_same_exit (`float`): of the second model at `new_threshold`.
         accepted_top1 (`tuple[float, float, float]`, *optional*): share of right answers at the exits: of the first
             model, of the second at `threshold`, and of the second at `new_threshold`.
@@ -48,6 +55,10 @@ class PrecisionComparison:
     threshold: list[float]
     exits: tuple[list[float], list[float]]
     same_exit: float
+    rounding: float
+    near_threshold: int
+    other_exit: int
+    unexplained_exit: int
     new_threshold: list[float]
     new_exits: list[float]
     new_same_exit: float
@@ -66,6 +77,10 @@ class PrecisionComparison:
                 f"{self.entropy_change[stage]:.4f} | {exits} | {100 * self.new_exits[stage]:.1f} % |"
             )
         lines.append(f"\n{self.images} images; τ {self.threshold} → {self.new_threshold}.")
+        lines.append(
+            f"At the same τ {self.other_exit} images exit elsewhere, {self.unexplained_exit} of them with no score "
+            f"within {self.rounding:g} of τ; {self.near_threshold} of all images have one."
+        )
         if self.accepted_top1:
             first, second, moved = (f"{100 * value:.2f} %" for value in self.accepted_top1)
             lines.append(f"Top-1 at the exits: {first} → {second} at the same τ, {moved} at the new one.")
@@ -77,6 +92,8 @@ def compare_precisions(
     other: "PreTrainedModel | ExportedModel",
     batches: Iterable[dict[str, torch.Tensor]],
     progress: bool = False,
+    rounding: float = 1e-4,
+    new_threshold: list[float] | None = None,
 ) -> PrecisionComparison:
     """
     Args:
@@ -85,6 +102,11 @@ def compare_precisions(
         batches: read twice, so a list or a `DataLoader`: dicts of `pixel_values` `(images, channels, height, width)`
             and, if there are any, `labels` `(images,)`.
         progress (`bool`): show progress bars.
+        rounding (`float`): the distance of a score to τ up to which rounding may decide; the default is how far answers
+            of two runtimes in float32 may differ.
+        new_threshold (`list[float]`, *optional*):
+            τ of the second model, one per exit, that an earlier comparison found on other images; by default it is
+            moved on these images, without their labels.
 
     Raises:
         ValueError: for models of different numbers of stages or criteria, or without images.
@@ -102,8 +124,9 @@ def compare_precisions(
     if len(first) == 0 or len(first) != len(second):
         raise ValueError(f"Expected the same images twice, at least one, got {len(first)} and {len(second)}.")
     threshold = list(reference.exit_rule().thresholds)
-    new_threshold = move_threshold(first, second, threshold)
+    new_threshold = move_threshold(first, second, threshold) if new_threshold is None else list(new_threshold)
     stages = [first.exit_stages(threshold), second.exit_stages(threshold), second.exit_stages(new_threshold)]
+    near, parted, unexplained = _near_threshold(first, stages[0], stages[1], threshold, rounding)
     labelled = "right" in first.measures
     rights = [first, second, second]
     return PrecisionComparison(
@@ -117,6 +140,10 @@ def compare_precisions(
         threshold=threshold,
         exits=(_shares(stages[0], first.num_stages), _shares(stages[1], first.num_stages)),
         same_exit=(stages[0] == stages[1]).float().mean().item(),
+        rounding=rounding,
+        near_threshold=int(near.sum()),
+        other_exit=int(parted.sum()),
+        unexplained_exit=int(unexplained.sum()),
         new_threshold=new_threshold,
         new_exits=_shares(stages[2], first.num_stages),
         new_same_exit=(stages[0] == stages[2]).float().mean().item(),
@@ -126,6 +153,22 @@ def compare_precisions(
         if labelled
         else None,
     )
+
+
+def _near_threshold(
+    first: StageScores, exits: torch.Tensor, other_exits: torch.Tensor, threshold: list[float], rounding: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Which images have a score of `first` near τ at a stage that they reach, which exit elsewhere by the scores of the
+    other model, and which of these have no such score where the two part.
+    """
+    distance = (first.scores[:, :-1] - torch.tensor(threshold, dtype=first.scores.dtype)).abs()
+    is_near = distance <= rounding
+    reached = torch.arange(len(threshold)) <= exits[:, None]
+    parted = exits != other_exits
+    where = torch.minimum(exits, other_exits).clamp(max=max(len(threshold) - 1, 0))
+    explained = is_near.gather(1, where[:, None]).squeeze(1) if threshold else torch.zeros_like(parted)
+    return (is_near & reached).any(dim=1), parted, parted & ~explained
 
 
 def _shares(exit_stages: torch.Tensor, num_stages: int) -> list[float]:

@@ -63,7 +63,12 @@ class StageSteps(nn.Module):
     def forward(self, state: State) -> dict[str, Answer | State]:
         answer, state = answer_stage(self.model, self.stages, self.stage_index, state)
         # The entropy over pixels is a task's own measure of its logits, which it takes in float32.
-        answer = {name: tensor.contiguous() for name, tensor in answer.items() if name != "entropy"}
+        # Entries that the state has as well are computed anew: OpenVINO takes no output twice, and no copy for another.
+        answer = {
+            name: tensor + 0 if name in state else tensor.contiguous()
+            for name, tensor in answer.items()
+            if name != "entropy"
+        }
         if self.stage_index == self.stages[-1]:
             return {"answer": answer, "state": {}}
         kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in self.passed_on}

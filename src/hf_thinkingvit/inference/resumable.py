@@ -13,6 +13,8 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .runtimes import ExportedModel
+
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -27,14 +29,21 @@ def _escaped(surrogate: int) -> str:
     return f"\\x{surrogate - 0xDC00:02x}" if 0xDC80 <= surrogate <= 0xDCFF else f"\\u{surrogate:04x}"
 
 
-def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> str:
-    """Hash (16 hexadecimal digits) of everything that answers depend on: weights, configuration, image processor."""
+def model_fingerprint(model: PreTrainedModel | ExportedModel, processor: BaseImageProcessor | None = None) -> str:
+    """
+    Hash (16 hexadecimal digits) of everything that answers depend on: weights or exported programs with their
+    precision, configuration, image processor.
+    """
     digest = hashlib.sha256()
     for part in (model.config, *([] if processor is None else [processor])):
         fields = json.loads(part.to_json_string())
         for name in ("_name_or_path", "transformers_version"):  # where and by which version it was saved
             fields.pop(name, None)
         digest.update(json.dumps(fields, sort_keys=True).encode())
+    if isinstance(model, ExportedModel):
+        programs = {"precision": model.precision, **model.manifest["sha256"]}
+        digest.update(json.dumps(programs, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

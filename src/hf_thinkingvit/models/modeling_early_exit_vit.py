@@ -53,6 +53,16 @@ class EarlyExitImageClassifierOutput(StagedImageClassifierOutput):
     halting_scores: tuple[torch.Tensor, ...] | None = None
 
 
+def with_halting_scores(
+    outputs: StagedImageClassifierOutput, run: StagedRun, config: EarlyExitViTConfig
+) -> EarlyExitImageClassifierOutput:
+    """The output of a run with the halting scores of its stages, if exits learn them and `stage_logits` are there."""
+    scores = None
+    if outputs.stage_logits is not None and config.halting is not None:
+        scores = tuple(step.answer["halting_score"] for step in run.steps)
+    return EarlyExitImageClassifierOutput(**outputs, halting_scores=scores)
+
+
 class EarlyExitViTPreTrainedModel(NestedViTPreTrainedModel):
     config: EarlyExitViTConfig
     base_model_prefix = "early_exit_vit"
@@ -300,10 +310,7 @@ class EarlyExitViTForImageClassification(ImageClassificationTask, StagedModelMix
             **kwargs,
         )
         outputs = self.build_output(run, labels, output_stage_logits, **kwargs)
-        scores = None
-        if outputs.stage_logits is not None and self.config.halting is not None:
-            scores = tuple(step.answer["halting_score"] for step in run.steps)
-        return EarlyExitImageClassifierOutput(**outputs, halting_scores=scores)
+        return with_halting_scores(outputs, run, self.config)
 
     @classmethod
     def from_vit(cls, source, method: str | None = None, **config_overrides) -> "EarlyExitViTForImageClassification":

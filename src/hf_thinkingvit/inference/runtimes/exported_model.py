@@ -6,7 +6,7 @@ of the package drives it: `step_stage` in the engine, `run_stages` in a call. Th
 whatever the stages compute in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,23 @@ from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
+from ...models.exit_rules import ExitRule
+from ...models.modeling_early_exit_vit import with_halting_scores
 from ...models.staged_loop import resolve_stages, run_stages
-from ...models.staged_run import Answer, State
-from ...models.task_classification import ImageClassificationTask
+from ...models.staged_run import Answer, StagedRun, State
+from ...models.task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from ...models.task_segmentation import SemanticSegmentationTask
 from ...models.tasks import Task
+from .manifest import check_fixed
 from .programs import StageFile, StageProgram
 
 
 ANSWER_PREFIX = "_answer."  # of entries in a state that are answers, between `run_stage` and `answer`
+# Arguments of the PyTorch models' `forward` that programs do not have.
+PYTORCH_ONLY = (
+    *("labels", "keep_rate", "sub_network", "interpolate_pos_encoding"),
+    *("output_hidden_states", "output_attentions", "output_kept_tokens"),
+)
 
 
 class ExportedModel(Task):
@@ -36,6 +44,7 @@ class ExportedModel(Task):
         processor (`BaseImageProcessor`): of the folder; `None` if it has none.
         folder (`Path`): where it comes from.
         runtime, precision (`str`): what computes the stages, and in what.
+        manifest (`dict`): what `export.json` says, with the checksums of the programs.
         image_size (`tuple[int, int]`): (height, width) of the images that the programs take.
         dtype (`torch.dtype`): of pixel values.
         calls (`list[int]`): how often the program of each stage has run.
@@ -50,8 +59,7 @@ class ExportedModel(Task):
         processor: BaseImageProcessor | None,
         programs: list[StageProgram],
         stages: list[StageFile],
-        image_size: Sequence[int],
-        num_channels: int,
+        manifest: dict[str, Any],
         dtype: torch.dtype,
         folder: Path,
         runtime: str,
@@ -60,7 +68,8 @@ class ExportedModel(Task):
     ):
         self.config, self.processor, self.folder = config, processor, folder
         self.runtime, self.precision, self._options = runtime, precision, options
-        self.image_size, self.num_channels, self.dtype = tuple(image_size), num_channels, dtype
+        self.manifest, self.dtype = manifest, dtype
+        self.image_size, self.num_channels = tuple(manifest["image_size"]), manifest["num_channels"]
         self.calls = [0] * len(programs)
         self._programs, self._stages = programs, stages
 
@@ -69,8 +78,8 @@ class ExportedModel(Task):
 
         if not self.folder.exists():
             raise TypeError(
-                "This model runs from a folder that was temporary, so that it cannot be pickled: write one with "
-                "`export_model`, load that with `from_exported`."
+                "This model runs from a folder that was temporary, so that it cannot be pickled or copied: write one "
+                "with `export_model`, load that with `from_exported`."
             )
         return partial(from_exported, **self._options), (self.folder, self.precision)
 
@@ -87,6 +96,20 @@ class ExportedModel(Task):
             raise ValueError("Exported programs cannot be trained: train the PyTorch model, and export it again.")
         return self
 
+    def exit_rule(self, threshold: float | Sequence[float] | None = None) -> ExitRule:
+        """As in [`Task`]. `ValueError` if fields of `config` have changed that are fixed in the programs."""
+        check_fixed(self.config, self.manifest["fixed"])
+        return super().exit_rule(threshold)
+
+    def token_arguments(self, keep_rate: float | Sequence[float] | None = None) -> dict[str, Any]:
+        """As in [`Task`]. `ValueError` for any `keep_rate`."""
+        if keep_rate is None or not getattr(self.config, "pruning_layers", None):
+            return super().token_arguments(keep_rate)
+        raise ValueError(
+            "`keep_rate` is of PyTorch models: the exported programs keep `pruning_keep_rate` = "
+            f"{self.config.pruning_keep_rate}. Export the model with another one."
+        )
+
     def begin(
         self,
         pixel_values: torch.Tensor,
@@ -94,7 +117,10 @@ class ExportedModel(Task):
         stages: range | None = None,
         **kwargs,
     ) -> State:
-        """`ValueError` for images of another size than the exported one."""
+        """`ValueError` for images of another size than the exported one, and arguments that programs do not have."""
+        self._refuse({"interpolate_pos_encoding": interpolate_pos_encoding, **kwargs})
+        if stages is not None and stages.start != 0:
+            raise ValueError(f"The exported programs run from the first stage on, not from stage {stages.start}.")
         expected = (self.num_channels, *self.image_size)
         if not isinstance(pixel_values, torch.Tensor) or tuple(pixel_values.shape[1:]) != expected:
             got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
@@ -105,15 +131,16 @@ class ExportedModel(Task):
             )
         if len(pixel_values) == 0:
             raise ValueError("`pixel_values` must have at least one image: the exported programs take no empty batch.")
-        if interpolate_pos_encoding:
+        if not pixel_values.is_floating_point():
             raise ValueError(
-                "`interpolate_pos_encoding` is of PyTorch models: the exported programs take images of "
-                f"{self.image_size[0]}×{self.image_size[1]} pixels only."
+                f"`pixel_values` must be floating-point numbers, as the image processor returns them, got "
+                f"{pixel_values.dtype}."
             )
-        return {"pixel_values": pixel_values.to(self.device, self.dtype)}
+        return {"pixel_values": pixel_values.detach().to(self.device, self.dtype)}
 
     def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> State:
         """The state after the stage's program, with its answers."""
+        self._refuse(kwargs)
         stage = self._stages[stage_index]
         after = {name: state[name] for name in stage.passed_on}
         self.calls[stage_index] += 1
@@ -138,9 +165,16 @@ class ExportedModel(Task):
         threshold: float | Sequence[float] | None = None,
         max_stages: int | None = None,
         output_stage_logits: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
-    ) -> ModelOutput:
-        """The output of the PyTorch model's `forward` in evaluation mode; the arguments are as there."""
+        generator: torch.Generator | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> ModelOutput | tuple:
+        """
+        The output of the PyTorch model's `forward` in evaluation mode; the arguments are as there. `ValueError` for
+        those that programs do not have.
+        """
+        self.token_arguments(kwargs.get("keep_rate"))
+        self._refuse(kwargs)
         stages = resolve_stages(self.config.num_stages, max_stages)
         run = run_stages(
             self,
@@ -148,11 +182,25 @@ class ExportedModel(Task):
             stages,
             pixel_values,
             run_all=bool(output_stage_logits),
-            interpolate_pos_encoding=interpolate_pos_encoding,
+            generator=generator,
         )
-        return self.build_output(run, None, output_stage_logits)
+        output = self.build_output(run, None, output_stage_logits)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     __call__ = forward
+
+    def _refuse(self, arguments: Mapping[str, Any]) -> None:
+        """`ValueError` for arguments of PyTorch models that ask for something, `TypeError` for unknown ones."""
+        unknown = sorted(arguments.keys() - set(PYTORCH_ONLY))
+        if unknown:
+            raise TypeError(f"An exported model takes no {', '.join(map(repr, unknown))}.")
+        for name, value in arguments.items():
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"`{name}` is of PyTorch models, got {name}={value!r}: the exported programs compute the answers "
+                    f"of the stages to images of {self.image_size[0]}×{self.image_size[1]} pixels, and nothing else. "
+                    "Leave it out, or use the PyTorch model."
+                )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """`ValueError`: there are no PyTorch weights to save."""
@@ -164,6 +212,12 @@ class ExportedModel(Task):
 
 class ExportedClassifier(ExportedModel, ImageClassificationTask):
     """A classifier's stages in a runtime."""
+
+    def build_output(
+        self, run: StagedRun, labels: None, output_stage_logits: bool | None, **kwargs: Any
+    ) -> StagedImageClassifierOutput:
+        outputs = super().build_output(run, labels, output_stage_logits, **kwargs)
+        return with_halting_scores(outputs, run, self.config) if hasattr(self.config, "halting") else outputs
 
 
 class ExportedSegmenter(ExportedModel, SemanticSegmentationTask):

@@ -1,17 +1,15 @@
 """
-Exported folders: the program of each stage, `config.json`, `preprocessor_config.json`, and `export.json`, which says
-what the programs return, what wrote them, and their checksums.
+Exported folders: the program of each stage, `config.json`, `preprocessor_config.json`, and `export.json`
+(`manifest.py`).
 """
 
-import json
 import os
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import transformers
@@ -19,9 +17,8 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from ...families import FAMILIES, task_of
+from ...families import task_of
 from ...families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
-from ...files import replace_file, sha256
 from ...models.configuration_checks import as_pair
 from ...models.staged_loop import answer_stage
 from ...models.staged_run import State
@@ -37,13 +34,13 @@ from ..export import (
     write_onnx,
 )
 from .exported_model import ExportedClassifier, ExportedModel, ExportedSegmenter
+from .manifest import MANIFEST, fixed_fields, read_config, read_manifest, write_manifest
 from .programs import RUNTIMES, Output, StageFile, check_precision_name
 from .quantisation import check_calibration, quantise_stages
 
 
-MANIFEST = "export.json"
-FORMAT_VERSION = 1
 FORMATS = {runtime.file_format: name for name, runtime in RUNTIMES.items()}
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}
 TASKS = {IMAGE_CLASSIFICATION: ExportedClassifier, IMAGE_SEGMENTATION: ExportedSegmenter}
 
@@ -77,10 +74,19 @@ def export_model(
         `Path`: the folder.
 
     Raises:
-        ValueError: for a model that does not think in stages, a format or a precision that does not exist.
+        ValueError: for a model that does not think in stages or is quantised, a format or a precision that does not
+            exist, and a folder that holds a model's weights.
         ImportError: without the packages of the extra `openvino` or `onnx`.
     """
     check_stages(model)
+    task = task_of(model)
+    if getattr(model, "is_quantized", False) or any(
+        type(weight.data) is not torch.Tensor for weight in model.parameters()
+    ):
+        raise ValueError(
+            "The weights of this model are quantised or distributed, which exporters do not write: export the original "
+            "model, for int8 with `precision='int8'` and `calibration`."
+        )
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     check_precision_name(precision)
@@ -98,8 +104,16 @@ def export_model(
     elif calibration is not None:
         raise ValueError(f"`calibration` is for `precision` = 'int8', got {precision!r}.")
     output_dir = Path(output_dir)
+    weights = [path.name for pattern in WEIGHTS for path in output_dir.glob(pattern)]
+    if weights:
+        raise ValueError(
+            f"{str(output_dir)!r} holds the weights of a model ({weights[0]}), whose {CONFIG_NAME} an export would "
+            "replace: choose another folder."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / MANIFEST).unlink(missing_ok=True)  # what is written half is no export
+    # What is written half is no export, and an earlier one may have had another processor.
+    for name in (MANIFEST, IMAGE_PROCESSOR_NAME):
+        (output_dir / name).unlink(missing_ok=True)
     stages = _write_stages(model, output_dir, format, torch.float16 if precision == "fp16" else torch.float32)
     if precision == "int8":
         quantise_stages(output_dir, format, stages, calibration, partial(runtime.load, precision="fp32", options={}))
@@ -109,12 +123,13 @@ def export_model(
     write_manifest(
         output_dir,
         {
-            "format_version": FORMAT_VERSION,
             "format": format,
             "precision": precision,
-            "task": task_of(model),
+            "task": task,
             "image_size": list(as_pair(model.config.image_size)),
             "num_channels": model.config.num_channels,
+            "has_processor": processor is not None,
+            "fixed": fixed_fields(model.config),
             "stages": [asdict(stage) for stage in stages],
             "versions": _versions(format),
         },
@@ -189,48 +204,6 @@ def _versions(format: str) -> dict[str, str]:
     }
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `export.json` with the checksums of the programs' files."""
-    sums = {path.name: sha256(path) for path in program_files(folder, manifest["stages"])}
-    replace_file(folder / MANIFEST, json.dumps({**manifest, "sha256": sums}, indent=2) + "\n")
-
-
-def program_files(folder: Path, stages: Iterable[dict[str, Any]]) -> list[Path]:
-    """The files of the programs, with the weights that lie beside an OpenVINO program."""
-    paths = [folder / stage["file"] for stage in stages]
-    return [file for path in paths for file in (path, path.with_suffix(".bin")) if file == path or file.exists()]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: if the folder is no export, is of another version, or lacks files or has others than it says.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is no exported folder, or its export was cut off: it has no {MANIFEST}.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: export the model anew.") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{str(folder)!r} has version {version} of the format of exported folders, this package "
-            f"({__version__}) reads version {FORMAT_VERSION}: export the model anew with it."
-        )
-    for name, expected in manifest["sha256"].items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{str(folder)!r} lacks {name}: copy the whole folder, or export the model anew.")
-        if sha256(file) != expected:
-            raise ValueError(
-                f"{name} in {str(folder)!r} is not the file that was exported, it is damaged or replaced: copy the "
-                "folder anew, or export the model anew."
-            )
-    return manifest
-
-
 def from_exported(folder: str | os.PathLike, precision: str | None = None, **options) -> ExportedModel:
     r"""
     Load what `export_model` wrote, for [`AdaptiveEngine`], the pipeline, or to be called like the model.
@@ -247,8 +220,8 @@ def from_exported(folder: str | os.PathLike, precision: str | None = None, **opt
             Of the runtime: `threads` and `config` of both, `providers` of ONNX Runtime.
 
     Raises:
-        ValueError: if the folder is no export, is damaged or of another version; for a precision that the CPU or the
-            runtime lacks.
+        ValueError: if the folder is no export, is damaged or of another version, or its `config.json` differs from
+            the programs; for a precision that the CPU or the runtime lacks, and options that it does not have.
         ImportError: if the runtime is not installed; the message says how to install it.
     """
     folder = Path(folder)
@@ -260,18 +233,17 @@ def from_exported(folder: str | os.PathLike, precision: str | None = None, **opt
     precision = stored if precision is None else precision
     check_precision_name(precision)
     runtime.check_precision(precision, stored)
-    config_class = FAMILIES[json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]].config_class
+    runtime.check_options(options)
     stages = [
         StageFile(stage["file"], [Output(**output) for output in stage["outputs"]], stage["passed_on"])
         for stage in manifest["stages"]
     ]
     return TASKS[manifest["task"]](
-        config=config_class.from_pretrained(folder),
+        config=read_config(folder, manifest["fixed"]),
         processor=AutoImageProcessor.from_pretrained(folder) if (folder / IMAGE_PROCESSOR_NAME).is_file() else None,
         programs=[runtime.load(folder / stage.file, stage.outputs, precision, options) for stage in stages],
         stages=stages,
-        image_size=manifest["image_size"],
-        num_channels=manifest["num_channels"],
+        manifest=manifest,
         dtype=torch.float16 if (manifest["format"], stored) == ("onnx", "fp16") else torch.float32,
         folder=folder,
         runtime=name,

@@ -59,11 +59,19 @@ class OnnxRuntimeProgram:
             inputs = [state[name].contiguous() for name in self.inputs]
             outputs = [torch.empty((count, *shape), dtype=dtype) for shape, dtype in self._outputs]
             for name, tensor in zip(self.inputs, inputs):
-                binding.bind_input(name, "cpu", 0, _numpy_dtype(tensor), list(tensor.shape), tensor.data_ptr())
+                binding.bind_input(name, "cpu", 0, _numpy_dtype(tensor), list(tensor.shape), _address(tensor))
             for name, tensor in zip(self._names, outputs):
-                binding.bind_output(name, "cpu", 0, _numpy_dtype(tensor), list(tensor.shape), tensor.data_ptr())
+                binding.bind_output(name, "cpu", 0, _numpy_dtype(tensor), list(tensor.shape), _address(tensor))
             self._session.run_with_iobinding(binding)
         return outputs
+
+
+_NOTHING = torch.zeros(1)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Of the tensor's memory; any where it has no element, for which torch's is 0, which ONNX Runtime refuses."""
+    return tensor.data_ptr() if tensor.numel() else _NOTHING.data_ptr()
 
 
 def _numpy_dtype(tensor: torch.Tensor) -> np.dtype:

@@ -5,7 +5,7 @@ A program is called with the state of a batch, a dict of tensors on the CPU, and
 memory of its own. It knows neither models nor exits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...models.configuration_checks import check_integer
 from ...models.staged_run import State
 
 
@@ -77,6 +78,7 @@ class Runtime:
         check_precision (`Callable`): `(precision, stored)`: `ValueError` for a precision that it cannot compute in, of
             a folder that was exported in the precision `stored`.
         load (`Callable`): `(file, outputs, precision, options)` to a [`StageProgram`].
+        options (`tuple[str, ...]`): that `load` takes.
     """
 
     package: str
@@ -84,6 +86,7 @@ class Runtime:
     file_format: str
     check_precision: Callable[[str, str], None]
     load: Callable[[Path, list[Output], str, dict[str, Any]], StageProgram]
+    options: tuple[str, ...]
 
     def check_installed(self) -> None:
         if find_spec(self.package) is None:
@@ -91,6 +94,14 @@ class Runtime:
                 f'The runtime {self.package!r} is not installed: pip install "hf-thinkingvit[{self.extra}]", or '
                 f"pip install {self.package}."
             )
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """`ValueError` for options that this runtime does not have."""
+        unknown = sorted(options.keys() - set(self.options))
+        if unknown:
+            raise ValueError(f"{self.package} has the options {', '.join(self.options)}, got {', '.join(unknown)}.")
+        if options.get("threads") is not None:
+            check_integer("threads", options["threads"], minimum=1)
 
 
 def _openvino_precision(precision: str, stored: str) -> None:
@@ -124,8 +135,13 @@ def _load_onnxruntime(file: Path, outputs: list[Output], precision: str, options
 
 
 RUNTIMES: dict[str, Runtime] = {
-    "openvino": Runtime("openvino", "openvino", "openvino", _openvino_precision, _load_openvino),
-    "onnxruntime": Runtime("onnxruntime", "onnx", "onnx", _onnxruntime_precision, _load_onnxruntime),
+    "openvino": Runtime("openvino", "openvino", "openvino", _openvino_precision, _load_openvino, ("threads", "config")),
+    "onnxruntime": Runtime(
+        *("onnxruntime", "onnx", "onnx"),
+        _onnxruntime_precision,
+        _load_onnxruntime,
+        ("threads", "providers", "config"),
+    ),
 }
 
 
