@@ -4,28 +4,21 @@ Tests the papers' claims with small models on CIFAR-10: trains them one after an
     python -m benchmarks.cifar10 --output-dir outputs/cifar10
     python -m benchmarks.cifar10 --output-dir outputs/cifar10 --table
 
-    python -m benchmarks.cifar10 --output-dir outputs/cifar10 --export examples/checkpoints
-
 First plain nets of two widths are trained. Four runs of equal length start from the narrow net: ThinkingViT 3 → 6, the
 same without recycling (α stays 0), naive iteration 3 → 3, and the narrow net alone. Two start from the wide net: A-ViT,
-and the wide net alone. Finished runs are not repeated, and an interrupted run resumes.
+and the wide net alone. Finished runs are not repeated, and an interrupted run resumes. `benchmarks.checkpoints` makes a
+shipped checkpoint of one of them.
 """
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from transformers import AutoModelForImageClassification
 
-from hf_thinkingvit.auto import AutoImageProcessor
-from hf_thinkingvit.data import as_image_split, evaluation_batches, load_splits
-from hf_thinkingvit.evaluation import evaluate_accuracy, evaluate_thresholds, stage_macs
-from hf_thinkingvit.hub import accuracy_results, model_card
+from hf_thinkingvit.evaluation import stage_macs
 
 
 ROOT = Path(__file__).parents[1]
@@ -88,57 +81,13 @@ def table(output_dir: Path) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()
-def export(output_dir: Path, dataset: str, checkpoints: Path) -> None:
-    """Save ThinkingViT and A-ViT in half precision, with these weights' results on the test set in their cards."""
-    for name in ("3-6", "A-ViT"):
-        if not (output_dir / name / "done").exists():
-            continue
-        model = AutoModelForImageClassification.from_pretrained(output_dir / name / "best", dtype=torch.float16)
-        processor = AutoImageProcessor.from_pretrained(output_dir / name / "best")
-        measured = copy.deepcopy(model).float()
-        # Earlier versions selected the best epoch on the test images without recording it.
-        chosen = json.loads((output_dir / name / "results.json").read_text()).get("selected_on", "test")
-        training = {"data": "CIFAR-10, 50 000 images", "command": "`python -m benchmarks.cifar10`", "seed": 0}
-        if name == "A-ViT":
-            split = as_image_split(load_splits(dataset)["test"], "uoft-cs/cifar10")
-            accelerator = Accelerator(cpu=True)
-            batches = accelerator.prepare(evaluation_batches(split, processor, batch_size=250))
-            found = evaluate_accuracy(accelerator, {"half": measured}, batches)["half"]
-            results = accuracy_results(
-                model, found, "uoft-cs/cifar10", split="test", selected_on=chosen, training=training
-            )
-        else:
-            model.config.threshold = 1.4  # about half of the multiply-accumulates, for 0.3 points
-            answers, _ = evaluate_thresholds(measured, dataset, processor, split="test", batch_size=250)
-            results = answers.results([round(0.2 * step, 1) for step in range(13)])
-            results |= {"dataset": "uoft-cs/cifar10", "selected_on": chosen, "training": training}
-        folder = checkpoints / f"{model.config.model_type}-cifar10"
-        # These folders are loaded with the package installed, so they need no copy of its code.
-        model.save_pretrained(folder)
-        for code in folder.glob("*.py"):
-            code.unlink()
-        config = json.loads((folder / "config.json").read_text())
-        config.pop("auto_map", None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        processor.save_pretrained(folder)
-        facts = {"license": "apache-2.0", "datasets": "uoft-cs/cifar10"}
-        source = f"examples/checkpoints/{folder.name}"
-        card = model_card(model, results, name=folder.name, source=source, **facts)
-        card.save(folder / "README.md")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--dataset", default="uoft-cs/cifar10", help="Hub id or folder")
     parser.add_argument("--only", nargs="+", choices=[name for name, *_ in RUNS], help="runs to train")
     parser.add_argument("--table", action="store_true", help="print what is there without training")
-    parser.add_argument("--export", type=Path, help="write the best models in half precision to this folder")
     arguments = parser.parse_args()
-    if arguments.export:
-        export(arguments.output_dir, arguments.dataset, arguments.export)
-        return
     for name, start, epochs, flags in RUNS:
         if not arguments.table and name in (arguments.only or [name]):
             train(name, start, epochs, flags, arguments.output_dir, arguments.dataset)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
 from hf_thinkingvit import ThinkingViTForImageClassification
-from hf_thinkingvit.hub import push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.models.nested_projection import project
+from tests.models.adapters import adapted, assert_same, lora
 from tests.models.every_family import EVERY_CLASS, EVERY_FAMILY, every_answer
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import FIXTURES, counted_flops, lively_model, lively_swin, random_images
@@ -29,26 +29,6 @@ pytestmark = [
 
 # The linear layers of attention and MLP under their names in ViT, Swin and the segmentation decoder.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv", "fc1", "fc2"]
-
-
-def adapted(model: torch.nn.Module, config) -> "peft.PeftModel":
-    """The model with adapters that show in the logits, in evaluation mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = peft.get_peft_model(model, config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def lora(target_modules="all-linear", **fields) -> "peft.LoraConfig":
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": target_modules, **fields})
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def assert_equals_merged(model: "peft.PeftModel", plain: torch.nn.Module) -> None:
@@ -332,37 +312,3 @@ def test_in_half_precision(make):
     half = every_answer(model.to(torch.bfloat16), random_images().to(torch.bfloat16))[0]
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
-
-
-def test_copies_of_the_weights_ask_to_merge_first(tmp_path):
-    model = adapted(lively_model(), lora(["q_proj"]))
-    with pytest.raises(ValueError, match="has adapters, which a copy of its weights would leave out.*merge_and_unload"):
-        model.base_model.model.extract_stage(0)
-    with pytest.raises(ValueError, match="its published weights.*merge_and_unload"):
-        push(model.base_model.model, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
-    assert not (tmp_path / "push").exists()
-    assert model.merge_and_unload().extract_stage(0).config.num_attention_heads == 1
-
-
-@pytest.mark.parametrize("family", EVERY_CLASS)
-def test_saving_the_model_within_asks_to_merge_first(family, tmp_path):
-    """Its layers have other names than those that a model without adapters reads."""
-    wrapped = peft.get_peft_model(EVERY_FAMILY[family](), lora())
-    model, message = wrapped.get_base_model(), r"the saved folder would leave out.*merge_and_unload.*save them alone"
-    with pytest.raises(ValueError, match=message):
-        model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=message):
-        model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict())
-    wrapped.merge_adapter()  # in place: the names stay
-    with pytest.raises(ValueError, match=message):
-        model.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize("make", [lively_model, lambda: lively_swin(qkv_slicing="each_projection")])
-@torch.no_grad()
-def test_a_merged_model_is_saved(make, tmp_path):
-    model = adapted(make(), lora(modules_to_save=["classifier"], target_modules=["fc1", "fc2"]))
-    expected = every_answer(model)
-    model.merge_and_unload().save_pretrained(tmp_path)
-    assert_same(every_answer(type(model.get_base_model()).from_pretrained(tmp_path)), expected)
