@@ -6,6 +6,7 @@ of the package drives it: `step_stage` in the engine, `run_stages` in a call. Th
 whatever the stages compute in.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,7 @@ class ExportedModel(Task):
         self.image_size, self.num_channels = tuple(manifest["image_size"]), manifest["num_channels"]
         self.calls = [0] * len(programs)
         self._programs, self._stages = programs, stages
+        self._checked_fields: dict[str, Any] | None = None
 
     def __reduce__(self):
         from .folder import from_exported  # which builds this class
@@ -98,7 +100,10 @@ class ExportedModel(Task):
 
     def exit_rule(self, threshold: float | Sequence[float] | None = None) -> ExitRule:
         """As in [`Task`]. `ValueError` if fields of `config` have changed that are fixed in the programs."""
-        check_fixed(self.config, self.manifest["fixed"])
+        now = vars(self.config)
+        if now != self._checked_fields:  # a fraction of the time of the check, for each call
+            check_fixed(self.config, self.manifest["fixed"])
+            self._checked_fields = copy.deepcopy(now)
         return super().exit_rule(threshold)
 
     def token_arguments(self, keep_rate: float | Sequence[float] | None = None) -> dict[str, Any]:
