@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from hf_thinkingvit import convert_checkpoint
+from hf_thinkingvit import ThinkingViTForImageClassification, convert_checkpoint
 from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.commands.command import check_model_folder
-from hf_thinkingvit.commands.loading import load_model
+from hf_thinkingvit.commands.loading import load_baseline, load_model
 from hf_thinkingvit.families.record import IMAGE_SEGMENTATION
 from tests.conversion.segmenter_files import write_official
 from tests.utils import FIXTURES
@@ -52,6 +53,28 @@ def test_files_and_bare_folders_say_what_they_lack(tmp_path):
 def test_another_task_is_refused():
     with pytest.raises(ValueError, match="is a model for image-classification, and this command is for image-segm"):
         load_model(str(FOLDER), IMAGE_SEGMENTATION)
+
+
+def test_no_head_is_drawn_at_random(tmp_path):
+    """Neither of the model of a command, nor of one that it is compared with."""
+    model, processor = load_model(str(FOLDER))
+    model.base_model.save_pretrained(tmp_path / "bare")
+    plain = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32))
+    plain.save_pretrained(tmp_path / "plain")
+    for name in ("bare", "plain"):
+        processor.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="has no weights for classifier.bias, classifier.weight"):
+            load_baseline(str(tmp_path / name))
+    with pytest.raises(ValueError, match="has no weights for classifier.bias, classifier.weight"):
+        load_model(str(tmp_path / "bare"))
+
+
+def test_a_baseline_may_be_official_or_of_transformers(tmp_path):
+    assert type(load_baseline(str(FOLDER))[0]) is ThinkingViTForImageClassification
+    plain = ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    plain.save_pretrained(tmp_path)
+    load_model(str(FOLDER))[1].save_pretrained(tmp_path)
+    assert type(load_baseline(str(tmp_path))[0]) is ViTForImageClassification
 
 
 def test_commands_answer_as_with_the_converted_model(tmp_path, capsys):

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification
 
-from ..auto import AutoImageProcessor
 from ..evaluation.answer_plots import plot_classes, plot_examples, plot_histograms
 from ..evaluation.classes import class_table, entropy_histogram, segmentation_class_table
 from ..evaluation.image_answers import ImageAnswers, collect_image_answers
@@ -20,7 +18,7 @@ from ..models.exit_criteria import EXIT_CRITERIA
 from ..models.exit_rules import resolve_thresholds
 from . import command
 from .evaluation import evaluate, segments
-from .loading import best_device, load_model, start
+from .loading import best_device, load_baseline, load_model, start
 
 
 SHOWN_ROWS = 5  # at each end of the table that is printed
@@ -59,10 +57,8 @@ def _of_images(model: Any, processor: Any, arguments: argparse.Namespace, thresh
     if arguments.classes:
         baseline, words = None, " by class: last stage over first" if answers.num_answers > 1 else " by class"
         if arguments.baseline is not None:
-            other = AutoModelForImageClassification.from_pretrained(arguments.baseline, dtype=torch.float32)
-            other.to(model.device)
-            other_processor = AutoImageProcessor.from_pretrained(arguments.baseline)
-            baseline = collect_image_answers(other, arguments.dataset, other_processor, **options)
+            other, other_processor = load_baseline(arguments.baseline, dtype=torch.float32)
+            baseline = collect_image_answers(other.to(model.device), arguments.dataset, other_processor, **options)
             words = f" by class, over {Path(arguments.baseline).name}"
         rows = class_table(answers, threshold, baseline)
         files += _save_classes(rows, f"{title}{words}", folder)

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..auto import TASKS, AutoImageProcessor, saved_task
 from ..conversion.loading import load_official_source
-from ..families import task_of
+from ..families import FAMILIES, task_of
 from ..families.official import UnstatedField
 from ..families.record import IMAGE_CLASSIFICATION
 from ..inference import ExportedModel, from_exported
@@ -51,7 +51,7 @@ def load_model(
         if task is None and saved is None:
             raise ValueError(f"`{name}` is no model of this package with a head: its class is {config.architectures}.")
         _check_task(name, saved, task)
-        model = TASKS[saved or task][0].from_pretrained(name, **options).eval()
+        model = load_whole(TASKS[saved or task][0], name, **options)
         return model, AutoImageProcessor.from_pretrained(name, **found)
     except OSError as error:
         if Path(name).exists():
@@ -60,6 +60,34 @@ def load_model(
             f"`{name}` is no folder here, and cannot be loaded from the Hub: it is not there, or needs "
             "`hf auth login`, or the Hub cannot be reached."
         ) from error
+
+
+def load_baseline(name: str, **options: Any) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """
+    An image classifier to compare with, of this package or of Transformers, in evaluation mode, and its image
+    processor. The arguments are those of `load_model`.
+
+    Raises:
+        OSError, ValueError: as in `load_model`.
+    """
+    check_model_folder(name)
+    found = hub_arguments(options)
+    if is_official(name, options) or AutoConfig.from_pretrained(name, **found).model_type in FAMILIES:
+        return load_model(name, **options)
+    model = load_whole(AutoModelForImageClassification, name, **options)
+    return model, AutoImageProcessor.from_pretrained(name, **found)
+
+
+def load_whole(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
+    """A saved model in evaluation mode. `ValueError` if it lacks weights, which would be drawn at random."""
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if absent:
+        raise ValueError(
+            f"`{name}` has no weights for {', '.join(absent[:4])}{' and others' if len(absent) > 4 else ''} of a "
+            f"{type(model).__name__}, which would be random: give the folder of a trained one."
+        )
+    return model.eval()
 
 
 def _load_official(name: str, task: str | None, options: dict[str, Any]) -> tuple[PreTrainedModel, BaseImageProcessor]:
