@@ -225,6 +225,17 @@ class TestFaults:
         assert results[1].logits is None
         assert engine.stats.failures == 1
 
+    def test_images_of_another_size_stop_or_are_returned(self, model):
+        """They are no part of the others' batches."""
+        images, other = list(random_images(5)), torch.zeros(3, 20, 24)
+        with pytest.raises(ValueError, match="20"):
+            list(AdaptiveEngine(model, batch_size=4)([*images, other]))
+        engine = AdaptiveEngine(model, batch_size=4, on_error="return")
+        results = list(engine([*images[:2], other, *images[2:]]))
+        assert [result.index for result in results] == list(range(6)) and engine.stats.failures == 1
+        assert [result.error is None for result in results] == [True, True, False, True, True, True]
+        assert "20" in str(results[2].error)
+
     def test_inputs_that_cannot_be(self, model):
         cases = [
             ([torch.zeros(2, 3, 32, 32)], "must be a tensor"),

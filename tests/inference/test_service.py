@@ -44,6 +44,12 @@ class TestThresholdsOfImages:
 
 
 class TestService:
+    def test_goes_on_after_an_image_of_another_size(self):
+        model, image = with_exits(NETWORKS["vit"]()), random_images(1)[0]
+        with EngineService(service_engine(model)) as service:
+            assert "12" in str(service.submit(torch.zeros(3, 12, 12)).result(timeout=60).error)
+            assert service.submit(image).result(timeout=60).error is None
+
     def test_answers_every_request_with_its_own_result(self):
         """From many threads at once, with good and bad images; what the service answers is what the model does."""
         model, images = with_exits(NETWORKS["vit"]()), random_images(40)

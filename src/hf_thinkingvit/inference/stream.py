@@ -85,6 +85,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
+class _RefusedImages(Exception):
+    """The first stage raises `error` for the images `indices`."""
+
+    def __init__(self, indices: list[int], error: ValueError):
+        self.indices, self.error = indices, error
+
+
 class Stream:
     """One pass of an engine over an input."""
 
@@ -157,9 +164,7 @@ class Stream:
                         failure = reading.error
                         reader.close()
                     else:
-                        self.thresholds.pop(reading.indices[0], None)
-                        self.stats.failures += 1
-                        yield [EngineResult(reading.indices[0], error=reading.error)]
+                        yield [self._failed(reading.indices[0], reading.error)]
                 elif any(map(len, queues)):
                     # At the end of the input, the earliest stage first, so that its images fill up later batches.
                     yield self._run_queue(next(s for s, queue in enumerate(queues) if len(queue)))
@@ -183,7 +188,10 @@ class Stream:
 
     def _run_queue(self, stage: int) -> list[EngineResult]:
         """Run a stage on a batch of its queue, and return the results of the images that exit."""
-        indices, since, (exits, answer, state) = self._step(stage)
+        try:
+            indices, since, (exits, answer, state) = self._step(stage)
+        except _RefusedImages as refused:
+            return [self._failed(index, refused.error) for index in refused.indices]
         exits = exits.tolist()
         going_on = [index for index, exit_ in zip(indices, exits) if not exit_]
         self.stats.rows[stage] += len(indices)
@@ -206,6 +214,11 @@ class Stream:
             results.append(EngineResult(index, logits[row].clone(), stage, entropies[row], others=own))
         return results
 
+    def _failed(self, index: int, error: BaseException) -> EngineResult:
+        self.thresholds.pop(index, None)
+        self.stats.failures += 1
+        return EngineResult(index, error=error)
+
     def _thresholds_of(self, indices: list[int]) -> torch.Tensor | None:
         """τ of each image and exit, `(images, exits)`, where any of these images has its own; else `None`."""
         if not self.thresholds or self.thresholds.keys().isdisjoint(indices):
@@ -220,6 +233,11 @@ class Stream:
             started = time.perf_counter()
             try:
                 return indices, since, self.engine.step(stage, state, self._thresholds_of(indices))
+            except ValueError as error:
+                # The images of a batch have one shape, so that the model takes none of them.
+                if stage > 0 or self.engine.on_error != "return":
+                    raise
+                raise _RefusedImages(indices, error) from error
             except RuntimeError as error:
                 if len(indices) < 2 or not _is_out_of_memory(error):
                     raise
