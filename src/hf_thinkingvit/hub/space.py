@@ -7,10 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, SpaceCard, SpaceCardData
-from PIL import Image, ImageOps
 
 import hf_thinkingvit
 
+from ..models.image_files import read_image
 from .commit import check_repo_id, publish
 
 
@@ -81,7 +81,8 @@ def push_space(
     Args:
         repo_id (`str`): `"organization/name"` of the Space. Created if it does not exist.
         models (`Sequence[str]`): Hub ids to choose from. Private ones need a secret `HF_TOKEN` in the Space's settings.
-        samples (`Sequence[path]`): images to pick from, which are published as well.
+        samples (`Sequence[path]`): images to pick from. Their pixels are published as well, as PNG files of 8 bits per
+            channel, of which a model makes the same as of the samples.
         title (`str`, *optional*): of the Space.
         license (`str`): of the page, which is this package's code.
         private, token, commit_message, dry_run: as in [`push`].
@@ -90,27 +91,27 @@ def push_space(
         `CommitInfo` of the commit; the `Path` of the folder for a dry run.
 
     Raises:
-        ValueError, PermissionError: as [`push`]; also for `models` that are no ids of models on the Hub, and samples
-            with the same name.
+        ValueError, PermissionError: as [`push`]; also for `models` that are no ids of models on the Hub, samples
+            with the same name but for its suffix, and samples that [`read_image`] refuses.
     """
     check_repo_id(repo_id)
     if not models:
         raise ValueError("`models` must have the Hub id of at least one model, got none.")
     for model in models:
         check_repo_id(model, "models")
-    names = [Path(sample).name for sample in samples]
+    names = [_name_of(sample) for sample in samples]
     if len(set(names)) < len(names):
-        raise ValueError(f"`samples` must have different names, got {sorted(names)}.")
+        got = ", ".join(sorted(map(str, samples)))
+        raise ValueError(f"`samples` are published as PNG, and must have different names, got {got}.")
 
     def write(folder: Path) -> None:
         write_page(folder, models, title, license)
         shutil.copytree(Path(hf_thinkingvit.__file__).parent, folder / PACKAGE, ignore=_not_of_the_package)
         for sample in samples:
             (folder / "images").mkdir(exist_ok=True)
-            with Image.open(sample) as image:  # its pixels alone: photographs know where and by whom they were taken
-                pixels = ImageOps.exif_transpose(image).convert("RGB")
+            pixels = read_image(sample)  # and nothing else: photographs know where and by whom they were taken
             pixels.info.clear()
-            pixels.save(folder / "images" / Path(sample).name)
+            pixels.save(folder / "images" / _name_of(sample))
 
     return publish(
         write,
@@ -123,6 +124,11 @@ def push_space(
         # Modules of an earlier version would be imported beside those of this one.
         is_stale=lambda name: name.startswith(f"{PACKAGE}/"),
     )
+
+
+def _name_of(sample: str | os.PathLike) -> str:
+    """The sample's name on the page. PNG loses nothing; JPEG would move entropies a little."""
+    return Path(sample).with_suffix(".png").name
 
 
 def _not_of_the_package(folder: str, names: list[str]) -> list[str]:
