@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from transformers.models.vit.modeling_vit import ViTForImageClassification
 
+from hf_thinkingvit import ThinkingViTForSemanticSegmentation
 from hf_thinkingvit.inference import AdaptiveEngine
 from tests.models.every_family import EVERY_CLASS, EVERY_FAMILY, every_answer
 from tests.utils import lively_model, lively_swin, random_images
@@ -194,8 +195,10 @@ def test_torchs_own_quantisation_is_refused(family):
         quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
-def test_a_stage_is_extracted_from_plain_weights_only(int8, tmp_path):
+def test_other_models_start_from_plain_weights_only(int8, tmp_path):
     quantized = loaded(lively_model(), tmp_path, int8)
     with pytest.raises(ValueError, match="no plain parameters, but quantised.*without quantisation"):
         quantized.extract_stage(0)
+    with pytest.raises(ValueError, match="no plain parameters, but quantised.*without quantisation"):
+        ThinkingViTForSemanticSegmentation.from_thinkingvit(quantized, num_labels=3)
     assert isinstance(lively_model().extract_stage(0), ViTForImageClassification)

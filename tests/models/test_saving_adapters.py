@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_thinkingvit import ThinkingViTForSemanticSegmentation
 from hf_thinkingvit.hub import push
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from tests.models.adapters import adapted, assert_same, lora
@@ -19,6 +20,10 @@ def test_copies_of_the_weights_ask_to_merge_first(tmp_path):
     model = adapted(lively_model(), lora(["q_proj"]))
     with pytest.raises(ValueError, match="has adapters, which a copy of its weights would leave out.*merge_and_unload"):
         model.base_model.model.extract_stage(0)
+    with pytest.raises(ValueError, match="has adapters, which a copy of its weights would leave out.*merge_and_unload"):
+        ThinkingViTForSemanticSegmentation.from_thinkingvit(model.base_model.model, num_labels=3)
+    with pytest.raises(ValueError, match="`source` must be a ThinkingViT.*PeftModel"):
+        ThinkingViTForSemanticSegmentation.from_thinkingvit(model, num_labels=3)
     with pytest.raises(ValueError, match="its published weights.*merge_and_unload"):
         push(model.base_model.model, evaluation_image_processor(32), "org/name", dry_run=tmp_path / "push")
     assert not (tmp_path / "push").exists()

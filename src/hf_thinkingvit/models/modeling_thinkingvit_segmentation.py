@@ -5,6 +5,7 @@ From pixels to masks: `forward` calls the loop over stages (`staged_loop.py`). `
 the backbone (`modeling_thinkingvit.py`) runs its stages, and `answer` has the decoder read each stage's patch tokens.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -203,11 +204,13 @@ class ThinkingViTForSemanticSegmentation(SemanticSegmentationTask, StagedModelMi
                 classifier: pass `layer_norm_eps=1e-5` to train as it does.
 
         Raises:
-            ValueError: if the source is no ThinkingViT, the labels are not given, or an override changes what the
-                source's weights fix.
+            ValueError: if the source is no ThinkingViT or has adapters or quantised weights, the labels are not given,
+                or an override changes what the source's weights fix.
         """
-        if not isinstance(source, ThinkingViTPreTrainedModel):
+        if isinstance(source, (str, os.PathLike)):
             source = ThinkingViTModel.from_pretrained(source)
+        elif not isinstance(source, ThinkingViTPreTrainedModel):
+            raise ValueError(f"`source` must be a ThinkingViT, its folder or its Hub id, got {type(source).__name__}.")
         model = cls(segmentation_config(source.config, decoder_type=decoder_type, **config_overrides))
         import_backbone(model, source)
         return model

@@ -9,7 +9,7 @@ from .configuration_backbone import StagedBackboneConfig
 from .configuration_labels import complete_labels
 from .configuration_thinkingvit import ThinkingViTConfig
 from .nested_vit import interpolate_positions
-from .weights_from_vit import FIXED_FIELDS, check_overrides
+from .weights_from_vit import FIXED_FIELDS, check_overrides, own_weights
 
 
 LABEL_FIELDS = ("num_labels", "id2label", "label2id")
@@ -41,7 +41,11 @@ def import_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """
     Copy the weights of the backbone of `source` into that of `model`, which takes on its device, dtype and mode. The
     predictors of token pruning are left out, and position embeddings are resized to the patch grid of `model`.
+
+    Raises:
+        ValueError: if `source` has adapters that are not merged, or quantised weights.
     """
+    own_weights(source.base_model)  # refuses those
     model.to(device=source.device, dtype=source.dtype).train(source.training)
     state_dict = source.base_model.state_dict()
     config: PreTrainedConfig = model.config

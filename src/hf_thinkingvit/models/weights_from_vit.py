@@ -184,13 +184,13 @@ def avit_config_from_vit(config: PreTrainedConfig, **overrides) -> AViTConfig:
 
 def _pairs(model: PreTrainedModel, vit: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name and parameter of our model, the ViT's parameter of the same role), for every parameter of the ViT."""
-    nested = _own_weights(model)
-    for name, parameter in _own_weights(vit).items():
+    nested = own_weights(model)
+    for name, parameter in own_weights(vit).items():
         name = _our_name(model, vit, name)
         yield name, nested[name], parameter
 
 
-def _own_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def own_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters by name; `ValueError` if they are not all that the model computes with, or no plain ones."""
     check_merged(model, "a copy of its weights")
     parameters = dict(model.named_parameters())
@@ -221,7 +221,7 @@ def pairs_of_layers(
     (leading corner of our model's parameter, the ViT's parameter), for every parameter of the ViT, whose layers are
     those of our model with the numbers `layers`, and whose classifier is ours with the prefix `classifier`.
     """
-    nested = _own_weights(model)
+    nested = own_weights(model)
     ours = f"{model.base_model_prefix}.layers."
     taken = {f"{ours}{index}.": f"{ours}{number}." for index, number in enumerate(layers)}
     taken["classifier."] = classifier
@@ -302,6 +302,7 @@ __all__ = [
     "load_classifier",
     "match_source",
     "override_fields",
+    "own_weights",
     "pairs_of_layers",
     "thinkingvit_config_from_vit",
 ]
