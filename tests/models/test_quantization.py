@@ -65,6 +65,26 @@ def test_torchao_int8_activations(make, int8, tmp_path):
     assert_similar(every_answer(quantized), every_answer(make()))
 
 
+@pytest.mark.parametrize(
+    "family", ["thinkingvit", "thinking_swin", "thinking_swin official", "elastic_vit dynabert", "segmentation"]
+)
+@torch.no_grad()
+def test_weights_that_cannot_be_cut_are_used_whole(family, int8, tmp_path):
+    """torchao cuts this layout between blocks only, and a block is a row of the whole matrix."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerAxis
+
+    model = EVERY_FAMILY[family]()
+    quantization = TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)))
+    quantized = loaded(model, tmp_path, quantization)
+    found = every_answer(quantized)
+    assert_similar(found, every_answer(model))
+    for module in quantized.modules():
+        if isinstance(module, torch.nn.Linear) and type(module.weight) is not torch.nn.Parameter:
+            module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    for ours, theirs in zip(found, every_answer(quantized), strict=True):  # by leading corners of the rounded weights
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_quantised_after_loading():
     quantization = pytest.importorskip("torchao.quantization")

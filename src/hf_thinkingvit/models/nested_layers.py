@@ -27,16 +27,19 @@ class LeadingSliceMixin(ModuleCacheMixin):
 
     _cache_attributes = ("_cached_views",)
 
-    def leading(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Views of `weight[:sizes[0], :sizes[1], ...]` and `bias[:sizes[0]]`."""
+    def leading(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """
+        Views of `weight[:sizes[0], :sizes[1], ...]` and `bias[:sizes[0]]`. `None` for a quantised weight without such a
+        slice: call `product_at_full_width`.
+        """
         weight, bias = self.weight, self.bias
         if sizes == weight.shape:
             return weight, bias
         if torch.compiler.is_compiling():
-            return self._corner(weight, bias, sizes)
+            return self._corner_if_any(weight, bias, sizes)
         if torch.is_grad_enabled() or not self._may_cache(weight, bias):
             self._drop_views()
-            return self._corner(weight, bias, sizes)
+            return self._corner_if_any(weight, bias, sizes)
         cached = self.__dict__.get("_cached_views")
         if cached is None or not (_is_same_memory(weight, cached[0]) and _is_same_memory(bias, cached[1])):
             cached = weight.detach(), None if bias is None else bias.detach(), {}
@@ -56,6 +59,17 @@ class LeadingSliceMixin(ModuleCacheMixin):
 
     def _drop_views(self) -> None:
         self.__dict__.pop("_cached_views", None)
+
+    def _corner_if_any(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        if type(weight) in (nn.Parameter, torch.Tensor):
+            return self._corner(weight, bias, sizes)
+        try:
+            return self._corner(weight, bias, sizes)
+        except (AssertionError, NotImplementedError, RuntimeError, ValueError):
+            # torchao cuts some layouts between blocks of equal scale only, and others not at all.
+            return None
 
     def _corner(
         self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]
@@ -83,6 +97,15 @@ def _is_same_memory(tensor: torch.Tensor | None, alias: torch.Tensor | None) -> 
         return False
 
 
+def product_at_full_width(
+    layer: nn.Linear, hidden_states: torch.Tensor, out_features: int, row_blocks: int = 1
+) -> torch.Tensor:
+    """What `project` promises, by the whole weight: zeros stand for the channels that `hidden_states` does not have."""
+    corner = LeadingCorner(hidden_states.shape[-1], out_features, row_blocks)
+    hidden_states = nn.functional.pad(hidden_states, (0, layer.in_features - corner.in_features))
+    return corner.cut(nn.functional.linear(hidden_states, layer.weight, layer.bias))
+
+
 class NestedLinear(LeadingSliceMixin, nn.Linear):
     """
     A linear map whose leading rows and columns are a smaller linear map.
@@ -106,8 +129,11 @@ class NestedLinear(LeadingSliceMixin, nn.Linear):
             return corner.widen(output, self.out_features)
         if out_features is not None and out_features > self.out_features:
             raise ValueError(f"{out_features} leading rows were asked of a layer that has {self.out_features}.")
-        weight, bias = self.leading(out_features or self.out_features, hidden_states.shape[-1])
-        return nn.functional.linear(hidden_states, weight, bias)
+        out_features = out_features or self.out_features
+        views = self.leading(out_features, hidden_states.shape[-1])
+        if views is None:
+            return product_at_full_width(self, hidden_states, out_features)
+        return nn.functional.linear(hidden_states, *views)
 
 
 class NestedConv2d(LeadingSliceMixin, nn.Conv2d):

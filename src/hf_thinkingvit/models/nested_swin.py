@@ -22,6 +22,7 @@ from .nested_layers import (
     NestedMLP,
     ResidualDropout,
     add_residual,
+    product_at_full_width,
 )
 from .nested_projection import LeadingCorner, is_nested, project
 from .nested_vit import attend, check_pixel_values
@@ -206,9 +207,13 @@ class NestedQKV(LeadingSliceMixin, nn.Linear):
             parts = NestedQKV.forward(self, hidden_states[..., : corner.in_features], corner.out_features)
             return corner.widen(torch.cat(parts, dim=-1), self.out_features)
         width = hidden_states.shape[-1]
-        if self.slicing == "leading_rows" or width == self.in_features:
-            return nn.functional.linear(hidden_states, *self.leading(out_features, width)).chunk(3, dim=-1)
-        return [nn.functional.linear(hidden_states, *part) for part in self.leading(width, width)]
+        is_one_block = self.slicing == "leading_rows" or width == self.in_features
+        views = self.leading(out_features if is_one_block else width, width)
+        if views is None:
+            return product_at_full_width(self, hidden_states, out_features, 1 if is_one_block else 3).chunk(3, dim=-1)
+        if is_one_block:
+            return nn.functional.linear(hidden_states, *views).chunk(3, dim=-1)
+        return [nn.functional.linear(hidden_states, *part) for part in views]
 
     def _corner(self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...]):
         if self.slicing == "leading_rows":
