@@ -215,6 +215,14 @@ def test_torchs_own_quantisation_is_refused(family):
         quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
+@pytest.mark.parametrize("part", ["thinkingvit.layers", "thinkingvit.layers.0.mlp.fc1", "classifier"])
+def test_torchs_own_quantisation_of_a_part_is_refused(part):
+    quantization, layers = pytest.importorskip("torch.ao.quantization"), lively_model().get_submodule(part)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="hardly anything of NestedL.*Use torchao instead"):
+        warnings.simplefilter("ignore")
+        quantization.quantize_dynamic(layers, {torch.nn.Linear}, dtype=torch.qint8)
+
+
 def test_other_models_start_from_plain_weights_only(int8, tmp_path):
     quantized = loaded(lively_model(), tmp_path, int8)
     with pytest.raises(ValueError, match="no plain parameters, but quantised.*without quantisation"):

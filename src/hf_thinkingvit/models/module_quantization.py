@@ -56,7 +56,24 @@ def check_saved(model: PreTrainedModel, names: Iterable[str] | None = None) -> N
         )
 
 
-class QuantizablePreTrainedModel(PreTrainedModel):
+class RefusesTorchQuantization:
+    """Mixin for models and layers that `torch.ao.quantization` would leave as they are. Place it before `nn.Module`."""
+
+    @property
+    def qconfig(self) -> None:
+        """Which `torch.ao.quantization` sets on every module in what it is to quantise, for some to `None`."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise ValueError(
+            "`torch.ao.quantization` replaces layers of the very class `nn.Linear`, and would quantise hardly anything "
+            f"of {type(self).__name__}. Use torchao instead: `torchao.quantization.quantize_(model, "
+            "Int8DynamicActivationInt8WeightConfig())`."
+        )
+
+
+class QuantizablePreTrainedModel(RefusesTorchQuantization, PreTrainedModel):
     """A model with nested layers, which refuses what would not quantise or not save them."""
 
     def __init__(self, config, *args, **kwargs):
@@ -75,18 +92,5 @@ class QuantizablePreTrainedModel(PreTrainedModel):
                 kwargs["save_original_format"] = False
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    @property
-    def qconfig(self) -> None:
-        """Which `torch.ao.quantization` sets on every module that it is to quantise."""
-        raise AttributeError("qconfig")
 
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        raise ValueError(
-            "`torch.ao.quantization` replaces layers of the very class `nn.Linear`, and would quantise hardly anything "
-            f"of {type(self).__name__}. Use torchao instead: `torchao.quantization.quantize_(model, "
-            "Int8DynamicActivationInt8WeightConfig())`."
-        )
-
-
-__all__ = ["QuantizablePreTrainedModel", "check_quantization", "check_saved"]
+__all__ = ["QuantizablePreTrainedModel", "RefusesTorchQuantization", "check_quantization", "check_saved"]

@@ -10,11 +10,12 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN, GELUActivation
 
 from .module_caches import ModuleCacheMixin, is_plain_tensor
+from .module_quantization import RefusesTorchQuantization
 from .module_recording import is_idle_recorder
 from .nested_projection import LeadingCorner, project
 
 
-class LeadingSliceMixin(ModuleCacheMixin):
+class LeadingSliceMixin(RefusesTorchQuantization, ModuleCacheMixin):
     """
     Provides `leading(...)`, views of the leading channels of weight and bias. Inference caches the views: taking them
     again costs more, at batch 1 on a CPU, than some of the products that use them.
