@@ -7,8 +7,9 @@ Classify images over HTTP, in batches of what arrives together:
 
 `--model` is a folder that `export_model` wrote, or a model with PyTorch weights. The body of a request is the file of
 an image; `threshold` is τ of this request. Answers: 200 with labels, scores, exit stage and entropy; 4xx with a reason
-for what is wrong with the request; 503 with Retry-After while as many requests wait as may wait. `GET /health`, and
-`GET /metrics` for Prometheus. SIGINT and SIGTERM end it after the requests that it has accepted.
+for what is wrong with the request; 500 where the model's answer is not finite; 503 with Retry-After while as many
+requests wait as may wait. `GET /health`, and `GET /metrics` for Prometheus. SIGINT and SIGTERM end it after the
+requests that it has accepted.
 """
 
 import argparse
@@ -22,14 +23,18 @@ from functools import partial
 import prometheus_client
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from hf_thinkingvit.commands.loading import load_classifier
 from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull
+from hf_thinkingvit.inference.class_scores import best_classes, check_has_classes
 
 
 def decode(content: bytes, max_pixels: int) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:  # its text is the address of the buffer
+        raise ValueError(f"its {len(content)} bytes are in no image format that Pillow knows") from error
     if image.width * image.height > max_pixels:  # a small file may be a large image: nothing is decoded so far
         raise ValueError(f"{image.width}×{image.height} pixels are more than {max_pixels}")
     image.load()  # a file that is cut off fails here, with its own reason
@@ -63,9 +68,10 @@ def mean_batch_size(engine: AdaptiveEngine, stage: int) -> float:
 def build_app(
     engine: AdaptiveEngine, max_requests: int = 256, max_bytes: int = 20_000_000, max_pixels: int = 40_000_000
 ) -> FastAPI:
-    """The application. Its engine must be made as [`EngineService`] asks."""
+    """The application. Its engine must be made as [`EngineService`] asks, of a model with classes."""
+    check_has_classes(engine.model.config)
     service = EngineService(engine, max_requests)
-    metrics, id2label = Metrics(service), engine.model.config.id2label
+    metrics = Metrics(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -107,10 +113,13 @@ def build_app(
         if result.error is not None:
             raise HTTPException(400, f"The body is no image that can be read: {result.error.__cause__ or result.error}")
         metrics.seconds.observe(time.perf_counter() - started)
+        try:
+            best = best_classes(result.logits, engine.model.config, top_k)
+        except ArithmeticError as error:
+            raise HTTPException(500, str(error)) from error
         metrics.exits.labels(result.exit_stage).inc()
-        scores, classes = result.logits.softmax(dim=-1).topk(min(top_k, len(result.logits)))
-        labels = [{"label": id2label[index], "score": score} for index, score in zip(classes.tolist(), scores.tolist())]
         entropy = result.entropy if math.isfinite(result.entropy) else None  # JSON has no NaN
+        labels = [{"label": label, "score": score} for label, score in best]
         return {"labels": labels, "exit_stage": result.exit_stage, "entropy": entropy}
 
     @app.get("/health")

@@ -70,25 +70,31 @@ def assert_answers(rows, names, network, **arguments) -> None:
         with torch.no_grad():
             expected = network(**processor(read_image(name), return_tensors="pt"), **arguments)
         assert (row["exit_stage"], row["error"]) == (expected.exit_stage.item(), "")
-        assert row["label"] == network.config.id2label[expected.logits.argmax().item()]
-        assert row["score"] == pytest.approx(expected.logits.softmax(dim=-1).max().item(), abs=1e-4)
+        assert row["predicted_label"] == network.config.id2label[expected.logits.argmax().item()]
+        assert row["predicted_score"] == pytest.approx(expected.logits.softmax(dim=-1).max().item(), abs=1e-4)
         assert row["entropy"] == pytest.approx(expected.entropy.item(), abs=1e-4)
 
 
 def test_parquet_in_and_out(local_ray, example, saved, tmp_path):
     network, root, names = saved
-    rows = {"image": [{"bytes": name.read_bytes()} for name in names], "number": list(range(COUNT))}
-    Dataset.from_dict(rows, Features({"image": Image(), "number": Value("int64")})).to_parquet(
-        tmp_path / "images.parquet"
-    )
+    truth = {"number": list(range(COUNT)), "label": list(range(COUNT)), "score": [0.5] * COUNT}
+    kinds = {"image": Image(), "number": Value("int64"), "label": Value("int64"), "score": Value("float64")}
+    rows = {"image": [{"bytes": name.read_bytes()} for name in names], **truth}
+    Dataset.from_dict(rows, Features(kinds)).to_parquet(tmp_path / "images.parquet")
     example["classify"](
         str(root / "model"), str(tmp_path / "images.parquet"), str(tmp_path / "found"), batch_size=4, threshold=0.9
     )
     found = pd.read_parquet(tmp_path / "found").sort_values("number")
-    assert list(found.columns) == ["number", "label", "score", "exit_stage", "entropy", "error"]
+    assert list(found.columns) == [*truth, *example["ANSWERS"]]
+    assert found[list(truth)].to_dict("list") == truth  # columns of the input are what they were
     assert_answers(found.to_dict("records"), names, network, threshold=0.9)
     with pytest.raises(ValueError, match="has no column 'picture'"):
         example["read"](str(tmp_path / "images.parquet"), "picture")
+    with pytest.raises(FileExistsError, match="not an empty folder"):  # and before anything is read
+        example["classify"](str(root / "model"), "no data", str(tmp_path / "found"))
+    found.assign(image=b"").to_parquet(tmp_path / "again.parquet")
+    with pytest.raises(ValueError, match=r"\['entropy', .*'predicted_score'\], which are those of the answers"):
+        example["read"](str(tmp_path / "again.parquet"), None)
 
 
 def test_a_folder_with_its_subfolders(local_ray, example, saved):
@@ -102,3 +108,28 @@ def test_a_folder_with_its_subfolders(local_ray, example, saved):
     found = pd.DataFrame(classifier(batch)).set_index("path")
     assert len(found) == COUNT and column not in found.columns
     assert_answers([found.loc[str(name)] for name in names], names, network)
+
+
+@pytest.mark.parametrize("exported, cpus, threads", [(True, 3, 3), (True, 0.5, 1), (False, 3, None)])
+def test_an_exported_model_has_as_many_threads_as_its_actor_has_cpus(
+    exported, cpus, threads, example, monkeypatch, tmp_path
+):
+    """PyTorch is told by Ray, and a folder of weights takes no `threads`."""
+
+    class Loaded(Exception):
+        pass
+
+    class Rows:
+        def map_batches(self, actor, fn_constructor_args, **options):
+            actor(*fn_constructor_args)
+
+    def load_classifier(*arguments):
+        raise Loaded(*arguments)
+
+    scope = example["classify"].__globals__
+    monkeypatch.setitem(scope, "read", lambda dataset, column: (Rows(), "image"))
+    monkeypatch.setitem(scope, "is_exported", lambda model: exported)
+    monkeypatch.setitem(scope, "load_classifier", load_classifier)
+    with pytest.raises(Loaded) as loaded:
+        example["classify"]("model", "data", str(tmp_path / "new"), cpus=cpus, precision="bf16")
+    assert loaded.value.args == ("model", "bf16", threads)

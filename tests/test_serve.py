@@ -18,6 +18,7 @@ from PIL import Image
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine
 from tests.inference.conftest import NETWORKS, with_exits
+from tests.utils import lively_model
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -33,14 +34,14 @@ def png(seed: int, black: tuple[int, int] | None = None) -> bytes:
 
 
 @contextmanager
-def served(max_requests: int = 256, **options):
-    """The service on a free port of this machine: its port, its engine, and the server."""
+def served(max_requests: int = 256, model=None, **options):
+    """The service of a model on a free port of this machine: its port, its engine, and the server."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         pytest.importorskip(package, reason=f"the service needs {package}")
     import uvicorn
 
     build_app = runpy.run_path(str(EXAMPLES / "serve.py"))["build_app"]
-    model = with_exits(NETWORKS["vit"]())
+    model = with_exits(NETWORKS["vit"]()) if model is None else model
     options = {"batch_size": 8, "max_wait": 0.005, **options}
     engine = AdaptiveEngine(model, evaluation_image_processor(32), in_order=False, on_error="return", **options)
     app = build_app(engine, max_requests, max_bytes=100_000)
@@ -93,7 +94,7 @@ class TestService:
                 ]
                 assert [entry["score"] for entry in answer["labels"]] == pytest.approx(scores.tolist(), abs=1e-4)
             for path, body, status, reason in (
-                ("/classify", b"no image", 400, "no image that can be read"),
+                ("/classify", b"no image", 400, "no image that can be read: its 8 bytes are in no image format"),
                 ("/classify", png(0)[:200], 400, "truncated"),
                 ("/classify", b"", 400, "empty"),
                 ("/classify", png(0, (7000, 6000)), 400, "7000×6000 pixels are more than 40000000"),
@@ -106,11 +107,35 @@ class TestService:
                 found, answer, _ = ask(port, path, body)
                 assert found == status
                 assert reason in str(answer["detail"])
+                assert "object at" not in str(answer["detail"])
             assert ask(port, "/health")[:2] == (200, {"status": "ok"})
             metrics = ask(port, "/metrics")[1]
             assert 'requests_total{status="200"} 3.0' in metrics
             assert 'requests_total{status="413"} 1.0' in metrics
             assert "requests_waiting 0.0" in metrics and "exits_total" in metrics
+
+    def test_scores_of_a_multi_label_model_are_of_each_label(self):
+        model = lively_model(problem_type="multi_label_classification", num_hidden_layers=1)
+        pixel_values = evaluation_image_processor(32)(Image.open(io.BytesIO(png(0))), return_tensors="pt")
+        with served(model=model) as (port, *_):
+            status, answer, _ = ask(port, "/classify?top_k=100", png(0))
+        with torch.no_grad():
+            scores = model(**pixel_values).logits[0].sigmoid().sort(descending=True).values
+        assert status == 200
+        assert [entry["score"] for entry in answer["labels"]] == pytest.approx(scores.tolist(), abs=1e-4)
+
+    def test_an_answer_that_is_not_finite_has_no_labels(self):
+        model = lively_model(num_hidden_layers=1)
+        torch.nn.init.constant_(next(model.parameters()), torch.nan)
+        with served(model=model) as (port, *_):
+            status, answer, _ = ask(port, "/classify", png(0))
+            assert status == 500 and "not finite" in answer["detail"]
+            assert ask(port, "/health")[0] == 200
+
+    def test_a_regression_is_refused(self):
+        regression = served(model=lively_model(problem_type="regression", num_hidden_layers=1))
+        with pytest.raises(ValueError, match="predicts values, and has no classes"), regression:
+            pass
 
     def test_under_load_no_request_is_lost(self):
         """Each client gets the answer to its own image, and later stages run on batches of several requests."""

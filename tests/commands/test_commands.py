@@ -16,6 +16,7 @@ from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.flags import LineParser, with_flags
 from hf_thinkingvit.image_processing import evaluation_image_processor, segmentation_image_processor
 from hf_thinkingvit.inference import from_exported
+from hf_thinkingvit.models.image_files import read_image
 from tests.conversion.segmenter_files import write_official
 from tests.inference.conftest import need_runtime
 from tests.models.segmentation_models import lively_segmenter
@@ -198,6 +199,33 @@ def test_classify_skips_hidden_files_and_says_what_is_new(folder, tmp_path, caps
     assert "3 images (1 in this run), 0 could not be read" in capsys.readouterr().out
     (folder / "pictures" / "c.png").unlink()
     assert "other facts: threshold was" in refused(capsys, *words, "--threshold", "0.5")
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "not finite", "regression"])
+def test_classify_scores_by_the_problem_type(kind, folder, tmp_path, capsys):
+    fields = {"multi-label": "multi_label_classification", "regression": "regression"}
+    model = lively_model(thinking_stages=[1, 4], num_hidden_layers=1, num_labels=3, problem_type=fields.get(kind))
+    if kind == "not finite":
+        torch.nn.init.constant_(next(model.parameters()), torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    processor = evaluation_image_processor(32)
+    processor.save_pretrained(tmp_path / "model")
+    words = ["classify", "--model", str(tmp_path / "model"), "--dataset", str(folder / "pictures")]
+    words += ["--output", str(tmp_path / "out.jsonl")]
+    if kind == "regression":
+        assert "predicts values, and has no classes" in refused(capsys, *words)
+        return
+    main(words)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    if kind == "not finite":
+        assert "2 could not be read or have no answer" in capsys.readouterr().out
+        assert all("not finite" in row["error"] and "label" not in row for row in rows)
+        return
+    with torch.no_grad():
+        answer = model(**processor(read_image(str(folder / "pictures" / "a.png")), return_tensors="pt")).logits[0]
+    assert rows[0]["label"] == model.config.id2label[answer.argmax().item()]
+    assert rows[0]["score"] == pytest.approx(answer.sigmoid().max().item(), abs=1e-4)
 
 
 def test_flags_may_be_spelled_with_underscores(folder, tmp_path, capsys):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..data import as_images, decode, find_split, load_splits
 from ..inference import AdaptiveEngine, ExportedModel, ResumableOutput
+from ..inference.class_scores import best_classes
 from ..inference.resumable import fingerprint, model_fingerprint, printable
 from ..public_names import public_name
 from . import command
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     if counts is not None:
         command.say(
             classified=f"{counts[0]} images ({counts[0] - output.done} in this run), {counts[1]} could not be read "
-            f"{'(see their `error`)' if counts[1] else ''}".rstrip(),
+            f"{'or have no answer (see their `error`)' if counts[1] else ''}".rstrip(),
             file=printable(str(path)),
             next=f'python -c "import pandas; print(pandas.read_{"parquet" if path.suffix == ".parquet" else "json"}('
             f'{str(path)!r}{"" if path.suffix == ".parquet" else ", lines=True"}))"',
@@ -104,22 +105,27 @@ def run(arguments: argparse.Namespace) -> None:
 
 def classify(engine: AdaptiveEngine, source: ImageSource, output: ResumableOutput, state: PartialState) -> None:
     """Write a line for each image that is not classified yet."""
-    id2label = engine.model.config.id2label
+    config = engine.model.config
     exits: Counter = Counter()
     with tqdm(total=len(output.places), unit="image", disable=not (state.is_main_process and output.places)) as bar:
         for result in engine(source.read(place) for place in output.places):
             place = output.places[result.index]
-            if result.error is not None:
-                error = printable(str(result.error))
-                bar.write(error, file=sys.stderr)
-                output.write(place, error=error)
+            error = result.error
+            if error is None:
+                try:
+                    [(label, score)] = best_classes(result.logits, config)
+                except ArithmeticError as failure:
+                    error = ArithmeticError(f"The image {source.names[place]} has no answer. {failure}")
+            if error is not None:
+                message = printable(str(error))
+                bar.write(message, file=sys.stderr)
+                output.write(place, error=message)
             else:
-                score, label = result.logits.softmax(dim=-1).max(dim=-1)
                 exits[result.exit_stage] += 1
                 output.write(
                     place,
-                    label=id2label[label.item()],
-                    score=round(score.item(), 6),
+                    label=label,
+                    score=round(score, 6),
                     exit_stage=result.exit_stage,
                     entropy=round(result.entropy, 6),
                 )

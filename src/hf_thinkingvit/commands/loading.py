@@ -13,6 +13,7 @@ from ..families import FAMILIES, task_of
 from ..families.official import UnstatedField
 from ..families.record import IMAGE_CLASSIFICATION
 from ..inference import ExportedModel, from_exported
+from ..inference.class_scores import check_has_classes
 from ..inference.runtimes import is_exported
 from ..models.configuration_staged import thinks_in_stages
 from ..models.task_classification import ImageClassificationTask
@@ -116,15 +117,18 @@ def load_classifier(
 
     Raises:
         OSError, ValueError: as in `load_model` and `from_exported`; for an exported folder without an image processor,
-            or of a model for another task; for `precision` or `threads` of another model.
+            or of a model for another task; for `precision` or `threads` of another model; for a regression.
     """
     if not is_exported(name):
         if precision is not None or threads is not None:
             raise ValueError(f"`precision` and `threads` are of exported folders, and `{name}` is none.")
-        return load_model(name)
+        model, processor = load_model(name)
+        check_has_classes(model.config)
+        return model, processor
     model = from_exported(name, precision, threads=threads)
     if not isinstance(model, ImageClassificationTask):
         raise ValueError(f"`{name}` was exported from a model for another task than classification.")
+    check_has_classes(model.config)
     if model.processor is None:
         raise ValueError(f"`{name}` has no image processor: `export_model(..., processor=processor)` saves it.")
     return model, model.processor

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..families import family_of, task_of
 from ..families.record import IMAGE_SEGMENTATION
 from ..image_sizes import recorded_sides
+from ..inference.class_scores import class_scores
 from ..inference.sliding import (
     ImageViews,
     SlidingResult,
@@ -166,10 +167,7 @@ def _answers(answer: Answer, batch: dict[str, torch.Tensor]) -> dict[str, torch.
 
 def _probabilities(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """Logits as probabilities: of each label by itself in multi-label classification. Those of a regression as is."""
-    problem_type = configured_problem_type(config)
-    if problem_type == "regression":
-        return logits.float()
-    return logits.float().sigmoid() if problem_type == "multi_label_classification" else logits.float().softmax(dim=-1)
+    return logits.float() if configured_problem_type(config) == "regression" else class_scores(logits, config)
 
 
 def _depth(model: PreTrainedModel, pixel_values: torch.Tensor) -> np.ndarray:

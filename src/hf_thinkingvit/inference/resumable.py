@@ -143,7 +143,7 @@ class ResumableOutput:
         self._file = part.open("ab")
 
     def write(self, place: int, **line: Any) -> None:
-        """Append the line of image `place`. One with only `error` says why the image could not be read."""
+        """Append the line of image `place`. One with only `error` says why the image has no answer."""
         name = self.names[place]
         identity = {} if self.identities is None else {"identity": self.identities[name]}
         self._file.write(_as_json({"place": place, "name": name, **identity, **line}))
