@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from PIL import Image
 from transformers import BitImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
@@ -46,6 +47,20 @@ def evaluation_image_processor(
         image_mean=list(image_mean),
         image_std=list(image_std),
     )
+
+
+def processed_size(processor: BaseImageProcessor, image_size: Sequence[int]) -> tuple[int, int] | None:
+    """
+    (height, width) of what the processor makes of an RGB image of `image_size` (height, width), measured, because the
+    settings of image processors differ from class to class. `None` if it cannot be told: the processor fails on such an
+    image, or makes something else than one image.
+    """
+    height, width = image_size
+    try:
+        pixels = processor(Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"]
+    except Exception:  # whatever a foreign processor raises; it may be for other images
+        return None
+    return tuple(pixels.shape[2:]) if isinstance(pixels, torch.Tensor) and pixels.dim() == 4 else None
 
 
 # Of the official segmentation code: ImageNet's, in steps of 1/255 rounded to two decimals.

@@ -1,10 +1,12 @@
 """Exported folders: what they hold, what is refused of a damaged one, and what a model from one refuses."""
 
+import copy
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -58,12 +60,6 @@ class TestFolder:
         config["threshold"] = 0.0
         (folder / "config.json").write_text(json.dumps(config))
         assert from_exported(folder)(random_images(3)).exit_stage.tolist() == [2, 2, 2]
-
-    def test_pickles_as_its_folder(self, exported, runtime):
-        loaded, images = exported.load("vit", runtime, threads=1), random_images(3)
-        again = pickle.loads(pickle.dumps(loaded))
-        assert torch.equal(again(images).logits, loaded(images).logits)
-        assert again.runtime == runtime
 
     def test_damaged_or_of_another_version(self, exported, runtime, tmp_path):
         original = exported.path("vit", runtime)
@@ -163,6 +159,48 @@ class TestFolder:
         assert all(sums[name] == sha256(folder / name) for name in sums)
 
 
+class TestCopies:
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_answer_as_the_original(self, exported, runtime, copied):
+        """With what may be changed after loading: τ, exit criterion, labels, and the processor."""
+        loaded, images = exported.load("vit", runtime, threads=1), random_images(3)
+        loaded.config.exit_criterion, loaded.config.threshold = "max_probability", 0.0
+        loaded.config.id2label = {place: f"class {place}" for place in range(12)}
+        loaded.processor.image_mean = [0.1, 0.2, 0.3]
+        again = copied(loaded)
+        assert torch.equal(again(images).logits, loaded(images).logits)
+        assert again(images).exit_stage.tolist() == loaded(images).exit_stage.tolist() == [0, 0, 0]
+        assert again.exit_rule() == loaded.exit_rule()
+        assert again.config.id2label[3] == "class 3" and again.processor.image_mean == [0.1, 0.2, 0.3]
+        assert (again.runtime, again.precision) == (runtime, "fp32")
+
+    def test_deep_ones_are_independent(self, exported, runtime):
+        loaded = exported.load("vit", runtime, threads=1)
+        copy.deepcopy(loaded).config.threshold = 0.0
+        assert loaded.exit_rule().thresholds == tuple(with_exits(NETWORKS["vit"]()).config.threshold)
+
+    def test_find_a_relative_folder_from_elsewhere(self, exported, runtime, tmp_path, monkeypatch):
+        """A worker may have another working directory."""
+        folder = exported.path("vit", runtime)
+        monkeypatch.chdir(folder.parent)
+        loaded = from_exported(folder.name, threads=1)
+        monkeypatch.chdir(tmp_path)
+        again = pickle.loads(pickle.dumps(loaded))
+        assert torch.equal(again(random_images(3)).logits, loaded(random_images(3)).logits)
+
+    def test_refuse_a_folder_with_other_programs(self, exported, runtime, tmp_path):
+        """Which would answer otherwise than the original."""
+        folder = shutil.copytree(exported.path("vit", runtime), tmp_path / "copy")
+        loaded = from_exported(folder, threads=1)
+        stored = pickle.dumps(loaded)
+        pickle.loads(stored)
+        shutil.rmtree(folder)
+        shutil.copytree(exported.path("swin", runtime), folder)
+        for call in (lambda: pickle.loads(stored), lambda: copy.deepcopy(loaded)):
+            with pytest.raises(ValueError, match="was exported anew after the model was loaded"):
+                call()
+
+
 class TestRefusals:
     def test_a_runtime_that_is_not_installed(self, exported, runtime, monkeypatch):
         folder = exported.path("vit", runtime)
@@ -247,6 +285,22 @@ class TestRefusals:
             export_model(torch.compile(model), tmp_path / "x", "onnx")
         with pytest.raises(ValueError, match="has no provider"):
             exported.load("vit", "onnxruntime", providers=["NoExecutionProvider"])
+        assert not (tmp_path / "x").exists()
+
+    def test_a_processor_of_another_size(self, tmp_path):
+        need_runtime("onnxruntime")
+        model = lively_model(num_hidden_layers=1)
+        with pytest.raises(ValueError, match="makes images of 48×48 pixels, and the programs take 32×32"):
+            export_model(model, tmp_path / "x", "onnx", processor=evaluation_image_processor(48))
+        assert not (tmp_path / "x").exists()
+
+    def test_what_cannot_be_copied(self, tmp_path):
+        """The export needs a copy of the model."""
+        need_runtime("onnxruntime")
+        model = lively_model(num_hidden_layers=1)
+        model.lock = threading.Lock()
+        with pytest.raises(ValueError, match="exported from a copy, which cannot be made of this one .*lock"):
+            export_model(model, tmp_path / "x", "onnx")
         assert not (tmp_path / "x").exists()
 
     def test_quantised_models(self, tmp_path):

@@ -12,6 +12,7 @@ from hf_thinkingvit import AdaptiveImageClassificationPipeline, EarlyExitViTConf
 from hf_thinkingvit.evaluation import compare_precisions
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine, with_runtime
+from hf_thinkingvit.inference.runtimes import folder
 from hf_thinkingvit.models.staged_loop import run_stages
 from tests.inference.conftest import NETWORKS, need_runtime, with_exits
 from tests.models.segmentation_models import lively_segmenter
@@ -221,13 +222,31 @@ class TestPipeline:
             pipe.model.save_pretrained("anywhere")
 
 
-def test_the_model_stays_as_it_was():
-    """In bfloat16, in training mode, with another implementation of attention."""
+def test_the_model_stays_as_it_was(monkeypatch):
+    """
+    In bfloat16, partly in training mode, with another implementation of attention; also while it is exported, when
+    another thread may use it.
+    """
     need_runtime("onnxruntime")
     model = lively_model(num_hidden_layers=1, thinking_stages=[1, 4]).to(torch.bfloat16).train()
+    model.base_model.eval()
+
+    def facts():
+        tensors = {name: (tensor.dtype, tensor.data_ptr()) for name, tensor in model.state_dict(keep_vars=True).items()}
+        modes = {name: module.training for name, module in model.named_modules()}
+        return tensors, modes, model.config._attn_implementation
+
+    meanwhile, export_program = [], folder.export_program
+
+    def export_and_look(module, *arguments):
+        meanwhile.append(facts())
+        return export_program(module, *arguments)
+
+    monkeypatch.setattr(folder, "export_program", export_and_look)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected_facts = facts()
     loaded = with_runtime(model, "onnxruntime", threads=1)
-    assert model.training and model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
+    assert meanwhile == [expected_facts] * 2 and facts() == expected_facts
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     images = random_images(4)
     with torch.no_grad():

@@ -112,8 +112,8 @@ class AdaptiveEngine:
             folders and data sets, not for live streams: the images must be picklable, and `max_wait` must be `None`.
         runtime (`str`, *optional*):
             What runs the stages: `"torch"` (the default, the model as it is), `"compiled"`, `"openvino"` or
-            `"onnxruntime"`, see `with_runtime`. The last two export the model here and now, which takes a while:
-            `export_model` and `from_exported` do it once.
+            `"onnxruntime"`, see `with_runtime`. The last two export a copy of the model here and now, which takes a
+            while: `export_model` and `from_exported` do it once.
         precision (`"fp32"`, `"bf16"`, `"fp16"`, *optional*, defaults to `"fp32"`):
             Of `"openvino"` and `"onnxruntime"`. A PyTorch model computes in its dtype.
 

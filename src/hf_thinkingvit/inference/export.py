@@ -7,11 +7,10 @@ the image exits. In both, τ is an input of the program, not a constant. So is t
 draws one for each image (PonderNet's sampling), uniform in [0, 1): programs draw nothing themselves.
 """
 
+import copy
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,37 +184,38 @@ def export_onnx(model: PreTrainedModel, output_dir: str | os.PathLike, dtype: to
     uniform in [0, 1).
 
     Args:
-        model (`PreTrainedModel`): a classifier that thinks in stages, in any dtype; it is not changed.
+        model (`PreTrainedModel`):
+            A classifier that thinks in stages, in any dtype; it is not changed, and other threads may use it meanwhile.
         output_dir (`str` or `os.PathLike`): the folder, created if it does not exist.
         dtype (`torch.dtype`): float32 or float16, for the files' weights and `pixel_values`, whatever the model's.
 
     Raises:
         ImportError: without the packages of the extra `onnx`.
-        ValueError: if the model does not think in stages, or `dtype` is neither float32 nor float16.
+        ValueError: if the model does not think in stages, or holds what cannot be copied; if `dtype` is neither float32
+            nor float16.
     """
     check_onnx_is_there()
     output_dir = Path(output_dir)
     check_stages(model)
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"`dtype` must be torch.float32 or torch.float16, which onnxruntime computes in, got {dtype}.")
-    # Programs share the model's parameters, so they are written before it gets its own dtype back.
-    with attention_of(model, "eager"), in_dtype(model, dtype):
-        drawn = ["noise"] if model.exit_rule().draws else []
-        programs, before = {}, ["pixel_values", *drawn]
-        for index, (program, outputs) in enumerate(_stage_programs(model)):
-            after = [f"stage_{index}.{name}" for name in outputs.pop("state")]
-            programs[f"stage_{index}.onnx"] = (program, [*before, "threshold"], [*outputs, *after])
-            before = after
-        entries = [name for name in outputs if name not in ("entropy", "exits")]
-        programs["adaptive.onnx"] = (
-            export_adaptive(model),
-            ["pixel_values", "threshold", *drawn],
-            [*entries, "exit_stage", "entropy"],
-        )
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for name, (program, inputs, outputs) in programs.items():
-            own_weights = name != "adaptive.onnx"  # where all stages slice the same weights
-            write_onnx(program, model, inputs, outputs, output_dir / name, own_weights)
+    model = copy_for_export(model, "eager", dtype)
+    drawn = ["noise"] if model.exit_rule().draws else []
+    programs, before = {}, ["pixel_values", *drawn]
+    for index, (program, outputs) in enumerate(_stage_programs(model)):
+        after = [f"stage_{index}.{name}" for name in outputs.pop("state")]
+        programs[f"stage_{index}.onnx"] = (program, [*before, "threshold"], [*outputs, *after])
+        before = after
+    entries = [name for name in outputs if name not in ("entropy", "exits")]
+    programs["adaptive.onnx"] = (
+        export_adaptive(model),
+        ["pixel_values", "threshold", *drawn],
+        [*entries, "exit_stage", "entropy"],
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, (program, inputs, outputs) in programs.items():
+        own_weights = name != "adaptive.onnx"  # where all stages slice the same weights
+        write_onnx(program, model, inputs, outputs, output_dir / name, own_weights)
     stages = [output_dir / f"stage_{index}.onnx" for index in range(model.config.num_stages)]
     return OnnxFiles(stages, output_dir / "adaptive.onnx")
 
@@ -230,40 +230,38 @@ def check_stages(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} does not think in stages: there are none to export.")
 
 
-@contextmanager
-def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+def copy_for_export(
+    model: PreTrainedModel, attention: str, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
     """
-    Within this context, use this implementation of attention: `"eager"` for ONNX, which has its operations in every
-    dtype, `"sdpa"` for OpenVINO, which has it as one operation.
-    """
-    before = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    A copy of the model in evaluation mode, so that threads that use the model meanwhile see nothing of its export. It
+    shares the weights that have this dtype and device already, and has no gradients.
 
+    Args:
+        model (`PreTrainedModel`): it is not changed.
+        attention (`str`): the implementation of attention: `"eager"` for ONNX, which has its operations in every dtype,
+            `"sdpa"` for OpenVINO, which has it as one operation.
+        dtype (`torch.dtype`): of floating-point weights and buffers.
+        device (`torch.device`, *optional*): by default the model's.
 
-@contextmanager
-def in_dtype(model: PreTrainedModel, dtype: torch.dtype, device: torch.device | None = None) -> Iterator[None]:
+    Raises:
+        ValueError: if the model holds what cannot be copied.
     """
-    Within this context, cast weights and buffers to `dtype` (and move them to `device`), and set gradients aside, since
-    they must have the dtype of their weights. The original tensors are restored afterwards, because casting back would
-    round. The model is not copied, because methods and hooks that are bound to it would still use the original.
-    """
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     device = device or model.device
-    moved = [tensor for tensor in tensors.values() if tensor.dtype != dtype or tensor.device != device]
-    originals = [(tensor, tensor.data, tensor.grad) for tensor in moved]
+    memo: dict[int, torch.Tensor] = {}  # what `deepcopy` takes instead of copying
+    for tensor in (*model.parameters(), *model.buffers()):
+        moved = tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
     try:
-        for tensor, data, _ in originals:
-            tensor.grad = None
-            tensor.data = data.to(device, dtype)
-        yield
-    finally:
-        for tensor, data, grad in originals:
-            tensor.data = data
-            tensor.grad = grad
+        copied = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:  # of pickle, and of tensors that are results of operations
+        raise ValueError(
+            f"The model is exported from a copy, which cannot be made of this one ({error}): remove the hooks and "
+            "attributes that were added to it, or export the model as `from_pretrained` loads it."
+        ) from error
+    copied.set_attn_implementation(attention)
+    return copied.eval()
 
 
 def example_pixel_values(model: PreTrainedModel, batch_size: int) -> torch.Tensor:

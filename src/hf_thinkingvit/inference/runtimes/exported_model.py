@@ -8,7 +8,6 @@ whatever the stages compute in.
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ...models.staged_run import Answer, StagedRun, State
 from ...models.task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from ...models.task_segmentation import SemanticSegmentationTask
 from ...models.tasks import Task
-from .manifest import check_fixed
+from .manifest import check_fixed, checksum
 from .programs import StageFile, StageProgram
 
 
@@ -39,11 +38,13 @@ PYTORCH_ONLY = (
 class ExportedModel(Task):
     """
     Loaded by `from_exported`. [`AdaptiveEngine`] takes it like a model, and it can be called like one, in inference.
+    Copies and pickles carry the configuration and the processor, and load the programs from the folder again: an error
+    if it is gone or was exported anew.
 
     Attributes:
         config (`PreTrainedConfig`): of the model; τ, labels and exit criterion are there.
         processor (`BaseImageProcessor`): of the folder; `None` if it has none.
-        folder (`Path`): where it comes from.
+        folder (`Path`): where it comes from, absolute.
         runtime, precision (`str`): what computes the stages, and in what.
         manifest (`dict`): what `export.json` says, with the checksums of the programs.
         image_size (`tuple[int, int]`): (height, width) of the images that the programs take.
@@ -76,14 +77,19 @@ class ExportedModel(Task):
         self._checked_fields: dict[str, Any] | None = None
 
     def __reduce__(self):
-        from .folder import from_exported  # which builds this class
+        """
+        Copies and pickles name the folder, and carry what may have been changed since it was loaded: the configuration
+        and the processor. Their programs are loaded from the folder again, which must hold the same ones.
+        """
+        from .folder import load_again  # which builds this class
 
         if not self.folder.exists():
             raise TypeError(
                 "This model runs from a folder that was temporary, so that it cannot be pickled or copied: write one "
                 "with `export_model`, load that with `from_exported`."
             )
-        return partial(from_exported, **self._options), (self.folder, self.precision)
+        arguments = self.folder, self.precision, self._options, checksum(self.manifest)
+        return load_again, arguments, {"config": self.config, "processor": self.processor}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r}, runtime={self.runtime!r}, precision={self.precision!r})"

@@ -4,37 +4,36 @@ Exported folders: the program of each stage, `config.json`, `preprocessor_config
 """
 
 import os
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from ...families import task_of
 from ...families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
+from ...image_processing import processed_size
 from ...models.configuration_checks import as_pair
 from ...models.staged_loop import answer_stage
 from ...models.staged_run import State
 from ...version import __version__
 from ..export import (
     StageSteps,
-    attention_of,
     check_onnx_is_there,
     check_stages,
+    copy_for_export,
     example_pixel_values,
     export_program,
-    in_dtype,
     write_onnx,
 )
 from .exported_model import ExportedClassifier, ExportedModel, ExportedSegmenter
-from .manifest import MANIFEST, fixed_fields, read_config, read_manifest, write_manifest
+from .manifest import MANIFEST, checksum, fixed_fields, read_config, read_manifest, write_manifest
 from .programs import RUNTIMES, Output, StageFile, check_precision_name
 from .quantisation import check_calibration, quantise_stages
 
@@ -59,14 +58,16 @@ def export_model(
     may have any size, images have that of `config.image_size`.
 
     Args:
-        model (`PreTrainedModel`): a model that thinks in stages, in any dtype; it is not changed.
+        model (`PreTrainedModel`):
+            A model that thinks in stages, in any dtype; it is not changed, and other threads may use it meanwhile.
         output_dir (`str` or `os.PathLike`): the folder, created if it does not exist.
         format (`"openvino"` or `"onnx"`): of the programs, for the runtimes OpenVINO and ONNX Runtime.
         precision (`"fp32"`, `"fp16"` or `"int8"`):
             Of the programs. `"fp16"` is for ONNX; OpenVINO's programs in float32 compute in the precision that they are
             loaded with. After an export in `"int8"`, look at what
             [`~hf_thinkingvit.evaluation.compare_precisions`] says of it, and take the τ that it proposes.
-        processor (`BaseImageProcessor`, *optional*): saved beside the programs.
+        processor (`BaseImageProcessor`, *optional*):
+            Saved beside the programs. It must make images of `config.image_size` of images that have that size.
         calibration (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
             For int8: preprocessed images, a few hundred of the kind that the model is for.
 
@@ -74,8 +75,8 @@ def export_model(
         `Path`: the folder.
 
     Raises:
-        ValueError: for a model that does not think in stages or is quantised, a format or a precision that does not
-            exist, and a folder that holds a model's weights.
+        ValueError: for a model that does not think in stages, is quantised, or holds what cannot be copied; a format or
+            a precision that does not exist; a processor of another image size; a folder that holds a model's weights.
         ImportError: without the packages of the extra `openvino` or `onnx`.
     """
     check_stages(model)
@@ -103,6 +104,8 @@ def export_model(
         check_calibration(calibration, format, (model.config.num_channels, *as_pair(model.config.image_size)))
     elif calibration is not None:
         raise ValueError(f"`calibration` is for `precision` = 'int8', got {precision!r}.")
+    if processor is not None:
+        _check_processor(processor, model.config)
     output_dir = Path(output_dir)
     weights = [path.name for pattern in WEIGHTS for path in output_dir.glob(pattern)]
     if weights:
@@ -110,11 +113,13 @@ def export_model(
             f"{str(output_dir)!r} holds the weights of a model ({weights[0]}), whose {CONFIG_NAME} an export would "
             "replace: choose another folder."
         )
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    copied = copy_for_export(model, "sdpa" if format == "openvino" else "eager", dtype, torch.device("cpu"))
     output_dir.mkdir(parents=True, exist_ok=True)
     # What is written half is no export, and an earlier one may have had another processor.
     for name in (MANIFEST, IMAGE_PROCESSOR_NAME):
         (output_dir / name).unlink(missing_ok=True)
-    stages = _write_stages(model, output_dir, format, torch.float16 if precision == "fp16" else torch.float32)
+    stages = _write_stages(copied, output_dir, format)
     if precision == "int8":
         quantise_stages(output_dir, format, stages, calibration, partial(runtime.load, precision="fp32", options={}))
     model.config.to_json_file(output_dir / CONFIG_NAME)  # `save_pretrained` would write the code of the model as well
@@ -137,39 +142,45 @@ def export_model(
     return output_dir
 
 
+def _check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
+    """`ValueError` if the processor makes other sizes than `config.image_size`, as far as that can be told."""
+    size = as_pair(config.image_size)
+    found = processed_size(processor, size) if config.num_channels == 3 else None
+    if found not in (None, size):
+        raise ValueError(
+            f"`processor` ({type(processor).__name__}) makes images of {found[0]}×{found[1]} pixels, and the programs "
+            f"take {size[0]}×{size[1]}, which is `config.image_size`: give the processor of the model, or set its "
+            "`size` and `crop_size`."
+        )
+
+
 @torch.no_grad()
-def _write_stages(model: PreTrainedModel, output_dir: Path, format: str, dtype: torch.dtype) -> list[StageFile]:
+def _write_stages(model: PreTrainedModel, output_dir: Path, format: str) -> list[StageFile]:
     stages = []
-    with ExitStack() as settings:
-        settings.enter_context(attention_of(model, "sdpa" if format == "openvino" else "eager"))
-        settings.enter_context(in_dtype(model, dtype, torch.device("cpu")))
-        # Two images, because `torch.export` takes a dimension of size 1 for a constant.
-        state: State = {"pixel_values": example_pixel_values(model, 2)}
-        training = model.training
-        model.eval()
-        settings.callback(model.train, training)
-        for index in range(model.config.num_stages):
-            _, after = answer_stage(model, range(model.config.num_stages), index, state)
-            is_last = index == model.config.num_stages - 1
-            passed_on = tuple(name for name in after if not is_last and after[name] is state.get(name))
-            module = StageSteps(model, index, passed_on)
-            batch = {name: {0: torch.export.Dim("batch")} for name in state}
-            program = export_program(module, (state,), (batch,))
-            answer, kept = program.module()(state).values()
-            outputs = [
-                Output(name, list(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."), entries is kept)
-                for entries in (answer, kept)
-                for name, tensor in entries.items()
-            ]
-            stage = StageFile(f"stage_{index}{SUFFIXES[format]}", outputs, list(passed_on))
-            path = output_dir / stage.file
-            if format == "openvino":
-                write_openvino(program, state, path)
-            else:
-                names = [f"{'state' if output.is_state else 'answer'}.{output.name}" for output in outputs]
-                write_onnx(program, model, list(state), names, path, own_weights=True)
-            stages.append(stage)
-            state = {**{name: state[name] for name in passed_on}, **kept}
+    # Two images, because `torch.export` takes a dimension of size 1 for a constant.
+    state: State = {"pixel_values": example_pixel_values(model, 2)}
+    for index in range(model.config.num_stages):
+        _, after = answer_stage(model, range(model.config.num_stages), index, state)
+        is_last = index == model.config.num_stages - 1
+        passed_on = tuple(name for name in after if not is_last and after[name] is state.get(name))
+        module = StageSteps(model, index, passed_on)
+        batch = {name: {0: torch.export.Dim("batch")} for name in state}
+        program = export_program(module, (state,), (batch,))
+        answer, kept = program.module()(state).values()
+        outputs = [
+            Output(name, list(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."), entries is kept)
+            for entries in (answer, kept)
+            for name, tensor in entries.items()
+        ]
+        stage = StageFile(f"stage_{index}{SUFFIXES[format]}", outputs, list(passed_on))
+        path = output_dir / stage.file
+        if format == "openvino":
+            write_openvino(program, state, path)
+        else:
+            names = [f"{'state' if output.is_state else 'answer'}.{output.name}" for output in outputs]
+            write_onnx(program, model, list(state), names, path, own_weights=True)
+        stages.append(stage)
+        state = {**{name: state[name] for name in passed_on}, **kept}
     return stages
 
 
@@ -224,8 +235,22 @@ def from_exported(folder: str | os.PathLike, precision: str | None = None, **opt
             the programs; for a precision that the CPU or the runtime lacks, and options that it does not have.
         ImportError: if the runtime is not installed; the message says how to install it.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # for copies in processes with another working directory
+    return _load(folder, read_manifest(folder), precision, options)
+
+
+def load_again(folder: Path, precision: str, options: dict[str, Any], expected: str) -> ExportedModel:
+    """A copy of a model, from its folder. `ValueError` if the manifest's `checksum` is not the `expected` one."""
     manifest = read_manifest(folder)
+    if checksum(manifest) != expected:
+        raise ValueError(
+            f"{str(folder)!r} was exported anew after the model was loaded of which this is a copy: its programs are "
+            "others. Load the folder with `from_exported`, and export to a new folder while a model is in use."
+        )
+    return _load(folder, manifest, precision, options)
+
+
+def _load(folder: Path, manifest: dict[str, Any], precision: str | None, options: dict[str, Any]) -> ExportedModel:
     name = FORMATS[manifest["format"]]
     runtime = RUNTIMES[name]
     runtime.check_installed()

@@ -32,7 +32,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `export.json` with the checksums of the programs' files, and of itself."""
     sums = {path.name: sha256(path) for path in program_files(folder, manifest["stages"])}
     manifest = {"format_version": FORMAT_VERSION, **manifest, "sha256": sums}
-    replace_file(folder / MANIFEST, json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=2) + "\n")
+    replace_file(folder / MANIFEST, json.dumps({**manifest, "checksum": checksum(manifest)}, indent=2) + "\n")
 
 
 def program_files(folder: Path, stages: Iterable[Mapping[str, Any]]) -> list[Path]:
@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} has version {version} of the format of exported folders, this package "
             f"({__version__}) reads version {FORMAT_VERSION}: export the model anew with it."
         )
-    if manifest.pop("checksum", None) != _checksum(manifest):
+    if manifest.pop("checksum", None) != checksum(manifest):
         raise ValueError(
             f"{str(path)!r} is not as it was exported, it is damaged or edited: {ANEW} τ, exit criterion and labels "
             f"are in {CONFIG_NAME}, where they may be changed."
@@ -123,5 +123,6 @@ def check_fixed(config: PreTrainedConfig, fixed: Mapping[str, Any]) -> None:
         )
 
 
-def _checksum(manifest: Mapping[str, Any]) -> str:
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """Of what `export.json` says, and by the programs' checksums there of the programs: SHA-256, in hexadecimal."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
