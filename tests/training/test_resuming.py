@@ -14,7 +14,7 @@ from hf_thinkingvit.training import TrainingRun, parse_config, train
 from hf_thinkingvit.training.checkpoints import list_checkpoints
 from hf_thinkingvit.training.stop_signals import ignore_stop_signals
 from tests.training import tiny_runs
-from tests.training.tiny_runs import LIVELY, assert_same, finish, flags, launch, weights, write_images
+from tests.training.tiny_runs import LIVELY, assert_same, finish, flags, launch, measured, weights, write_images
 
 
 def number_of_optimizer_steps(folder) -> int:
@@ -105,7 +105,7 @@ class TestEvaluation:
         assert run.evaluation.seen == 3  # of 5 batches
         assert list_checkpoints(tmp_path / "checkpoints")[0].name == "step-00000006"
         resumed = train(parse_config(flags(images, tmp_path, eval_batch_size=2, resume="auto")))
-        assert resumed["history"] == whole[1]["history"]
+        assert measured(resumed) == measured(whole[1])
         assert_same(weights(tmp_path), weights(whole[0]))
 
     @pytest.mark.parametrize("lost", [False, True])
@@ -115,7 +115,7 @@ class TestEvaluation:
             (tmp_path / "checkpoints" / "step-00000003" / "evaluated.json").write_text('{"progress": {')
         run = TrainingRun(parse_config(flags(images, tmp_path, resume="auto")))
         assert [entry["step"] for entry in run.history] == ([] if lost else [3])
-        assert run.run()["history"] == whole[1]["history"]
+        assert measured(run.run()) == measured(whole[1])
 
 
 class TestFolders:
@@ -149,7 +149,7 @@ class TestFolders:
     def test_a_run_may_go_on_from_another_folder(self, images, tmp_path, whole):
         first = train(parse_config(flags(images, tmp_path / "first", max_steps=5)))
         moved = flags(images, tmp_path / "second", resume=tmp_path / "first", max_steps=5)
-        assert train(parse_config(moved))["history"] == first["history"]
+        assert measured(train(parse_config(moved))) == measured(first)
         assert [path.name for path in list_checkpoints(tmp_path / "second" / "checkpoints")] == ["step-00000005"]
         train(parse_config(flags(images, tmp_path / "second", resume="auto")))
         assert_same(weights(tmp_path / "second"), weights(whole[0]))

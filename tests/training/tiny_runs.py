@@ -123,3 +123,8 @@ def logged_scalars(folder: Path) -> dict[str, dict[int, float]]:
 
     events = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
     return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def measured(results: dict) -> list[dict]:
+    """The history of a run's results, without the time that it took."""
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in results["history"]]
