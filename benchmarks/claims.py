@@ -37,7 +37,6 @@ from hf_thinkingvit.training import parse_config, train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
-CRITERIA = ("entropy", "topk_entropy", "max_probability", "margin")
 HALTING_LAYERS = 6  # of the plain nets that A-ViT starts from
 SHALLOW_LAYERS = 4  # 8 of 12
 
@@ -103,7 +102,17 @@ class Trained:
     def mean_depth(self) -> float:
         return self.results["history"][-1]["results"]["weights"]["mean_depth"]
 
+    @functools.cached_property
+    def _answers(self) -> dict[str, StageAnswers]:
+        return {}
+
     def answers(self, criterion: str = "topk_entropy") -> StageAnswers:
+        """Of every stage to every test image, measured once for each criterion."""
+        if criterion not in self._answers:
+            self._answers[criterion] = self._measure(criterion)
+        return self._answers[criterion]
+
+    def _measure(self, criterion: str) -> StageAnswers:
         self.model.config.exit_criterion = criterion
         self.model.config.threshold = 0.0 if "entropy" in criterion else 1.0
         processor = AutoImageProcessor.from_pretrained(self.folder / "last")
