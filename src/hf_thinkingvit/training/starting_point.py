@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..families import FAMILIES, Family
 from ..models.configuration_checks import as_pair
 from ..models.configuration_labels import label2id_of
+from ..models.weights_from_official import is_official
 from .adapters import add_adapters
 from .config import TrainingConfig
 from .labels import first_difference, known_labels, label_names, match_labels
@@ -89,6 +90,11 @@ def _from_pretrained(
     one for another task, with the weights of its backbone.
     """
     source = config.from_pretrained
+    if is_official(source, {}):
+        raise ValueError(
+            f"`from_pretrained`: `{source}` is an official checkpoint, in the layout of its authors. `hf-thinkingvit "
+            "convert` makes a folder of it that training starts from; `hf-thinkingvit finetune` does so itself."
+        )
     saved = AutoConfig.from_pretrained(source)
     if saved.model_type != config.model_type:
         raise ValueError(f"`from_pretrained` is a {saved.model_type} model, but `model_type` is {config.model_type}.")
