@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub import metadata_load
 from PIL import Image
 
 import hf_thinkingvit
+from benchmarks.demo import browser, browser_program
 from hf_thinkingvit.commands.__main__ import main
 from hf_thinkingvit.commands.loading import load_model
 from hf_thinkingvit.demo import answers
@@ -249,29 +249,6 @@ print(*sorted({{"torch", "transformers", "datasets"}} & sys.modules.keys()))
 """
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
-
-
-def browser_program(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(f"{name}-browser")
-
-
-@contextmanager
-def browser(folder: Path):
-    """A headless Chromium with a profile of its own."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser_program("chromium")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"):
-        options.add_argument(f"--{flag}")
-    for flag in ("disable-background-networking", "disable-component-update", "window-size=1280,900"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={folder}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 @needs_gradio

@@ -52,7 +52,7 @@ class ExportedNetworks:
         return from_exported(self.path(network, runtime), **options)
 
 
-@pytest.fixture(params=["openvino", "onnxruntime"])
+@pytest.fixture(params=["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def runtime(request):
     need_runtime(request.param)
     return request.param

@@ -185,7 +185,15 @@ class TestCountedWork:
 class TestFaults:
     """Whatever runs the stages."""
 
-    @pytest.fixture(params=["vit", "swin", "vit, compiled", "vit, openvino", "vit, onnxruntime"])
+    @pytest.fixture(
+        params=[
+            "vit",
+            "swin",
+            "vit, compiled",
+            "vit, openvino",
+            pytest.param("vit, onnxruntime", marks=pytest.mark.slow),
+        ]
+    )
     def model(self, request):
         network, _, runtime = request.param.partition(", ")
         if runtime == "compiled":

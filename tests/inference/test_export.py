@@ -69,7 +69,9 @@ def test_the_adaptive_program_gives_the_models_answers():
         torch.testing.assert_close(answer["entropy"][0], expected.entropy[index], atol=1e-5, rtol=0)
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(fields, marks=pytest.mark.slow) for fields in MODELS.values()], ids=MODELS
+)
 def exported(request, tmp_path_factory):
     """A model, images, the model's answers, and the ONNX files."""
     pytest.importorskip("onnxscript")

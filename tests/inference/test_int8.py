@@ -15,7 +15,9 @@ from tests.utils import lively_model, random_images
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters
 
 
-@pytest.fixture(scope="module", params=["openvino", "onnxruntime"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "onnxruntime")]
+)
 def quantised(request, tmp_path_factory):
     """A network, and its stages in int8."""
     need_runtime(request.param)
