@@ -9,9 +9,9 @@ Runs of one group train for the same number of epochs by the same recipe. Finish
 interrupted one resumes. The last epoch is reported, so nothing is chosen by the images that are reported. For each run
 `logs/` in the output folder gets a CSV file with the training loss and the accuracy of each stage over the epochs.
 
-A claim is a difference in points, taken between runs of the same seed, that the paper says is positive. It is "seen"
-where it is above 0 by a t-test of the differences (one-sided, 5 %), "opposite" where it is below 0 by the
-same test, and "not seen" otherwise.
+A claim is a difference in points, taken between runs of the same seed, that the paper says is above 0, or above what it
+allows to be lost. It is "seen" where it is above that by a t-test of the differences (one-sided, 5 %), "opposite" where
+it is below by the same test, and "not seen" otherwise.
 """
 
 import argparse
@@ -145,12 +145,14 @@ class Claim:
         text, paper (`str`): what is claimed, and the paper's own numbers.
         needs (`tuple[str]`): the runs that are compared.
         difference (`Callable`): points by which the claim holds, of the runs of one seed.
+        above (`float`): points that the difference must be above; negative where the claim is that little is lost.
     """
 
     text: str
     paper: str
     needs: tuple[str, ...]
     difference: Callable[[Runs], float]
+    above: float = 0.0
 
 
 def last_answers(one: str, other: str) -> Callable[[Runs], float]:
@@ -205,10 +207,11 @@ CLAIMS = [
         last_answers("A-ViT", "plain, 2/3 of the layers"),
     ),
     Claim(
-        "A-ViT over the same net without halting, trained as long",
+        "A-ViT loses less than 1 point to the same net without halting, trained as long",
         "-0.3 (71.0 and 71.3, DeiT-T)",
         ("A-ViT", "plain, longer"),
         last_answers("A-ViT", "plain, longer"),
+        above=-1.0,
     ),
     Claim(
         "the distributional prior helps A-ViT",
@@ -254,8 +257,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-def verdict(values: list[float]) -> str:
-    mean, error = mean_and_error(values)
+def verdict(values: list[float], above: float = 0.0) -> str:
+    mean, error = mean_and_error([value - above for value in values])
     if len(values) < 2:
         return "one seed"
     bound = stats.t.ppf(0.95, len(values) - 1) * error
@@ -280,7 +283,7 @@ def tables(runs: dict[int, Runs]) -> str:
         values = [claim.difference(found) for found in runs.values() if all(name in found for name in claim.needs)]
         if values:
             shown, each = "{:+.2f} ± {:.2f}".format(*mean_and_error(values)), ", ".join(f"{v:+.2f}" for v in values)
-            lines.append(f"| {claim.text} | {claim.paper} | {shown} | {each} | {verdict(values)} |")
+            lines.append(f"| {claim.text} | {claim.paper} | {shown} | {each} | {verdict(values, claim.above)} |")
     return "\n".join(lines)
 
 
