@@ -28,9 +28,10 @@ from benchmarks.measure import describe_run, measure, median_and_quartiles
 from benchmarks.rivals import FAMILIES, plain_vit
 from hf_thinkingvit.inference import AdaptiveEngine, ExportedModel, export_model, from_exported
 from hf_thinkingvit.inference.runtimes import RUNTIMES
-from hf_thinkingvit.inference.runtimes.folder import SUFFIXES, write_openvino
-from hf_thinkingvit.inference.runtimes.programs import Output, StageFile, StageProgram
 from hf_thinkingvit.inference.runtimes.quantisation import quantise_stages
+from hf_thinkingvit.inference.runtimes.torch_program import StageProgram, load_program
+from hf_thinkingvit.inference.runtimes.writing import SUFFIXES, write_openvino
+from hf_thinkingvit.torch_free.programs import Output, ProgramFile
 
 
 matplotlib.use("Agg")
@@ -63,16 +64,15 @@ def plain_program(
     model.model.set_attn_implementation("sdpa" if file_format == "openvino" else "eager")
     batch = {"pixel_values": {0: torch.export.Dim("batch")}}
     program = torch.export.export(model, tuple(state.values()), dynamic_shapes=batch)
-    stage = StageFile(f"vit_{heads}{SUFFIXES[file_format]}", [Output("logits", [1000], "float32", False)], [])
+    stage = ProgramFile(f"vit_{heads}{SUFFIXES[file_format]}", [Output("logits", [1000], "float32", False)], [])
     if file_format == "openvino":
         write_openvino(program, state, folder / stage.file)
     else:
         names = {"input_names": list(state), "output_names": ["logits"]}
         torch.onnx.export(program, dynamo=True, verbose=False, **names).save(folder / stage.file)
-    load = RUNTIMES[runtime].load
     if precision == "int8":
-        quantise_stages(folder, file_format, [stage], calibration, lambda *file: load(*file, "fp32", {}))
-    return load(folder / stage.file, stage.outputs, precision, options)
+        quantise_stages(folder, file_format, [stage], calibration, partial(load_program, RUNTIMES[runtime]))
+    return load_program(RUNTIMES[runtime], folder / stage.file, stage.outputs, precision, options)
 
 
 def our_model(runtime: str, precision: str, calibration: torch.Tensor, folder: Path, options: dict) -> ExportedModel:

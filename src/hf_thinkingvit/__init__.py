@@ -3,9 +3,12 @@ Adaptive vision transformers for Hugging Face Transformers.
 
 Importing this package registers its models with the Auto classes, so that `AutoModelForImageClassification` and
 `pipeline("image-classification")` load them like any model in Transformers.
+
+Where torch is not installed, `hf_thinkingvit.torch_free` is all that works.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import PurePath
 
 from .version import __version__  # noqa: F401
@@ -22,6 +25,19 @@ def _is_imported_later() -> bool:
     return is_demo or program in ("hf-thinkingvit", "hf-thinkingvit.exe")
 
 
-if not _is_imported_later():
+def _refuse_without_torch(name: str):
+    """`ImportError` for the names of `library.py`; modules of the package are found as everywhere."""
+    if name.startswith("_") or find_spec(f"{__name__}.{name}") is not None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise ImportError(
+        f"`{__name__}.{name}` needs torch, which is not installed (pip install torch): without it, only "
+        f"`{__name__}.torch_free` works, which runs exported folders.",
+        name=name,
+    )
+
+
+if find_spec("torch") is None:
+    __getattr__ = _refuse_without_torch
+elif not _is_imported_later():
     from .library import *  # noqa: F403
     from .library import __all__  # noqa: F401

@@ -13,8 +13,9 @@ import torch
 
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine, export_model, from_exported, with_runtime
-from hf_thinkingvit.inference.runtimes import RUNTIMES, manifest, programs
-from hf_thinkingvit.inference.runtimes.manifest import read_manifest, sha256
+from hf_thinkingvit.inference.runtimes import RUNTIMES
+from hf_thinkingvit.torch_free import manifest, programs
+from hf_thinkingvit.torch_free.manifest import read_manifest, sha256
 from tests.inference.conftest import NETWORKS, need_runtime, with_exits
 from tests.models.test_modeling_avit import lively_avit
 from tests.utils import lively_model, random_images
@@ -155,7 +156,7 @@ class TestFolder:
     def test_checksums_are_of_all_programs(self, exported, runtime):
         folder = exported.path("vit", runtime)
         sums = read_manifest(folder)["sha256"]
-        assert set(sums) == {path.name for path in folder.glob("stage_*")}
+        assert set(sums) == {path.name for kind in ("stage", "judge") for path in folder.glob(f"{kind}_*")}
         assert all(sums[name] == sha256(folder / name) for name in sums)
 
 
@@ -313,7 +314,7 @@ class TestRefusals:
 
     def test_a_precision_that_the_cpu_lacks(self, exported, monkeypatch):
         need_runtime("openvino")
-        from hf_thinkingvit.inference.runtimes import openvino_program
+        from hf_thinkingvit.torch_free import openvino_program
 
         folder = exported.path("vit", "openvino")
         monkeypatch.setattr(openvino_program, "capabilities", lambda: ["FP32", "INT8"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed
-from hf_thinkingvit.inference.runtimes.programs import memory_errors
+from hf_thinkingvit.torch_free.programs import memory_errors
 from tests.inference.conftest import NETWORKS, iter_into, with_exits
 from tests.utils import random_images
 
@@ -129,7 +129,7 @@ class TestFaults:
 
     def test_what_runtimes_say_of_memory(self):
         for words in ("std::bad_alloc", "Failed to allocate memory for requested buffer of size 1"):
-            with pytest.raises(torch.OutOfMemoryError), memory_errors():
+            with pytest.raises(torch.OutOfMemoryError), memory_errors(torch.OutOfMemoryError):
                 raise RuntimeError(words)
-        with pytest.raises(RuntimeError, match="shapes do not match"), memory_errors():
+        with pytest.raises(RuntimeError, match="shapes do not match"), memory_errors(torch.OutOfMemoryError):
             raise RuntimeError("shapes do not match")

@@ -12,7 +12,7 @@ from hf_thinkingvit import AdaptiveImageClassificationPipeline, EarlyExitViTConf
 from hf_thinkingvit.evaluation import compare_precisions
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine, with_runtime
-from hf_thinkingvit.inference.runtimes import folder
+from hf_thinkingvit.inference.runtimes import writing
 from hf_thinkingvit.models.staged_loop import run_stages
 from tests.inference.conftest import NETWORKS, need_runtime, with_exits
 from tests.models.segmentation_models import lively_segmenter
@@ -174,7 +174,7 @@ class TestAnswers:
     def test_in_half_precision(self, exported, precision):
         """The state has the dtype that OpenVINO computes in; answers and exits are judged in float32."""
         need_runtime("openvino")
-        from hf_thinkingvit.inference.runtimes import openvino_program
+        from hf_thinkingvit.torch_free import openvino_program
 
         if openvino_program.CAPABILITIES[precision] not in openvino_program.capabilities():
             pytest.skip(f"this CPU does not compute in {precision}")
@@ -236,13 +236,13 @@ def test_the_model_stays_as_it_was(monkeypatch):
         modes = {name: module.training for name, module in model.named_modules()}
         return tensors, modes, model.config._attn_implementation
 
-    meanwhile, export_program = [], folder.export_program
+    meanwhile, export_program = [], writing.export_program
 
     def export_and_look(module, *arguments):
         meanwhile.append(facts())
         return export_program(module, *arguments)
 
-    monkeypatch.setattr(folder, "export_program", export_and_look)
+    monkeypatch.setattr(writing, "export_program", export_and_look)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected_facts = facts()
     loaded = with_runtime(model, "onnxruntime", threads=1)

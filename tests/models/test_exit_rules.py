@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hf_thinkingvit import EXIT_CRITERIA, ExitCriterion, ExitRule
-from hf_thinkingvit.models.exit_rules import resolve_thresholds
 from hf_thinkingvit.models.exit_scores import (
     entropy,
     margin,
@@ -12,6 +11,7 @@ from hf_thinkingvit.models.exit_scores import (
     mean_binary_entropy,
     topk_entropy,
 )
+from hf_thinkingvit.models.staged_arguments import resolve_thresholds
 
 
 # Criteria that judge a stage by its logits alone, of one answer for each image. `test_modeling_early_exit_vit.py` tests

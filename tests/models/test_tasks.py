@@ -14,7 +14,8 @@ from hf_thinkingvit.inference.export import export_adaptive, export_onnx, export
 from hf_thinkingvit.models.exit_scores import entropy
 from hf_thinkingvit.models.modeling_thinkingvit import ThinkingViTModel, ThinkingViTPreTrainedModel
 from hf_thinkingvit.models.nested_layers import NestedLinear
-from hf_thinkingvit.models.staged_loop import StagedModelMixin, resolve_stages, run_stages
+from hf_thinkingvit.models.staged_arguments import resolve_stages
+from hf_thinkingvit.models.staged_loop import StagedModelMixin, run_stages
 from hf_thinkingvit.models.tasks import Task
 from tests.utils import lively, random_images, tiny_config
 

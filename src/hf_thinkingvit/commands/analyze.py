@@ -15,7 +15,7 @@ from ..evaluation.image_answers import ImageAnswers, collect_image_answers
 from ..evaluation.segmentation import StageConfusions
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_criteria import EXIT_CRITERIA
-from ..models.exit_rules import resolve_thresholds
+from ..models.staged_arguments import resolve_thresholds
 from . import command
 from .evaluation import evaluate, segments
 from .loading import best_device, load_baseline, load_model, start

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.record import TRAINING_FIELDS
 from ..models.configuration_staged import thinks_in_stages
-from ..models.exit_rules import resolve_thresholds
+from ..models.staged_arguments import resolve_thresholds
 
 
 # Configuration fields that do not affect answers in evaluation mode; and τ, which is compared separately.

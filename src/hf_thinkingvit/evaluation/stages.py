@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
-from ..models.exit_rules import ExitRule, resolve_thresholds
+from ..models.exit_rules import ExitRule
+from ..models.staged_arguments import resolve_thresholds
 from ..models.staged_loop import run_stages
 from ..models.staged_run import Answer
 

@@ -19,7 +19,7 @@ from ..families import FAMILIES, family_of, task_of
 from ..models.configuration_checks import as_pair
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_criteria import EXIT_CRITERIA
-from ..models.exit_rules import resolve_thresholds
+from ..models.staged_arguments import resolve_thresholds
 from ..public_names import public_name
 from .results import read_results
 from .task_texts import TASK_TEXTS

@@ -36,7 +36,7 @@ from ..evaluation.macs import stage_macs
 from ..evaluation.statements import exits_early
 from ..models.configuration_checks import check_integer, check_number
 from ..models.configuration_staged import thinks_in_stages
-from ..models.exit_rules import resolve_thresholds
+from ..models.staged_arguments import resolve_thresholds
 from ..public_names import public_name, public_text
 
 

@@ -16,7 +16,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..models.configuration_staged import thinks_in_stages
 from ..models.exit_rules import Verdict, answer_entropy
-from ..models.staged_loop import resolve_stages, step_stage
+from ..models.staged_arguments import resolve_stages
+from ..models.staged_loop import step_stage
 from ..models.staged_run import Answer, Memory, State, select_rows
 from ..models.tasks import Task
 from .runtimes import ExportedModel, with_runtime

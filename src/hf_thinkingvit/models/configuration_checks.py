@@ -1,10 +1,11 @@
-"""Checks that configurations share. Each error names the field, the value and what was expected."""
+"""
+Checks that configurations share. Each error names the field, the value and what was expected. Imports no torch, since
+exported models run without it.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Any
-
-from transformers.activations import ACT2FN
 
 
 class OwnLayoutMixin:
@@ -107,6 +108,8 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def check_backbone_fields(config) -> None:
     """Check the fields of every backbone: image and patch size, channels, dropout rates, norms, activation, biases."""
+    from transformers.activations import ACT2FN  # which imports torch
+
     check_integer("num_channels", config.num_channels, minimum=1)
     for name in ("image_size", "patch_size"):
         check_size(name, getattr(config, name))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from .configuration_checks import check_integer, check_number, configured_problem_type
 from .configuration_nested_vit import NestedViTConfig
 from .configuration_staged import StagedConfig
-from .exit_rules import resolve_thresholds
+from .staged_arguments import resolve_thresholds
 from .sub_networks import SubNetwork
 
 

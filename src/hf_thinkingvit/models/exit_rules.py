@@ -11,15 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_checks import (
-    as_plain_numbers,
-    check_integer,
-    check_loss_weights,
-    check_number,
-    configured_problem_type,
-)
+from .configuration_checks import check_integer, check_loss_weights, configured_problem_type
 from .exit_criteria import EXIT_CRITERIA, suits_problem_type
 from .exit_scores import mean_binary_entropy, topk_entropy
+from .staged_arguments import resolve_thresholds
 from .staged_run import Answer, Memory
 
 
@@ -57,30 +52,6 @@ def answer_entropy(logits: torch.Tensor, config) -> torch.Tensor:
     """The entropy to report of a model that has no exit criterion: that of its problem type's default criterion."""
     criterion, _ = default_exit_fields(configured_problem_type(config), None, 0.0, 0)
     return EXIT_CRITERIA[criterion].score(logits, 10)
-
-
-def resolve_thresholds(threshold: float | Sequence[float], num_exits: int) -> tuple[float, ...]:
-    """
-    One τ per exit, as Python numbers, from one number or from `num_exits` of them (every stage but the last is an
-    exit): Python's or NumPy's numbers, lists, NumPy arrays or tensors.
-
-    Raises:
-        ValueError: if a τ is negative, NaN or not a number, or if the list has the wrong length.
-    """
-    threshold = as_plain_numbers(threshold)
-    if isinstance(threshold, Sequence) and not isinstance(threshold, str):
-        if len(threshold) != num_exits:
-            raise ValueError(
-                f"`threshold` must be one number or a list of {num_exits}, one per exit (every stage but the last), "
-                f"got {len(threshold)} values: {list(threshold)}."
-            )
-        thresholds = tuple(threshold)
-    else:
-        check_number("threshold", threshold)
-        thresholds = (threshold,) * num_exits
-    for value in thresholds:
-        check_number("threshold", value)
-    return thresholds
 
 
 class Verdict(NamedTuple):

@@ -29,8 +29,9 @@ from .nested_vit import (
     finish_layers,
     run_layers,
 )
+from .staged_arguments import resolve_stages
 from .staged_compilation import compilable_step
-from .staged_loop import StagedModelMixin, resolve_stages, run_backbone, run_stages
+from .staged_loop import StagedModelMixin, run_backbone, run_stages
 from .staged_run import Answer, StagedRun, State
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .weights_from_vit import PLAIN_VIT, fields_from_vit, import_vit, load_classifier, override_fields

@@ -25,7 +25,8 @@ from .module_recording import record
 from .nested_layers import NestedLayerNorm, NestedLinear
 from .nested_projection import project
 from .nested_swin import NestedSwinAttention, NestedSwinEmbeddings, NestedSwinLayer
-from .staged_loop import StagedModelMixin, resolve_feature_stages, resolve_stages, run_backbone, run_stages
+from .staged_arguments import resolve_feature_stages, resolve_stages
+from .staged_loop import StagedModelMixin, run_backbone, run_stages
 from .staged_run import Answer, State
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from .token_policies import layer_entries

@@ -31,7 +31,8 @@ from .nested_vit import (
     finish_layers,
     run_layers,
 )
-from .staged_loop import StagedModelMixin, resolve_feature_stages, resolve_stages, run_backbone, run_stages
+from .staged_arguments import resolve_feature_stages, resolve_stages
+from .staged_loop import StagedModelMixin, run_backbone, run_stages
 from .staged_run import Answer, State
 from .sub_networks import SubNetwork
 from .task_classification import ImageClassificationTask, StagedImageClassifierOutput

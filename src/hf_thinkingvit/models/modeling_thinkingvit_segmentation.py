@@ -21,8 +21,9 @@ from .modeling_thinkingvit import ThinkingViTForImageClassification, ThinkingViT
 from .module_arguments import check_arguments
 from .module_recording import record
 from .nested_vit import NestedViTAttention, NestedViTLayer, check_pixel_values
+from .staged_arguments import resolve_stages
 from .staged_compilation import compilable_step
-from .staged_loop import StagedModelMixin, resolve_stages, run_stages
+from .staged_loop import StagedModelMixin, run_stages
 from .staged_run import Answer, State
 from .task_segmentation import (
     SemanticSegmentationTask,

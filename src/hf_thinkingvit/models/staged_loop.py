@@ -13,8 +13,6 @@ schedules (a queue per stage in the engine, a program per stage in an export) ca
 knows layers, heads, labels, losses or output types.
 """
 
-from collections.abc import Sequence
-
 import torch
 from transformers import PreTrainedModel
 
@@ -28,48 +26,6 @@ from .tasks import Task
 # Entries of a state that are the loop's own pass from stage to stage beside those of the model: what the exit rule
 # remembers, and what has been accepted so far by a task that merges answers.
 MEMORY_PREFIX, ACCEPTED_PREFIX = "_memory.", "_accepted."
-
-
-def resolve_stages(
-    num_stages: int,
-    max_stages: int | None = None,
-    sub_network: int | None = None,
-    threshold: float | Sequence[float] | None = None,
-) -> range:
-    """
-    Which of `num_stages` stages run: all, the first `max_stages`, or the sub-network of one stage alone.
-
-    Raises:
-        ValueError: unless `max_stages` is an integer from 1 to `num_stages`, or `sub_network` one from 0 to
-            `num_stages` - 1; if `sub_network` is given with `max_stages` or `threshold`.
-    """
-    if sub_network is not None:
-        if max_stages is not None or threshold is not None:
-            raise ValueError(
-                "`sub_network` runs one sub-network alone, without exits: it cannot be combined with `max_stages` or "
-                "`threshold`."
-            )
-        if isinstance(sub_network, bool) or not isinstance(sub_network, int) or not 0 <= sub_network < num_stages:
-            raise ValueError(
-                f"`sub_network` must be an integer from 0 to {num_stages - 1}, a stage of this model, got "
-                f"{sub_network!r}."
-            )
-        return range(sub_network, sub_network + 1)
-    if max_stages is None:
-        return range(num_stages)
-    if isinstance(max_stages, bool) or not isinstance(max_stages, int) or not 1 <= max_stages <= num_stages:
-        raise ValueError(
-            f"`max_stages` must be an integer from 1 to {num_stages}, the number of stages of this model, "
-            f"got {max_stages!r}."
-        )
-    return range(max_stages)
-
-
-def resolve_feature_stages(config, max_stages: int | None = None, sub_network: int | None = None) -> range:
-    """The same for a bare model, which by default runs the stages up to that whose features are read."""
-    if max_stages is None and sub_network is None:
-        max_stages = config.feature_stage + 1
-    return resolve_stages(config.num_stages, max_stages, sub_network)
 
 
 def answer_stage(
@@ -263,8 +219,6 @@ __all__ = [
     "StagedModelMixin",
     "answer_stage",
     "first_state",
-    "resolve_feature_stages",
-    "resolve_stages",
     "run_backbone",
     "run_stages",
     "step_stage",

@@ -18,13 +18,16 @@ from transformers.utils import ModelOutput
 
 from ...models.exit_rules import ExitRule
 from ...models.modeling_early_exit_vit import with_halting_scores
-from ...models.staged_loop import resolve_stages, run_stages
+from ...models.staged_arguments import resolve_stages
+from ...models.staged_loop import run_stages
 from ...models.staged_run import Answer, StagedRun, State
 from ...models.task_classification import ImageClassificationTask, StagedImageClassifierOutput
 from ...models.task_segmentation import SemanticSegmentationTask
 from ...models.tasks import Task
-from .manifest import check_fixed, checksum
-from .programs import StageFile, StageProgram
+from ...torch_free.manifest import checksum
+from ...torch_free.programs import ProgramFile, check_pixel_values
+from .fixed_fields import check_fixed
+from .torch_program import StageProgram
 
 
 ANSWER_PREFIX = "_answer."  # of entries in a state that are answers, between `run_stage` and `answer`
@@ -60,7 +63,7 @@ class ExportedModel(Task):
         config: PreTrainedConfig,
         processor: BaseImageProcessor | None,
         programs: list[StageProgram],
-        stages: list[StageFile],
+        stages: list[ProgramFile],
         manifest: dict[str, Any],
         dtype: torch.dtype,
         folder: Path,
@@ -132,21 +135,7 @@ class ExportedModel(Task):
         self._refuse({"interpolate_pos_encoding": interpolate_pos_encoding, **kwargs})
         if stages is not None and stages.start != 0:
             raise ValueError(f"The exported programs run from the first stage on, not from stage {stages.start}.")
-        expected = (self.num_channels, *self.image_size)
-        if not isinstance(pixel_values, torch.Tensor) or tuple(pixel_values.shape[1:]) != expected:
-            got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
-            raise ValueError(
-                f"`pixel_values` must have the shape (batch_size, {', '.join(map(str, expected))}), for which the "
-                f"programs were exported, got {got}. Resize images with the folder's image processor, or export the "
-                "model with another `config.image_size`."
-            )
-        if len(pixel_values) == 0:
-            raise ValueError("`pixel_values` must have at least one image: the exported programs take no empty batch.")
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"`pixel_values` must be floating-point numbers, as the image processor returns them, got "
-                f"{pixel_values.dtype}."
-            )
+        check_pixel_values(pixel_values, torch.Tensor, torch.is_floating_point, self.manifest)
         return {"pixel_values": pixel_values.detach().to(self.device, self.dtype)}
 
     def run_stage(self, stage_index: int, state: State, is_last: bool = False, **kwargs) -> State:

@@ -1,6 +1,9 @@
 """
-Exported folders: the program of each stage, `config.json`, `preprocessor_config.json`, and `export.json`
-(`manifest.py`).
+Exported folders: the programs of each stage and of the decision after it, `config.json`, `preprocessor_config.json`,
+and `export.json` (`torch_free/manifest.py`).
+
+The loop of PyTorch models, which `from_exported` gives, decides by itself, as `config.json` says. The decisions'
+programs are for those who have no torch (`torch_free/`).
 """
 
 import os
@@ -20,27 +23,29 @@ from ...families import task_of
 from ...families.record import IMAGE_CLASSIFICATION, IMAGE_SEGMENTATION
 from ...image_processing import processed_size
 from ...models.configuration_checks import as_pair
-from ...models.staged_loop import answer_stage
-from ...models.staged_run import State
+from ...torch_free.manifest import MANIFEST, checksum, read_manifest, write_manifest
+from ...torch_free.programs import (
+    FORMATS,
+    RUNTIMES,
+    ProgramFile,
+    check_precision_name,
+    choose_precision,
+    pixel_dtype,
+)
 from ...version import __version__
 from ..export import (
-    StageSteps,
     check_onnx_is_there,
     check_stages,
     copy_for_export,
-    example_pixel_values,
-    export_program,
-    write_onnx,
 )
 from .exported_model import ExportedClassifier, ExportedModel, ExportedSegmenter
-from .manifest import MANIFEST, checksum, fixed_fields, read_config, read_manifest, write_manifest
-from .programs import RUNTIMES, Output, StageFile, check_precision_name
+from .fixed_fields import fixed_fields, judged_fields, read_config
 from .quantisation import check_calibration, quantise_stages
+from .torch_program import load_program
+from .writing import write_programs
 
 
-FORMATS = {runtime.file_format: name for name, runtime in RUNTIMES.items()}
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-SUFFIXES = {"openvino": ".xml", "onnx": ".onnx"}
 TASKS = {IMAGE_CLASSIFICATION: ExportedClassifier, IMAGE_SEGMENTATION: ExportedSegmenter}
 
 
@@ -52,10 +57,12 @@ def export_model(
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     processor: BaseImageProcessor | None = None,
     calibration: torch.Tensor | None = None,
+    with_decisions: bool = True,
 ) -> Path:
     r"""
-    Write the stages of a model for a runtime, as a folder that `from_exported` loads without PyTorch weights. Batches
-    may have any size, images have that of `config.image_size`.
+    Write the stages of a model for a runtime, as a folder that `from_exported` loads without PyTorch weights, and
+    [`~hf_thinkingvit.torch_free.load_exported`] without torch. Batches may have any size, images have that of
+    `config.image_size`.
 
     Args:
         model (`PreTrainedModel`):
@@ -70,6 +77,8 @@ def export_model(
             Saved beside the programs. It must make images of `config.image_size` of images that have that size.
         calibration (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
             For int8: preprocessed images, a few hundred of the kind that the model is for.
+        with_decisions (`bool`, *optional*, defaults to `True`):
+            Also write a program for the decision after each stage of a classifier, which `load_exported` needs.
 
     Returns:
         `Path`: the folder.
@@ -119,9 +128,10 @@ def export_model(
     # What is written half is no export, and an earlier one may have had another processor.
     for name in (MANIFEST, IMAGE_PROCESSOR_NAME):
         (output_dir / name).unlink(missing_ok=True)
-    stages = _write_stages(copied, output_dir, format)
+    with_decisions = with_decisions and task == IMAGE_CLASSIFICATION
+    stages, judges = write_programs(copied, output_dir, format, with_decisions)
     if precision == "int8":
-        quantise_stages(output_dir, format, stages, calibration, partial(runtime.load, precision="fp32", options={}))
+        quantise_stages(output_dir, format, stages, calibration, partial(load_program, runtime))
     model.config.to_json_file(output_dir / CONFIG_NAME)  # `save_pretrained` would write the code of the model as well
     if processor is not None:
         processor.save_pretrained(output_dir)
@@ -135,7 +145,10 @@ def export_model(
             "num_channels": model.config.num_channels,
             "has_processor": processor is not None,
             "fixed": fixed_fields(model.config),
+            "judged": judged_fields(model.config),
+            "draws": model.exit_rule().draws,
             "stages": [asdict(stage) for stage in stages],
+            "judges": [asdict(judge) for judge in judges],
             "versions": _versions(format),
         },
     )
@@ -152,56 +165,6 @@ def _check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) ->
             f"take {size[0]}×{size[1]}, which is `config.image_size`: give the processor of the model, or set its "
             "`size` and `crop_size`."
         )
-
-
-@torch.no_grad()
-def _write_stages(model: PreTrainedModel, output_dir: Path, format: str) -> list[StageFile]:
-    stages = []
-    # Two images, because `torch.export` takes a dimension of size 1 for a constant.
-    state: State = {"pixel_values": example_pixel_values(model, 2)}
-    for index in range(model.config.num_stages):
-        _, after = answer_stage(model, range(model.config.num_stages), index, state)
-        is_last = index == model.config.num_stages - 1
-        passed_on = tuple(name for name in after if not is_last and after[name] is state.get(name))
-        module = StageSteps(model, index, passed_on)
-        batch = {name: {0: torch.export.Dim("batch")} for name in state}
-        program = export_program(module, (state,), (batch,))
-        answer, kept = program.module()(state).values()
-        outputs = [
-            Output(name, list(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."), entries is kept)
-            for entries in (answer, kept)
-            for name, tensor in entries.items()
-        ]
-        stage = StageFile(f"stage_{index}{SUFFIXES[format]}", outputs, list(passed_on))
-        path = output_dir / stage.file
-        if format == "openvino":
-            write_openvino(program, state, path)
-        else:
-            names = [f"{'state' if output.is_state else 'answer'}.{output.name}" for output in outputs]
-            write_onnx(program, model, list(state), names, path, own_weights=True)
-        stages.append(stage)
-        state = {**{name: state[name] for name in passed_on}, **kept}
-    return stages
-
-
-def write_openvino(program: torch.export.ExportedProgram, state: State, path: Path) -> None:
-    import openvino
-
-    converted = openvino.convert_model(program)
-    # OpenVINO leaves out inputs that nothing reads.
-    read = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in _user_inputs(program)]
-    used = [name for name, node in zip(state, read, strict=True) if node.users]
-    names = list(state) if len(converted.inputs) == len(state) else used
-    for port, name in zip(converted.inputs, names, strict=True):
-        port.get_tensor().set_names({name})
-        port.get_node().set_friendly_name(name)
-        port.get_node().set_partial_shape(openvino.PartialShape([-1, *state[name].shape[1:]]))
-    converted.validate_nodes_and_infer_types()
-    openvino.save_model(converted, path, compress_to_fp16=False)
-
-
-def _user_inputs(program: torch.export.ExportedProgram) -> set[str]:
-    return set(program.graph_signature.user_inputs)
 
 
 def _versions(format: str) -> dict[str, str]:
@@ -252,24 +215,17 @@ def load_again(folder: Path, precision: str, options: dict[str, Any], expected: 
 
 def _load(folder: Path, manifest: dict[str, Any], precision: str | None, options: dict[str, Any]) -> ExportedModel:
     name = FORMATS[manifest["format"]]
-    runtime = RUNTIMES[name]
-    runtime.check_installed()
-    stored = manifest["precision"]
-    precision = stored if precision is None else precision
-    check_precision_name(precision)
-    runtime.check_precision(precision, stored)
-    runtime.check_options(options)
-    stages = [
-        StageFile(stage["file"], [Output(**output) for output in stage["outputs"]], stage["passed_on"])
-        for stage in manifest["stages"]
-    ]
+    precision = choose_precision(manifest, precision, options)
+    stages = [ProgramFile.from_manifest(entry) for entry in manifest["stages"]]
     return TASKS[manifest["task"]](
         config=read_config(folder, manifest["fixed"]),
         processor=AutoImageProcessor.from_pretrained(folder) if (folder / IMAGE_PROCESSOR_NAME).is_file() else None,
-        programs=[runtime.load(folder / stage.file, stage.outputs, precision, options) for stage in stages],
+        programs=[
+            load_program(RUNTIMES[name], folder / stage.file, stage.outputs, precision, options) for stage in stages
+        ],
         stages=stages,
         manifest=manifest,
-        dtype=torch.float16 if (manifest["format"], stored) == ("onnx", "fp16") else torch.float32,
+        dtype=getattr(torch, pixel_dtype(manifest)),
         folder=folder,
         runtime=name,
         precision=precision,
@@ -324,5 +280,5 @@ def with_runtime(
     stored = precision if RUNTIMES[runtime].file_format == "onnx" else "fp32"
     RUNTIMES[runtime].check_precision(precision, stored)
     with TemporaryDirectory(prefix="hf-thinkingvit-") as folder:
-        export_model(model, folder, RUNTIMES[runtime].file_format, precision=stored)
+        export_model(model, folder, RUNTIMES[runtime].file_format, precision=stored, with_decisions=False)
         return from_exported(folder, precision, **options)

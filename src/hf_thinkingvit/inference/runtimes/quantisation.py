@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ...models.staged_run import State
-from .programs import Output, StageFile, StageProgram
+from ...torch_free.programs import Output, ProgramFile
+from .torch_program import StageProgram
 
 
 CALIBRATION_BATCH = 8
@@ -32,7 +33,7 @@ def check_calibration(calibration: torch.Tensor | None, format: str, expected: t
         )
 
 
-def quantise_stages(folder: Path, format: str, stages: list[StageFile], calibration: torch.Tensor, load) -> None:
+def quantise_stages(folder: Path, format: str, stages: list[ProgramFile], calibration: torch.Tensor, load) -> None:
     """
     Replace the programs in `folder` by int8 ones. Programs must be in float32.
 
@@ -49,7 +50,7 @@ def quantise_stages(folder: Path, format: str, stages: list[StageFile], calibrat
         {"openvino": _with_nncf, "onnx": _with_onnxruntime}[format](path, feeds)
 
 
-def _after(stage: StageFile, program: StageProgram, state: State) -> State:
+def _after(stage: ProgramFile, program: StageProgram, state: State) -> State:
     outputs: list[tuple[Output, torch.Tensor]] = list(zip(stage.outputs, program(state), strict=True))
     passed_on = {name: state[name] for name in stage.passed_on}
     return {**passed_on, **{output.name: tensor for output, tensor in outputs if output.is_state}}
@@ -59,7 +60,7 @@ def _with_nncf(path: Path, feeds: list[dict]) -> None:
     import nncf
     import openvino
 
-    from .openvino_program import in_own_thread
+    from ...torch_free.openvino_program import in_own_thread
 
     core = openvino.Core()
     core.set_property({"ENABLE_MMAP": False})  # the file is written anew

@@ -1,4 +1,4 @@
-"""Stages that ONNX Runtime runs, on the CPU unless its `providers` say otherwise."""
+"""Programs that ONNX Runtime runs, on the CPU unless its `providers` say otherwise."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 
-from ...models.staged_run import State
-from .programs import Output, memory_errors
+from .programs import Output
 
 
 class OnnxRuntimeProgram:
     """
-    A program from a file, as [`StageProgram`]. Threads may share it.
+    A program from a file, as [`Program`]. Threads may share it.
 
     Args:
         file (`Path`): the program's `.onnx`.
@@ -49,30 +47,21 @@ class OnnxRuntimeProgram:
         self._session = onnxruntime.InferenceSession(file, options, providers=providers)
         self.inputs = [value.name for value in self._session.get_inputs()]
         self._names = [value.name for value in self._session.get_outputs()]
-        self._outputs = [(output.shape, getattr(torch, output.dtype)) for output in outputs]
+        self.outputs = [(output.shape, output.dtype) for output in outputs]
 
-    def __call__(self, state: State) -> list[torch.Tensor]:
-        count = len(state[self.inputs[0]])
-        with memory_errors():
-            # Bound to torch's memory on both sides: nothing is copied.
-            binding = self._session.io_binding()
-            inputs = [state[name].contiguous() for name in self.inputs]
-            outputs = [torch.empty((count, *shape), dtype=dtype) for shape, dtype in self._outputs]
-            for name, tensor in zip(self.inputs, inputs):
-                binding.bind_input(name, "cpu", 0, _numpy_dtype(tensor), list(tensor.shape), _address(tensor))
-            for name, tensor in zip(self._names, outputs):
-                binding.bind_output(name, "cpu", 0, _numpy_dtype(tensor), list(tensor.shape), _address(tensor))
-            self._session.run_with_iobinding(binding)
-        return outputs
+    def run(self, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> None:
+        """As in [`Program`]: bound to the memory of the arrays, so that nothing is copied."""
+        binding = self._session.io_binding()
+        for name, array in zip(self.inputs, inputs, strict=True):
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, _address(array))
+        for name, array in zip(self._names, outputs, strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, _address(array))
+        self._session.run_with_iobinding(binding)
 
 
-_NOTHING = torch.zeros(1)
+_NOTHING = np.zeros(1)
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """Of the tensor's memory; any where it has no element, for which torch's is 0, which ONNX Runtime refuses."""
-    return tensor.data_ptr() if tensor.numel() else _NOTHING.data_ptr()
-
-
-def _numpy_dtype(tensor: torch.Tensor) -> np.dtype:
-    return tensor[:0].numpy().dtype
+def _address(array: np.ndarray) -> int:
+    """Of the array's memory; any where it has no element, which may be at 0, which ONNX Runtime refuses."""
+    return (array if array.size else _NOTHING).__array_interface__["data"][0]

@@ -1,25 +1,23 @@
 """
 `export.json` of an exported folder: what the programs return, what wrote them, the checksums of their files and of
-itself, and the fields of the configuration that are fixed in the programs.
+itself, and the fields of the configuration that are fixed in the programs: `fixed` in the stages, `judged` in the
+decisions after them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from ...families import FAMILIES
-from ...files import replace_file, sha256
-from ...version import __version__
+from ..files import replace_file, sha256
+from ..version import __version__
 
 
 MANIFEST = "export.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ANEW = "copy the folder anew, or export the model anew."
 
 
@@ -30,14 +28,19 @@ def is_exported(folder: str | Path) -> bool:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `export.json` with the checksums of the programs' files, and of itself."""
-    sums = {path.name: sha256(path) for path in program_files(folder, manifest["stages"])}
+    sums = {path.name: sha256(path) for path in program_files(folder, manifest)}
     manifest = {"format_version": FORMAT_VERSION, **manifest, "sha256": sums}
     replace_file(folder / MANIFEST, json.dumps({**manifest, "checksum": checksum(manifest)}, indent=2) + "\n")
 
 
-def program_files(folder: Path, stages: Iterable[Mapping[str, Any]]) -> list[Path]:
+def program_entries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the manifest says of each program."""
+    return [*manifest["stages"], *manifest["judges"]]
+
+
+def program_files(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
     """The files of the programs, with the weights that lie beside an OpenVINO program."""
-    paths = [folder / stage["file"] for stage in stages]
+    paths = [folder / entry["file"] for entry in program_entries(manifest)]
     return [file for path in paths for file in ([path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path])]
 
 
@@ -53,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {ANEW}") from error
+        raise damaged(path) from error
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{str(folder)!r} has version {version} of the format of exported folders, this package "
@@ -64,10 +67,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{str(path)!r} is not as it was exported, it is damaged or edited: {ANEW} τ, exit criterion and labels "
             f"are in {CONFIG_NAME}, where they may be changed."
         )
-    names = [file.name for file in program_files(Path(), manifest["stages"])]
-    if any(Path(stage["file"]).name != stage["file"] for stage in manifest["stages"]) or set(names) != set(
-        manifest["sha256"]
-    ):
+    names = [file.name for file in program_files(Path(), manifest)]
+    elsewhere = any(Path(entry["file"]).name != entry["file"] for entry in program_entries(manifest))
+    if elsewhere or set(names) != set(manifest["sha256"]):
         raise ValueError(f"{str(path)!r} names other files than those of the folder: {ANEW}")
     for name in (*names, CONFIG_NAME, *([IMAGE_PROCESSOR_NAME] if manifest["has_processor"] else [])):
         if not (folder / name).is_file():
@@ -80,38 +82,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_config(folder: Path, fixed: Mapping[str, Any]) -> PreTrainedConfig:
-    """
-    The configuration of a folder, of which the fields `fixed` must have these values.
-
-    Raises:
-        ValueError: if it is damaged, or says something else than the programs.
-    """
+def read_fields(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a folder says. `ValueError` if it is damaged."""
     path = folder / CONFIG_NAME
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-        config_class = FAMILIES[model_type].config_class
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {ANEW}") from error
-    # Transformers' errors say what is wrong with a value.
-    config = config_class.from_pretrained(folder)
-    check_fixed(config, fixed)
-    return config
+        raise damaged(path) from error
+    return fields
 
 
-def fixed_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """
-    The configuration's fields that are fixed in exported programs, as JSON has them: all of the family's own but those
-    that only training and exits read, and the number of labels.
-    """
-    own = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
-    names = [*sorted(own - FAMILIES[config.model_type].free_fields), "num_labels"]
-    return json.loads(json.dumps({"model_type": config.model_type, **{name: getattr(config, name) for name in names}}))
+def damaged(path: Path) -> ValueError:
+    return ValueError(f"{str(path)!r} is damaged: {ANEW}")
 
 
-def check_fixed(config: PreTrainedConfig, fixed: Mapping[str, Any]) -> None:
-    """`ValueError` if fields of the configuration have other values than those that are fixed in the programs."""
-    found = fixed_fields(config)
+def check_unchanged(found: Mapping[str, Any], fixed: Mapping[str, Any], remedy: str) -> None:
+    """`ValueError`, which ends with `remedy`, if fields have other values than those that are fixed in programs."""
     changed = [name for name in fixed if found.get(name) != fixed[name]]
     if changed:
         raise ValueError(
@@ -119,7 +106,7 @@ def check_fixed(config: PreTrainedConfig, fixed: Mapping[str, Any]) -> None:
             + "; ".join(
                 f"`{name}` is {found.get(name)!r} there and {fixed[name]!r} in the programs" for name in changed
             )
-            + ". Only τ, exit criterion and labels may be changed: undo it, or change the PyTorch model and export it."
+            + f". {remedy}"
         )
 
 

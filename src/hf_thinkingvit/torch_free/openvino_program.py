@@ -1,5 +1,5 @@
 """
-Stages that OpenVINO runs on the CPU.
+Programs that OpenVINO runs on the CPU.
 
 The state between stages has the precision that OpenVINO computes in. That is not only a saving of copies: an output in
 float32 would make OpenVINO keep everything that is added up to it, the residual stream of all layers, in float32 as
@@ -12,24 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino
-import torch
 from openvino.preprocess import PrePostProcessor
 
-from ...models.staged_run import State
-from .programs import Output, memory_errors
+from .programs import Output
 
 
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8"}
 
 _TYPES = {
-    torch.float32: openvino.Type.f32,
-    torch.float16: openvino.Type.f16,
-    torch.bfloat16: openvino.Type.bf16,
-    torch.int64: openvino.Type.i64,
-    torch.int32: openvino.Type.i32,
-    torch.bool: openvino.Type.boolean,
+    "float32": openvino.Type.f32,
+    "float16": openvino.Type.f16,
+    "bfloat16": openvino.Type.bf16,
+    "int64": openvino.Type.i64,
+    "int32": openvino.Type.i32,
+    "bool": openvino.Type.boolean,
 }
 
 
@@ -63,16 +62,16 @@ def check_precision(precision: str, stored: str) -> None:
         )
 
 
-def compute_dtype(precision: str) -> torch.dtype:
+def compute_dtype(precision: str) -> str:
     """In which dtype OpenVINO computes what is not int8, and thus the state."""
     if precision == "int8":  # OpenVINO chooses by itself
-        return torch.bfloat16 if "BF16" in capabilities() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        return "bfloat16" if "BF16" in capabilities() else "float32"
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
 
 
 class OpenVINOProgram:
     """
-    A program from a file, as [`StageProgram`]. Threads may share it.
+    A program from a file, as [`Program`]. Threads may share it.
 
     Args:
         file (`Path`): the program's `.xml`.
@@ -94,15 +93,15 @@ class OpenVINOProgram:
         # Mapped weights would break when the folder is written anew.
         core.set_property({"ENABLE_MMAP": False})
         dtype = compute_dtype(precision)
-        model, self._outputs = core.read_model(file), []
+        model, self.outputs = core.read_model(file), []
         interface = PrePostProcessor(model)
         for port in model.inputs:
             if port.any_name != "pixel_values" and port.element_type == openvino.Type.f32:
                 interface.input(port.any_name).tensor().set_element_type(_TYPES[dtype])
         for number, output in enumerate(outputs):
-            own = dtype if output.is_state and output.dtype == "float32" else getattr(torch, output.dtype)
+            own = dtype if output.is_state and output.dtype == "float32" else output.dtype
             interface.output(number).tensor().set_element_type(_TYPES[own])
-            self._outputs.append((output.shape, own))
+            self.outputs.append((output.shape, own))
         properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if precision in PRECISION_HINTS:
             properties["INFERENCE_PRECISION_HINT"] = PRECISION_HINTS[precision]
@@ -111,22 +110,18 @@ class OpenVINOProgram:
         model = interface.build()
         self._compiled = in_own_thread(lambda: core.compile_model(model, "CPU", {**properties, **(config or {})}))
         self.inputs = [port.any_name for port in self._compiled.inputs]
-        self._dtypes = {port.any_name: port.element_type for port in self._compiled.inputs}
+        self._input_types = [port.element_type for port in self._compiled.inputs]
+        self._output_types = [_TYPES[name] for _, name in self.outputs]
         self._requests = threading.local()
 
-    def __call__(self, state: State) -> list[torch.Tensor]:
+    def run(self, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> None:
+        """As in [`Program`]: OpenVINO's tensors share the memory of the arrays, so that nothing is copied."""
         request = self._request()
-        count = len(state[self.inputs[0]])
-        with memory_errors():
-            # Tensors that share memory with torch's, on both sides: nothing is copied.
-            inputs = [state[name].contiguous() for name in self.inputs]
-            outputs = [torch.empty((count, *shape), dtype=dtype) for shape, dtype in self._outputs]
-            for number, tensor in enumerate(inputs):
-                request.set_input_tensor(number, _shared(tensor))
-            for number, tensor in enumerate(outputs):
-                request.set_output_tensor(number, _shared(tensor))
-            request.infer()
-        return outputs
+        for number, (array, kind) in enumerate(zip(inputs, self._input_types, strict=True)):
+            request.set_input_tensor(number, _shared(array, kind))
+        for number, (array, kind) in enumerate(zip(outputs, self._output_types, strict=True)):
+            request.set_output_tensor(number, _shared(array, kind))
+        request.infer()
 
     def _request(self) -> openvino.InferRequest:
         if not hasattr(self._requests, "own"):
@@ -134,8 +129,8 @@ class OpenVINOProgram:
         return self._requests.own
 
 
-def _shared(tensor: torch.Tensor) -> openvino.Tensor:
-    """The tensor's memory, as a tensor of OpenVINO."""
-    if tensor.dtype == torch.bfloat16:  # which NumPy lacks
-        return openvino.Tensor(tensor.view(torch.int16).numpy(), openvino.Shape(tensor.shape), openvino.Type.bf16)
-    return openvino.Tensor(tensor.numpy(), shared_memory=True)
+def _shared(array: np.ndarray, kind: openvino.Type) -> openvino.Tensor:
+    """The array's memory, as a tensor of OpenVINO."""
+    if kind == openvino.Type.bf16:  # which NumPy lacks
+        return openvino.Tensor(array, openvino.Shape(array.shape), kind)
+    return openvino.Tensor(array, shared_memory=True)
