@@ -26,14 +26,10 @@ def _is_imported_later() -> bool:
 
 
 def _refuse_without_torch(name: str):
-    """`ImportError` for the names of `library.py`; modules of the package are found as everywhere."""
-    if name.startswith("_") or find_spec(f"{__name__}.{name}") is not None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    raise ImportError(
-        f"`{__name__}.{name}` needs torch, which is not installed (pip install torch): without it, only "
-        f"`{__name__}.torch_free` works, which runs exported folders.",
-        name=name,
-    )
+    """`ImportError` for the names of `library.py`. Modules of the package are found as everywhere."""
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is None:
+        from . import needs_torch  # noqa: F401  raises
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if find_spec("torch") is None:

@@ -1,5 +1,6 @@
 """The names of the package; importing this module registers its models and pipelines with Transformers."""
 
+from . import needs_torch  # noqa: F401
 from .auto import register_models
 from .conversion import convert_checkpoint
 from .conversion.loading import load_arguments

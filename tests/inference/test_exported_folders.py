@@ -14,7 +14,7 @@ import torch
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine, export_model, from_exported, with_runtime
 from hf_thinkingvit.inference.runtimes import RUNTIMES
-from hf_thinkingvit.torch_free import manifest, programs
+from hf_thinkingvit.torch_free import load_exported, manifest, programs
 from hf_thinkingvit.torch_free.manifest import read_manifest, sha256
 from tests.inference.conftest import NETWORKS, need_runtime, with_exits
 from tests.models.test_modeling_avit import lively_avit
@@ -144,7 +144,9 @@ class TestFolder:
         model = lively_model(num_hidden_layers=1, thinking_stages=[1, 4])
         folder = export_model(model, tmp_path / "x", "onnx", processor=evaluation_image_processor(32))
         (folder / "stage_0.bin").write_bytes(b"of an export for OpenVINO")
-        assert from_exported(export_model(model, folder, "onnx")).processor is None
+        assert from_exported(export_model(model, folder, "onnx", with_decisions=False)).processor is None
+        with pytest.raises(ValueError, match="without the programs of decisions"):
+            load_exported(folder)
         (folder / "stage_0.bin").unlink()
         from_exported(folder)
         model.save_pretrained(tmp_path / "model")

@@ -25,7 +25,8 @@ def quantised(request, tmp_path_factory):
         pytest.importorskip("nncf", reason="int8 for OpenVINO needs nncf")
     model = with_exits(lively_model(thinking_stages=[1, 4], num_hidden_layers=1))
     folder = tmp_path_factory.mktemp("int8") / request.param
-    export_model(model, folder, RUNTIME_FORMATS[request.param], precision="int8", calibration=random_images(32))
+    options = {"precision": "int8", "calibration": random_images(32), "with_decisions": False}
+    export_model(model, folder, RUNTIME_FORMATS[request.param], **options)
     return model, folder
 
 

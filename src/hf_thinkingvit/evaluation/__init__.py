@@ -1,5 +1,6 @@
 """Cost and accuracy of a model at every τ, and calibration of τ."""
 
+from .. import needs_torch  # noqa: F401
 from .accuracy import evaluate_accuracy
 from .calibration import Calibration, calibrate_accuracy, calibrate_budget, calibrate_risk
 from .conditions import CalibrationStatus, calibration_status, model_conditions, weights_fingerprint

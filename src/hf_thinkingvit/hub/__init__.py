@@ -1,5 +1,6 @@
 """Publishing: model cards made from what was measured, and one-commit pushes to the Hub."""
 
+from .. import needs_torch  # noqa: F401
 from .card import model_card
 from .publish import push
 from .results import accuracy_results, read_results

@@ -1,5 +1,6 @@
 """Running adaptive models: full batches at every stage, the pipeline that steers and reports exits, and export."""
 
+from .. import needs_torch  # noqa: F401
 from .distributed import classify_across_processes
 from .engine import AdaptiveEngine, EngineResult, EngineStats
 from .export import OnnxFiles, export_adaptive, export_onnx, export_stages

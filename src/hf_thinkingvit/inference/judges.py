@@ -60,6 +60,6 @@ class StageJudge(nn.Module):
             outputs["class_scores"] = class_scores(answer["logits"], self.config)
         if self.is_last:
             return {"verdict": outputs, "memory": {}}
-        # Computed anew, since they may be inputs: OpenVINO takes no copy for an output.
+        # Computed anew, since they may be inputs, or each other: OpenVINO takes no copy for an output, and none twice.
         remembered = {name: tensor + 0 for name, tensor in verdict.memory.items() if name not in self.passed_on}
-        return {"verdict": {**outputs, "exits": verdict.exits}, "memory": remembered}
+        return {"verdict": {**outputs, "score": verdict.score + 0, "exits": verdict.exits}, "memory": remembered}

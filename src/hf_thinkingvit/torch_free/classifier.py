@@ -38,6 +38,7 @@ from .settings import Settings, read_settings
 
 
 Arrays = dict[str, np.ndarray]  # whose first dimension is the image
+BROKEN = "_broken"  # entry of the memory: of which images an answer had NaN. For this loop, no program reads it.
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,23 @@ class ExportedPrograms:
         }
         if index < taus.shape[1]:
             inputs[THRESHOLD] = taus[:, index]
-        return _run_program(self._judge_programs[index], self._judges[index], inputs, memory)
+        verdict, after = _run_program(self._judge_programs[index], self._judges[index], inputs, memory)
+        # A broken answer passes no τ, and its entropy is NaN. Comparisons and clamps of OpenVINO take NaN for a number.
+        broken = _has_nan(verdict.get("class_scores", answer["logits"]))
+        verdict["entropy"][broken] = np.nan
+        if "exits" in verdict:
+            for array in (*answer.values(), verdict.pop("score")):
+                broken |= _has_nan(array)
+            if after:  # what is remembered of a broken answer is broken as well
+                broken |= memory.get(BROKEN, False)
+                after[BROKEN] = broken
+            verdict["exits"] &= ~broken
+        return verdict, after
+
+
+def _has_nan(array: np.ndarray) -> np.ndarray:
+    """Of which images there is NaN in the array: bool `(images,)`."""
+    return np.isnan(array).reshape(len(array), -1).any(axis=1)
 
 
 def _run_program(program: Program, file: ProgramFile, inputs: Arrays, before: Arrays) -> tuple[Arrays, Arrays]:

@@ -4,6 +4,7 @@ Training runs on Accelerate, and distillation losses that also work in a trainin
 `train`, `finetune` and `parse_config` need the extra `hf-thinkingvit[train]` (timm among others).
 """
 
+from .. import needs_torch  # noqa: F401
 from .distillation import DistillationLoss, Teacher, teacher_loss
 
 
