@@ -19,7 +19,7 @@ from hf_thinkingvit.inference import export_model, from_exported
 from hf_thinkingvit.inference.class_scores import class_scores
 from hf_thinkingvit.inference.judges import StageJudge
 from hf_thinkingvit.inference.runtimes import RUNTIMES
-from hf_thinkingvit.torch_free import load_exported, manifest, openvino_program, programs
+from hf_thinkingvit.torch_free import load_exported, manifest, programs
 from hf_thinkingvit.torch_free.settings import Settings
 from tests.inference.conftest import RUNTIME_FORMATS, need_runtime
 from tests.utils import lively, random_images
@@ -169,6 +169,8 @@ class TestAnswers:
     def test_in_half_precision(self, exported, precision):
         """With the state in the dtype that OpenVINO computes in, for which NumPy may have no name."""
         need_runtime("openvino")
+        from hf_thinkingvit.torch_free import openvino_program
+
         if openvino_program.CAPABILITIES[precision] not in openvino_program.capabilities():
             pytest.skip(f"this CPU does not compute in {precision}")
         folder, images = exported.path("vit", "openvino"), random_images(20)
@@ -263,7 +265,7 @@ class TestClassify:
         said = f"{expected.labels[0]} ({expected.scores[0]:.3f}), stage {expected.exit_stage}"
         assert ran.stdout.strip() == f"{tmp_path / 'noise.png'}: {said}"
 
-    def test_refusals(self, exported, drawing, runtime):
+    def test_refusals(self, exported, runtime, tmp_path):
         loaded, picture = load_exported(exported.path("vit", runtime), threads=1), Image.new("RGB", (40, 40))
         for arguments, message in (
             ({"top_k": 0}, "`top_k` must be an integer of at least 1"),
@@ -274,10 +276,10 @@ class TestClassify:
                 loaded.classify([picture], **arguments)
         with pytest.raises(ValueError, match="There is no file `nowhere.png`"):
             loaded.classify(["nowhere.png"])
-        with pytest.raises(
-            ValueError, match=r"has no preprocessor_config\.json: export the model with its `processor`"
-        ):
-            load_exported(drawing(runtime), threads=1).classify([picture])
+        bare = forged(exported.path("vit", runtime), tmp_path / "bare", has_processor=False)
+        (bare / "preprocessor_config.json").unlink()
+        with pytest.raises(ValueError, match=r"has no preprocessor_config\.json: export the model with its"):
+            load_exported(bare, threads=1).classify([picture])
         loaded.processor.image_std = [1e-40] * 3
         with pytest.raises(ArithmeticError, match="not finite"):
             loaded.classify([Image.new("RGB", (40, 40), (255, 0, 0))])
@@ -372,6 +374,8 @@ class TestRefusals:
             with pytest.raises(ValueError, match=message):
                 load_exported(folder, **arguments)
         if runtime == "openvino":
+            from hf_thinkingvit.torch_free import openvino_program
+
             monkeypatch.setattr(openvino_program, "capabilities", lambda: ["FP32"])
         with pytest.raises(ValueError, match=r"does not compute in bf16"):
             load_exported(folder, "bf16")
