@@ -276,6 +276,15 @@ class TestClassify:
                 loaded.classify([picture], **arguments)
         with pytest.raises(ValueError, match="There is no file `nowhere.png`"):
             loaded.classify(["nowhere.png"])
+        (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        with pytest.raises(ValueError, match=r"Cannot read the image .*cut\.png: UnidentifiedImageError"):
+            loaded.classify([picture, tmp_path / "cut.png"])
+        with pytest.raises(ValueError, match="Cannot read the image at place 1: TypeError"):
+            loaded.classify([picture, None])
+        loaded.processor.do_resize = loaded.processor.do_center_crop = False
+        with pytest.raises(ValueError, match="at place 1 has 40×40 pixels after the folder's image processor"):
+            loaded.classify([Image.new("RGB", (32, 32)), picture])
+        loaded.processor.do_resize = loaded.processor.do_center_crop = True
         bare = forged(exported.path("vit", runtime), tmp_path / "bare", has_processor=False)
         (bare / "preprocessor_config.json").unlink()
         with pytest.raises(ValueError, match=r"has no preprocessor_config\.json: export the model with its"):

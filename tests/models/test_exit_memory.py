@@ -8,6 +8,7 @@ from hf_thinkingvit import EXIT_CRITERIA, ExitCriterion, ThinkingViTForImageClas
 from hf_thinkingvit.evaluation.stages import measure_stages
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.inference.export import export_adaptive, export_onnx, export_stages
+from hf_thinkingvit.models.exit_rules import ExitRule
 from hf_thinkingvit.models.staged_loop import run_stages
 from tests.utils import lively, random_images, tiny_config
 
@@ -182,3 +183,17 @@ def test_a_memory_does_not_reach_the_model(model):
     with torch.no_grad():
         model(random_images(12))
     assert seen and not any(name.startswith("_") for names in seen for name in names)
+
+
+@pytest.mark.parametrize("name", ["q_exit", "act", "pondernet", "patience"])
+@pytest.mark.parametrize("broken", [[torch.nan] * 3, [torch.inf, 0.0, 0.0], [-torch.inf] * 3])
+def test_a_broken_answer_with_a_valid_score_goes_on(name, broken):
+    """Criteria that judge something else than the logits, such as a learned halting score, are no way out for it."""
+    answer = {"logits": torch.tensor([[1.0, 2.0, 3.0], broken]), "halting_score": torch.ones(2)}
+    rule = ExitRule(name, (0.0,) if not EXIT_CRITERIA[name].exits_below else (9.0,), 10)
+    memory = rule.first_memory(2, torch.Generator().manual_seed(0) if rule.draws else None)
+    if name == "patience":  # the answer before was the same class
+        memory = rule.judge(0, answer, memory).memory
+    verdict = rule.judge(0, answer, memory)
+    assert verdict.exits.tolist() == [True, False]
+    assert verdict.score[1].isnan() and verdict.entropy[1].isnan()

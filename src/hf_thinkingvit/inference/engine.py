@@ -90,7 +90,8 @@ class AdaptiveEngine:
             Images in a full batch, at every stage. If a batch runs out of memory, its size is halved for the rest of
             the stream, with a warning. If a single image runs out of memory, the error is raised.
         threshold, max_stages, interpolate_pos_encoding (*optional*):
-            As in the model's `forward`. Images whose logits are not finite never exit early, and their entropy is NaN.
+            As in the model's `forward`. Images whose answer is broken (NaN, or no softmax) never exit early, and their
+            entropy is NaN.
         keep_rate (`float` or `list[float]`, *optional*):
             Of a model with pruning layers: the share of patches that remain, instead of `config.pruning_keep_rate`.
         generator (`torch.Generator`, *optional*):

@@ -31,6 +31,9 @@ def complete_labels(given: Mapping[str, Any]) -> dict[str, dict]:
     num_labels, id2label, label2id = (given.get(name) for name in ("num_labels", "id2label", "label2id"))
     if num_labels is None and id2label is None and label2id is None:
         return {}
+    for name, value in (("id2label", id2label), ("label2id", label2id)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"`{name}` must map classes and their names, got {type(value).__name__}: {value!r}.")
     if id2label is None:
         if label2id is not None:
             id2label = {index: label for label, index in label2id.items()}

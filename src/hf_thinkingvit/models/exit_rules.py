@@ -199,6 +199,9 @@ class ExitRule:
                 f"of the shape {tuple(answer['logits'].shape)} they have the shapes {tuple(score.shape)} and "
                 f"{tuple(entropies.shape)}: it is not made for this task."
             )
+        if not criterion.is_entropy:
+            # A broken answer may have a score nonetheless, such as a learned one or a count: it passes no τ either.
+            score = score.masked_fill(entropies.isnan(), torch.nan)
         return Verdict(score, self.exits(stage_index, score), entropies, memory)
 
     def _entropy(self, logits: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,7 @@
 A classifier from an exported folder, without torch: the loop over stages, in NumPy.
 
 A stage's program computes the answers, and the program of the decision after it, which is traced from the exit rule of
-the PyTorch model, says which images exit. This loop only carries arrays from one to the next, for the images that go
-on.
+the PyTorch model, says which images exit. This loop carries arrays from one to the next, for the images that go on.
 """
 
 import os
@@ -17,9 +16,9 @@ from PIL import Image
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..models.configuration_checks import check_integer
-from ..models.image_files import read_image
 from ..models.staged_arguments import resolve_stages
 from .manifest import read_manifest
+from .pictures import name_of, prepare_image
 from .programs import (
     ANSWER_PREFIX,
     FORMATS,
@@ -216,8 +215,8 @@ class ExportedPrograms:
             One [`Classification`] for each image, in order.
 
         Raises:
-            ValueError: for arguments that do not fit, images that cannot be read, a folder without image processor, and
-                a regression, which has no classes.
+            ValueError: for arguments that do not fit, an image (by its name) that cannot be read or gets another size
+                than the programs take, a folder without image processor, and a regression, which has no classes.
             ArithmeticError: if the answer to an image is not finite, because no class is then the best.
         """
         if self.processor is None:
@@ -237,18 +236,19 @@ class ExportedPrograms:
         found: list[Classification] = []
         generator = np.random.default_rng() if generator is None and self.manifest["draws"] else generator
         for start in range(0, len(images), batch_size):
-            pictures = [read_image(image) for image in images[start : start + batch_size]]
-            pixel_values = self.processor(pictures, return_tensors="np")["pixel_values"]
+            batch = list(enumerate(images[start : start + batch_size], start))
+            pixel_values = np.stack([prepare_image(self.processor, self.image_size, *entry) for entry in batch])
             answers = self(pixel_values, taus[start : start + batch_size], max_stages, generator=generator)
+            broken = np.flatnonzero(~np.isfinite(answers.logits).all(axis=1))
+            if len(broken):
+                raise ArithmeticError(
+                    f"The answer to the image {name_of(*batch[broken[0]])} is not finite (its logits have NaN or "
+                    "infinity), so that no class is the best: check the weights, or take a greater precision."
+                )
             found += self._best(answers, top_k)
         return found
 
     def _best(self, answers: StagedAnswers, top_k: int) -> list[Classification]:
-        if not np.isfinite(answers.logits).all():
-            raise ArithmeticError(
-                "The model's answer is not finite (its logits have NaN or infinity), so that no class is the best: "
-                "check its weights, and try a precision of a greater range (float32, bfloat16)."
-            )
         ranked = np.argsort(-answers.scores, axis=1, kind="stable")[:, :top_k]
         greatest = np.take_along_axis(answers.scores, ranked, axis=1)
         columns = (column.tolist() for column in (ranked, greatest, answers.exit_stage, answers.entropy))
@@ -322,8 +322,8 @@ class ExportedPrograms:
         if "exits" in verdict:
             for array in (*answer.values(), verdict.pop("score")):
                 broken |= _has_nan(array)
-            if after:  # what is remembered of a broken answer is broken as well
-                broken |= memory.get(BROKEN, False)
+            if any(np.issubdtype(array.dtype, np.floating) for array in after.values()):
+                broken |= memory.get(BROKEN, False)  # what is remembered of a broken answer is broken as well
                 after[BROKEN] = broken
             verdict["exits"] &= ~broken
         return verdict, after

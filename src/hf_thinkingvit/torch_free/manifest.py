@@ -93,6 +93,12 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def check_has_threshold(fields: Mapping[str, Any], folder: Path) -> None:
+    """`ValueError` for a `config.json` without τ, in whose place the default of the class would be taken."""
+    if fields.get("threshold") is None:
+        raise ValueError(f"config.json in {str(folder)!r} has no `threshold`: set it, on the criterion's scale.")
+
+
 def damaged(path: Path) -> ValueError:
     return ValueError(f"{str(path)!r} is damaged: {ANEW}")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..models.configuration_labels import complete_labels
 from ..models.staged_arguments import resolve_thresholds
-from .manifest import check_unchanged, read_fields
+from .manifest import check_has_threshold, check_unchanged, read_fields
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def read_settings(folder: Path, manifest: Mapping[str, Any]) -> Settings:
         "Without torch, only τ and labels may be changed: undo it, or change the PyTorch model and export it. (An edit "
         f"of {', '.join(f'`{name}`' for name in manifest['judged'])} is what `from_exported`, with torch, follows.)",
     )
-    if fields.get("threshold") is None:
-        raise ValueError(f"config.json in {str(folder)!r} has no `threshold`: set it, on the criterion's scale.")
+    check_has_threshold(fields, folder)
     settings = Settings(
         resolve_thresholds(fields["threshold"], len(manifest["stages"]) - 1), id2label, _is_regression(fixed)
     )

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ...families import FAMILIES
-from ...torch_free.manifest import check_unchanged, damaged, read_fields
+from ...torch_free.manifest import check_has_threshold, check_unchanged, damaged, read_fields
 
 
 # What a decision computes, beside the logits and τ. Programs without torch have them built in; the loop of PyTorch
@@ -25,8 +25,10 @@ def read_config(folder: Path, fixed: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         ValueError: if it is damaged, or says something else than the programs.
     """
+    given = read_fields(folder)
+    check_has_threshold(given, folder)
     try:
-        config_class = FAMILIES[read_fields(folder)["model_type"]].config_class
+        config_class = FAMILIES[given["model_type"]].config_class
     except (KeyError, TypeError) as error:
         raise damaged(folder / CONFIG_NAME) from error
     # Transformers' errors say what is wrong with a value.
