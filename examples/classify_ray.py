@@ -13,7 +13,6 @@ answer. An input that has one of these columns is refused.
 """
 
 import argparse
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow.fs
 import ray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hf_thinkingvit.commands.loading import load_classifier
 from hf_thinkingvit.inference import AdaptiveEngine
 from hf_thinkingvit.inference.class_scores import best_classes
 from hf_thinkingvit.inference.runtimes import is_exported
-from hf_thinkingvit.models.image_files import as_rgb
+from hf_thinkingvit.models.image_files import as_rgb, open_photo
 
 
 BATCH = 256  # rows that an actor gets at once: several batches of the engine, so that later stages fill theirs
@@ -39,11 +38,7 @@ def decode(content: Any) -> Image.Image:
         content = content["bytes"]
     if content is None:
         raise ValueError("the row has no bytes of an image")
-    try:
-        image = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError as error:  # its text is the address of the buffer
-        raise ValueError(f"its {len(content)} bytes are in no image format that Pillow knows") from error
-    return as_rgb(image)
+    return as_rgb(open_photo(content))
 
 
 class Classifier:

@@ -14,7 +14,6 @@ requests that it has accepted.
 
 import argparse
 import asyncio
-import io
 import math
 import time
 from contextlib import asynccontextmanager
@@ -23,18 +22,16 @@ from functools import partial
 import prometheus_client
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hf_thinkingvit.commands.loading import load_classifier
 from hf_thinkingvit.inference import AdaptiveEngine, EngineService, ServiceClosed, ServiceFull
 from hf_thinkingvit.inference.class_scores import best_classes, check_has_classes
+from hf_thinkingvit.models.image_files import open_photo
 
 
 def decode(content: bytes, max_pixels: int) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError as error:  # its text is the address of the buffer
-        raise ValueError(f"its {len(content)} bytes are in no image format that Pillow knows") from error
+    image = open_photo(content)
     if image.width * image.height > max_pixels:  # a small file may be a large image: nothing is decoded so far
         raise ValueError(f"{image.width}×{image.height} pixels are more than {max_pixels}")
     image.load()  # a file that is cut off fails here, with its own reason

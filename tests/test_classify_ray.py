@@ -3,10 +3,12 @@ examples/classify_ray.py on a local Ray: Parquet in and out with a pool of actor
 actors, since each of them is a process that imports torch.
 """
 
+import io
 import runpy
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -108,6 +110,13 @@ def test_a_folder_with_its_subfolders(local_ray, example, saved):
     found = pd.DataFrame(classifier(batch)).set_index("path")
     assert len(found) == COUNT and column not in found.columns
     assert_answers([found.loc[str(name)] for name in names], names, network)
+
+
+def test_only_photographs_are_opened(example):
+    content = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(content, "eps")  # which Pillow would have drawn by Ghostscript
+    with pytest.raises(ValueError, match="none of the formats JPEG, PNG, "):
+        example["decode"]({"bytes": content.getvalue()})
 
 
 @pytest.mark.parametrize("exported, cpus, threads", [(True, 3, 3), (True, 0.5, 1), (False, 3, None)])

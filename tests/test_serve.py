@@ -24,12 +24,12 @@ from tests.utils import lively_model
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def png(seed: int, black: tuple[int, int] | None = None) -> bytes:
+def png(seed: int, black: tuple[int, int] | None = None, file_format: str = "png") -> bytes:
     """Noise, or a black image of a size, in few bytes."""
     noise = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     image = Image.fromarray(noise) if black is None else Image.new("1", black)
     content = io.BytesIO()
-    image.save(content, "png")
+    image.save(content, file_format)
     return content.getvalue()
 
 
@@ -94,7 +94,8 @@ class TestService:
                 ]
                 assert [entry["score"] for entry in answer["labels"]] == pytest.approx(scores.tolist(), abs=1e-4)
             for path, body, status, reason in (
-                ("/classify", b"no image", 400, "no image that can be read: its 8 bytes are in no image format"),
+                ("/classify", b"no image", 400, "no image that can be read: its 8 bytes are in none of"),
+                ("/classify", png(0, file_format="eps"), 400, "formats JPEG, PNG, "),  # would run Ghostscript
                 ("/classify", png(0)[:200], 400, "truncated"),
                 ("/classify", b"", 400, "empty"),
                 ("/classify", png(0, (7000, 6000)), 400, "7000×6000 pixels are more than 40000000"),

@@ -10,11 +10,14 @@ from io import BytesIO
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION = 258, 262
+
+# Of the formats that Pillow knows, those of photographs. Some of the others are no images but programs (EPS).
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
 
 
 def read_image(source: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
@@ -48,6 +51,24 @@ def read_image(source: str | os.PathLike | Image.Image, timeout: float | None = 
     return as_rgb(image, "in base64")
 
 
+def open_photo(content: bytes) -> Image.Image:
+    """
+    An image, not decoded yet, from the bytes of a file that a stranger may have sent.
+
+    Args:
+        content (`bytes`): of a file in one of `PHOTO_FORMATS`; AVIF and WebP only if Pillow was built with them.
+
+    Raises:
+        ValueError: if it is in none of these formats.
+    """
+    Image.init()
+    formats = [name for name in PHOTO_FORMATS if name in Image.SAVE]  # `Image.OPEN` has those without a codec, too
+    try:
+        return Image.open(BytesIO(content), formats=formats)
+    except UnidentifiedImageError as error:  # its text is the address of the buffer
+        raise ValueError(f"its {len(content)} bytes are in none of the formats {', '.join(formats)}") from error
+
+
 def as_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """
     An image as RGB and upright. Grey values of 16 bits (12 in some TIFF files) are scaled to 8 bits.
@@ -75,4 +96,4 @@ def as_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
 
 
-__all__ = ["as_rgb", "read_image"]
+__all__ = ["as_rgb", "open_photo", "read_image"]
