@@ -293,7 +293,7 @@ def main() -> None:
             print(f"milliseconds: median {quantiles[49]:.1f}, 95 % {quantiles[94]:.1f}, 99 % {quantiles[98]:.1f}")
         print(f"statuses: {dict(statuses)}; lost: {len(lost)} {lost[:3]}")
         print(f"{expected.share_told_apart():.0%} of the pairs of images have answers that tell them apart")
-        line, lost_at_the_end = at_the_end(port, server, expected)
+        line, lost_at_the_end = at_the_end(port, server, expected, min(8, arguments.max_requests))
         print(line)
         if lost or lost_at_the_end:
             sys.exit("\n".join(["requests were lost:", *(lost + lost_at_the_end)[:20]]))

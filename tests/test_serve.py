@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from hf_thinkingvit.image_processing import evaluation_image_processor
-from hf_thinkingvit.inference import AdaptiveEngine
+from hf_thinkingvit.inference import AdaptiveEngine, ServiceClosed
 from tests.inference.conftest import NETWORKS, with_exits
 from tests.utils import lively_model
 
@@ -34,30 +34,48 @@ def png(seed: int, black: tuple[int, int] | None = None, file_format: str = "png
 
 
 @contextmanager
-def served(max_requests: int = 256, model=None, **options):
-    """The service of a model on a free port of this machine: its port, its engine, and the server."""
+def served(max_requests: int = 256, model=None, body_timeout: float = 30, shutdown_timeout: int = 20, **options):
+    """The service of a model on a free port of this machine: its port, its application, and the server."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         pytest.importorskip(package, reason=f"the service needs {package}")
-    import uvicorn
-
-    build_app = runpy.run_path(str(EXAMPLES / "serve.py"))["build_app"]
+    example = runpy.run_path(str(EXAMPLES / "serve.py"))
     model = with_exits(NETWORKS["vit"]()) if model is None else model
     options = {"batch_size": 8, "max_wait": 0.005, **options}
     engine = AdaptiveEngine(model, evaluation_image_processor(32), in_order=False, on_error="return", **options)
-    app = build_app(engine, max_requests, max_bytes=100_000)
+    app = example["build_app"](engine, max_requests, max_bytes=100_000, body_timeout=body_timeout)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=20))
+    server = example["make_server"](app, shutdown_timeout=shutdown_timeout)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        deadline = time.monotonic() + 20
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: server.started)
         yield listening.getsockname()[1], app, server
     finally:
         server.should_exit = True
         thread.join(timeout=30)
         assert not thread.is_alive()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def unfinished_upload(port: int, body: bytes):
+    """A connection whose request is being read, without its body so far: the server has asked for it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        head = f"POST /classify HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 100")
+        yield connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """Everything until the server closes the connection."""
+    return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
 def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, dict | str, dict]:
@@ -104,6 +122,9 @@ class TestService:
                 ("/classify?threshold=nan", png(0), 422, "threshold"),
                 ("/classify?threshold=low", png(0), 422, "valid number"),
                 ("/classify?top_k=0", png(0), 422, "top_k"),
+                ("/classify?treshold=0", png(0), 422, "['treshold'], only `threshold` and `top_k`"),
+                ("/classify?top_k=1&top_k=2", png(0), 422, "`top_k` must be given once"),
+                ("/classify?threshold=0&threshold=0&threshold=0", png(0), 422, "threshold"),
             ):
                 found, answer, _ = ask(port, path, body)
                 assert found == status
@@ -163,18 +184,55 @@ class TestService:
             assert answer["labels"][0]["score"] == pytest.approx(expected[place]["labels"][0]["score"], abs=1e-4)
         assert stats.rows[0] == 92 and stats.batches[0] < 92
 
-    def test_back_pressure_and_shutdown(self):
-        """A second request is refused while one waits; that one is answered although the server shuts down."""
-        with served(max_requests=1, max_wait=30.0) as (port, app, server):
-            first = []
-            waiting = threading.Thread(target=lambda: first.append(ask(port, "/classify", png(0))))
-            waiting.start()
-            deadline = time.monotonic() + 20
-            while app.state.service.waiting == 0 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            status, answer, headers = ask(port, "/classify", png(1))
-            assert (status, headers["retry-after"]) == (503, "1") and "wait already" in answer["detail"]
+    def test_each_exit_may_have_a_threshold_of_its_own(self):
+        model = lively_model(thinking_stages=[1, 2, 4], exit_criterion="entropy", threshold=0.5)
+        with served(model=model) as (port, *_):
+            for thresholds, stage in (((0, 0), 2), ((0, 99), 1), ((99, 0), 0)):
+                query = "&".join(f"threshold={value}" for value in thresholds)
+                assert ask(port, f"/classify?{query}", png(0))[1]["exit_stage"] == stage
+
+    def test_the_end_answers_accepted_requests_and_closes_the_service(self):
+        answers = []
+        with served(max_wait=1.0) as (port, app, server):
+            service = app.state.service
+            clients = [
+                threading.Thread(target=lambda: answers.append(ask(port, "/classify?threshold=99", png(0))[0]))
+                for _ in range(2)
+            ]
+            for client in clients:
+                client.start()
+            until(lambda: service.waiting == 2)
+            assert not answers
+            server.should_exit = True  # as SIGTERM sets it
+            for client in clients:
+                client.join(timeout=30)
+        assert answers == [200, 200]
+        with pytest.raises(ServiceClosed):
+            service.submit(Image.new("RGB", (8, 8)))
+
+    def test_a_place_is_taken_before_the_body_is_read(self):
+        """And given back after the answer, and by a client that leaves."""
+        with served(max_requests=1) as (port, *_):
+            with unfinished_upload(port, png(0)) as upload:
+                status, answer, headers = ask(port, "/classify", png(1))
+                assert (status, headers["retry-after"]) == (503, "1") and "wait already" in answer["detail"]
+                upload.sendall(png(0))
+                assert upload.recv(100).startswith(b"HTTP/1.1 200")
+            with unfinished_upload(port, png(0)):
+                assert ask(port, "/classify", png(1))[0] == 503
+            until(lambda: ask(port, "/classify", png(1))[0] == 200)
+
+    def test_a_body_that_does_not_arrive_is_given_up(self):
+        with served(max_requests=1, body_timeout=0.3) as (port, *_):
+            with unfinished_upload(port, png(0)) as upload:
+                upload.sendall(png(0)[:10])
+                answer = received(upload)
+                assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within 0.3 seconds" in answer
+            assert ask(port, "/classify", png(0))[0] == 200
+
+    def test_an_unfinished_upload_does_not_keep_the_server(self):
+        with served(shutdown_timeout=1) as (port, app, server), unfinished_upload(port, png(0)) as upload:
             server.should_exit = True
-            app.state.service.close()  # as the end of the server does, once open requests have their answers
-            waiting.join(timeout=60)
-        assert first[0][0] == 200
+            received(upload)  # returns, since the server closes the connection long before `body_timeout`
+        with pytest.raises(ServiceClosed):
+            app.state.service.submit(Image.new("RGB", (8, 8)))
