@@ -1,5 +1,6 @@
 """Quantised stages: int8 programs, and the report that compares them and moves τ."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from hf_thinkingvit.evaluation import compare_precisions
 from hf_thinkingvit.evaluation.precisions import move_threshold
 from hf_thinkingvit.evaluation.stages import StageMeasurements
 from hf_thinkingvit.inference import export_model, from_exported
+from hf_thinkingvit.torch_free import load_exported
 from tests.inference.conftest import NETWORKS, RUNTIME_FORMATS, need_runtime, with_exits
 from tests.utils import lively_model, random_images
 
@@ -25,7 +27,7 @@ def quantised(request, tmp_path_factory):
         pytest.importorskip("nncf", reason="int8 for OpenVINO needs nncf")
     model = with_exits(lively_model(thinking_stages=[1, 4], num_hidden_layers=1))
     folder = tmp_path_factory.mktemp("int8") / request.param
-    options = {"precision": "int8", "calibration": random_images(32), "with_decisions": False}
+    options = {"precision": "int8", "calibration": random_images(32)}
     export_model(model, folder, RUNTIME_FORMATS[request.param], **options)
     return model, folder
 
@@ -41,6 +43,15 @@ def test_int8_answers_are_near_float_ones(quantised):
     for stage in range(2):
         error = (found[stage] - expected[stage]).abs().mean() / expected[stage].std()
         assert 0 < error < 0.25  # so it is quantised, and still the same function
+
+
+def test_without_torch_answers_and_exits_are_the_same(quantised):
+    _, folder = quantised
+    images = random_images(60)
+    found, expected = load_exported(folder, threads=1)(images.numpy()), from_exported(folder, threads=1)(images)
+    assert sorted(set(found.exit_stage.tolist())) == [0, 1]
+    assert found.exit_stage.tolist() == expected.exit_stage.tolist()
+    np.testing.assert_allclose(found.logits, expected.logits.float().numpy(), atol=1e-5)
 
 
 def test_programs_compute_in_int8(quantised):
