@@ -93,6 +93,12 @@ class TestFolder:
                 lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
                 r"config\.json' is damaged",
             ),
+            "no threshold": (
+                lambda folder: (folder / "config.json").write_text(
+                    json.dumps({**json.loads((folder / "config.json").read_text()), "threshold": None})
+                ),
+                "has no `threshold`: set it",
+            ),
             "no processor": (
                 lambda folder: (folder / "preprocessor_config.json").unlink(),
                 "lacks preprocessor_config.json",

@@ -26,11 +26,11 @@ def read_config(folder: Path, fixed: Mapping[str, Any]) -> PreTrainedConfig:
         ValueError: if it is damaged, or says something else than the programs.
     """
     given = read_fields(folder)
-    check_has_threshold(given, folder)
     try:
         config_class = FAMILIES[given["model_type"]].config_class
     except (KeyError, TypeError) as error:
         raise damaged(folder / CONFIG_NAME) from error
+    check_has_threshold(given, folder)
     # Transformers' errors say what is wrong with a value.
     config = config_class.from_pretrained(folder)
     check_fixed(config, fixed)
