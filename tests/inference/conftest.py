@@ -37,16 +37,16 @@ class ExportedNetworks:
     def __init__(self, folder):
         self.folder, self.folders = folder, {}
 
-    def path(self, network: str, runtime: str):
+    def path(self, network: str, runtime: str, with_decisions: bool = False):
         need_runtime(runtime)
-        if (network, runtime) not in self.folders:
-            output_dir = self.folder / f"{network}-{runtime}"
+        if (network, runtime, with_decisions) not in self.folders:
+            output_dir = self.folder / f"{network}-{runtime}-{with_decisions}"
             processor = evaluation_image_processor(32)
             model = with_exits(NETWORKS[network]())
-            self.folders[network, runtime] = export_model(
-                model, output_dir, RUNTIME_FORMATS[runtime], processor=processor
+            self.folders[network, runtime, with_decisions] = export_model(
+                model, output_dir, RUNTIME_FORMATS[runtime], processor=processor, with_decisions=with_decisions
             )
-        return self.folders[network, runtime]
+        return self.folders[network, runtime, with_decisions]
 
     def load(self, network: str, runtime: str, **options):
         return from_exported(self.path(network, runtime), **options)

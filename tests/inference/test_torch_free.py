@@ -90,7 +90,7 @@ def assert_equal(found, expected, config) -> None:
 
 class TestAnswers:
     def test_equal_those_with_torch(self, exported, runtime):
-        images, folder = random_images(60), exported.path("vit", runtime)
+        images, folder = random_images(60), exported.path("vit", runtime, with_decisions=True)
         loaded, expected = load_exported(folder, threads=1), from_exported(folder, threads=1)
         assert loaded.threshold == tuple(expected.config.threshold) and loaded.id2label == expected.config.id2label
         found = loaded(images.numpy())
@@ -105,7 +105,10 @@ class TestAnswers:
         assert_equal(loaded(untouched), expected(images), expected.config)
 
     def test_each_image_may_have_its_own_threshold(self, exported, runtime):
-        loaded, images = load_exported(exported.path("vit", runtime), threads=1), random_images(4).numpy()
+        loaded, images = (
+            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            random_images(4).numpy(),
+        )
         found = loaded(images, np.array([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0], [9.0, 9.0]]))
         assert found.exit_stage.tolist() == [0, 1, 2, 0]
         assert loaded.calls == [1, 1, 1]
@@ -158,7 +161,10 @@ class TestAnswers:
             memory = expected.memory
 
     def test_broken_images_go_on_and_harm_no_others(self, exported, runtime):
-        loaded, images = load_exported(exported.path("vit", runtime), threads=1), random_images(3).numpy()
+        loaded, images = (
+            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            random_images(3).numpy(),
+        )
         expected = loaded(images, 9.0)
         images[1] = np.nan
         found = loaded(images, 9.0)
@@ -173,7 +179,7 @@ class TestAnswers:
 
         if openvino_program.CAPABILITIES[precision] not in openvino_program.capabilities():
             pytest.skip(f"this CPU does not compute in {precision}")
-        folder, images = exported.path("vit", "openvino"), random_images(20)
+        folder, images = exported.path("vit", "openvino", with_decisions=True), random_images(20)
         expected = from_exported(folder, precision, threads=1)
         found = load_exported(folder, precision, threads=1)(images.numpy(), 0.0)
         assert_equal(found, expected(images, threshold=0.0), expected.config)
@@ -196,7 +202,10 @@ class TestAnswers:
 
 class TestWork:
     def test_stages_run_for_the_images_that_go_on(self, exported, runtime):
-        loaded, images = load_exported(exported.path("vit", runtime), threads=1), random_images(60).numpy()
+        loaded, images = (
+            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            random_images(60).numpy(),
+        )
         rows = []
         for number, program in enumerate(loaded._stage_programs):
 
@@ -223,7 +232,7 @@ class TestWork:
 class TestClassify:
     def test_labels_scores_and_stages(self, exported, runtime, tmp_path):
         """Whatever the size of batches, of pictures and files, grey and transparent ones."""
-        folder = exported.path("vit", runtime)
+        folder = exported.path("vit", runtime, with_decisions=True)
         loaded = load_exported(folder, threads=1)
         pictures = [Image.effect_noise((40, 50), sigma) for sigma in (20, 60, 90)]
         pictures[1] = pictures[1].convert("RGBA")
@@ -243,7 +252,7 @@ class TestClassify:
 
     def test_without_torch_in_the_process(self, exported, runtime, tmp_path):
         """The example, in a process in which torch cannot be imported."""
-        folder = exported.path("vit", runtime)
+        folder = exported.path("vit", runtime, with_decisions=True)
         Image.effect_noise((40, 50), 60).save(tmp_path / "noise.png")
         code = (
             "import runpy, sys\n"
@@ -266,7 +275,10 @@ class TestClassify:
         assert ran.stdout.strip() == f"{tmp_path / 'noise.png'}: {said}"
 
     def test_refusals(self, exported, runtime, tmp_path):
-        loaded, picture = load_exported(exported.path("vit", runtime), threads=1), Image.new("RGB", (40, 40))
+        loaded, picture = (
+            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            Image.new("RGB", (40, 40)),
+        )
         for arguments, message in (
             ({"top_k": 0}, "`top_k` must be an integer of at least 1"),
             ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
@@ -285,7 +297,7 @@ class TestClassify:
         with pytest.raises(ValueError, match="at place 1 has 40×40 pixels after the folder's image processor"):
             loaded.classify([Image.new("RGB", (32, 32)), picture])
         loaded.processor.do_resize = loaded.processor.do_center_crop = True
-        bare = forged(exported.path("vit", runtime), tmp_path / "bare", has_processor=False)
+        bare = forged(exported.path("vit", runtime, with_decisions=True), tmp_path / "bare", has_processor=False)
         (bare / "preprocessor_config.json").unlink()
         with pytest.raises(ValueError, match=r"has no preprocessor_config\.json: export the model with its"):
             load_exported(bare, threads=1).classify([picture])
@@ -299,7 +311,7 @@ class TestClassify:
 
 class TestRefusals:
     def test_images_that_the_programs_do_not_take(self, exported, runtime):
-        loaded = load_exported(exported.path("vit", runtime), threads=1)
+        loaded = load_exported(exported.path("vit", runtime, with_decisions=True), threads=1)
         shape = r"\(batch_size, 3, 32, 32\), for which the programs were exported"
         for pixel_values, message in (
             (np.zeros((2, 3, 48, 48), np.float32), shape),
@@ -313,7 +325,10 @@ class TestRefusals:
                 loaded(pixel_values)
 
     def test_arguments_that_do_not_fit(self, exported, runtime):
-        loaded, images = load_exported(exported.path("vit", runtime), threads=1), random_images(2).numpy()
+        loaded, images = (
+            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            random_images(2).numpy(),
+        )
         for arguments, message in (
             ({"threshold": -1.0}, "`threshold` must be a number of at least 0"),
             ({"threshold": float("nan")}, "`threshold` must be a number of at least 0"),
@@ -332,7 +347,7 @@ class TestRefusals:
 
     def test_folders(self, exported, runtime, tmp_path):
         """Only τ and labels may be edited; what torch's loop would follow, programs of decisions cannot."""
-        folder = exported.path("vit", runtime)
+        folder = exported.path("vit", runtime, with_decisions=True)
         labels = {str(place): f"class {place}" for place in range(12)}
         loaded = load_exported(edited(folder, tmp_path / "free", threshold=99.0, id2label=labels, label2id={}))
         assert loaded.id2label[3] == "class 3"
@@ -373,7 +388,7 @@ class TestRefusals:
             load_exported(tmp_path / "free")
 
     def test_runtimes_precisions_and_options(self, exported, runtime, monkeypatch):
-        folder = exported.path("vit", runtime)
+        folder = exported.path("vit", runtime, with_decisions=True)
         for arguments, message in (
             ({"precision": "fp8"}, "`precision` must be one of"),
             ({"precision": "int8"}, "exported in"),
@@ -393,7 +408,7 @@ class TestRefusals:
             load_exported(folder)
 
     def test_copies(self, exported, runtime):
-        loaded = load_exported(exported.path("vit", runtime), threads=1)
+        loaded = load_exported(exported.path("vit", runtime, with_decisions=True), threads=1)
         for call in (lambda: copy.copy(loaded), lambda: copy.deepcopy(loaded), lambda: pickle.dumps(loaded)):
             with pytest.raises(TypeError, match="call `load_exported` with the folder in each process"):
                 call()
