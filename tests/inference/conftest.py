@@ -52,7 +52,7 @@ class ExportedNetworks:
         return from_exported(self.path(network, runtime), **options)
 
 
-@pytest.fixture(params=["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "onnxruntime")])
 def runtime(request):
     need_runtime(request.param)
     return request.param

@@ -190,7 +190,7 @@ class TestFaults:
             "vit",
             "swin",
             "vit, compiled",
-            "vit, openvino",
+            pytest.param("vit, openvino", marks=pytest.mark.slow),
             pytest.param("vit, onnxruntime", marks=pytest.mark.slow),
         ]
     )
