@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from hf_thinkingvit import EXIT_CRITERIA
+from hf_thinkingvit import EXIT_CRITERIA, EarlyExitViTConfig, EarlyExitViTForImageClassification
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import export_model, from_exported
-from tests.utils import lively_model, lively_swin, random_images
+from tests.utils import lively, lively_model, lively_swin, random_images
 
 
 RUNTIME_FORMATS = {"openvino": "openvino", "onnxruntime": "onnx"}
@@ -31,22 +31,36 @@ def with_exits(network):
     return network
 
 
+def early_exits(**fields) -> EarlyExitViTForImageClassification:
+    """Two stages of one layer each, unless `fields` say otherwise."""
+    config = EarlyExitViTConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        num_labels=3,
+        **{"num_hidden_layers": 2, "exit_layers": [1], "threshold": 0.5, **fields},
+    )
+    return lively(EarlyExitViTForImageClassification, config)
+
+
 class ExportedNetworks:
     """The folders of networks exported so far, and models loaded from them."""
 
     def __init__(self, folder):
         self.folder, self.folders = folder, {}
 
-    def path(self, network: str, runtime: str, with_decisions: bool = False):
+    def path(self, network: str, runtime: str):
         need_runtime(runtime)
-        if (network, runtime, with_decisions) not in self.folders:
-            output_dir = self.folder / f"{network}-{runtime}-{with_decisions}"
+        if (network, runtime) not in self.folders:
+            output_dir = self.folder / f"{network}-{runtime}"
             processor = evaluation_image_processor(32)
             model = with_exits(NETWORKS[network]())
-            self.folders[network, runtime, with_decisions] = export_model(
-                model, output_dir, RUNTIME_FORMATS[runtime], processor=processor, with_decisions=with_decisions
+            self.folders[network, runtime] = export_model(
+                model, output_dir, RUNTIME_FORMATS[runtime], processor=processor
             )
-        return self.folders[network, runtime, with_decisions]
+        return self.folders[network, runtime]
 
     def load(self, network: str, runtime: str, **options):
         return from_exported(self.path(network, runtime), **options)

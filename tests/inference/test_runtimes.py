@@ -8,33 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_thinkingvit import AdaptiveImageClassificationPipeline, EarlyExitViTConfig, EarlyExitViTForImageClassification
+from hf_thinkingvit import AdaptiveImageClassificationPipeline
 from hf_thinkingvit.evaluation import compare_precisions
 from hf_thinkingvit.image_processing import evaluation_image_processor
 from hf_thinkingvit.inference import AdaptiveEngine, with_runtime
 from hf_thinkingvit.inference.runtimes import writing
 from hf_thinkingvit.models.staged_loop import run_stages
-from tests.inference.conftest import NETWORKS, need_runtime, with_exits
+from tests.inference.conftest import NETWORKS, early_exits, need_runtime, with_exits
 from tests.models.segmentation_models import lively_segmenter
-from tests.utils import lively, lively_model, random_images
+from tests.utils import lively_model, random_images
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters
-
-
-def early_exits(**fields) -> EarlyExitViTForImageClassification:
-    config = EarlyExitViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-        num_labels=3,
-        exit_layers=[1],
-        **{"threshold": 0.5, **fields},
-    )
-    return lively(EarlyExitViTForImageClassification, config)
 
 
 # Two stages of one layer, since exports are slow; those of NETWORKS are not here.

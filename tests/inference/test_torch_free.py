@@ -14,35 +14,25 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_thinkingvit import EXIT_CRITERIA, EarlyExitViTConfig, EarlyExitViTForImageClassification
+from hf_thinkingvit import EXIT_CRITERIA
 from hf_thinkingvit.inference import export_model, from_exported
 from hf_thinkingvit.inference.class_scores import class_scores
 from hf_thinkingvit.inference.judges import StageJudge
 from hf_thinkingvit.inference.runtimes import RUNTIMES
 from hf_thinkingvit.torch_free import load_exported, manifest, programs
 from hf_thinkingvit.torch_free.settings import Settings
-from tests.inference.conftest import RUNTIME_FORMATS, need_runtime
-from tests.utils import lively, random_images
+from tests.inference.conftest import RUNTIME_FORMATS, early_exits, need_runtime
+from tests.utils import random_images
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters
 EXAMPLE = Path(__file__).parents[2] / "examples" / "classify_without_torch.py"
 
 
-def early_exits(exit_criterion: str, threshold: float, **fields) -> EarlyExitViTForImageClassification:
-    """Three stages, so that there is a stage with a memory both from the one before and for the one after."""
-    config = EarlyExitViTConfig(
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-        num_labels=3,
-        exit_criterion=exit_criterion,
-        threshold=threshold,
-        **{"num_hidden_layers": 3, "exit_layers": [1, 2], **fields},
-    )
-    return lively(EarlyExitViTForImageClassification, config)
+def three_stages(exit_criterion: str, threshold: float, **fields):
+    """So that there is a stage with a memory both from the one before and for the one after."""
+    stages = {"num_hidden_layers": 3, "exit_layers": [1, 2]}
+    return early_exits(exit_criterion=exit_criterion, threshold=threshold, **{**stages, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +43,7 @@ def drawing(tmp_path_factory):
     def path(runtime: str) -> Path:
         if runtime not in folders:
             folder = tmp_path_factory.mktemp("drawing") / runtime
-            model = early_exits("pondernet", 1.0, halting="pondernet")
+            model = three_stages("pondernet", 1.0, halting="pondernet")
             folders[runtime] = export_model(model, folder, RUNTIME_FORMATS[runtime])
         return folders[runtime]
 
@@ -90,7 +80,7 @@ def assert_equal(found, expected, config) -> None:
 
 class TestAnswers:
     def test_equal_those_with_torch(self, exported, runtime):
-        images, folder = random_images(60), exported.path("vit", runtime, with_decisions=True)
+        images, folder = random_images(60), exported.path("vit", runtime)
         loaded, expected = load_exported(folder, threads=1), from_exported(folder, threads=1)
         assert loaded.threshold == tuple(expected.config.threshold) and loaded.id2label == expected.config.id2label
         found = loaded(images.numpy())
@@ -106,7 +96,7 @@ class TestAnswers:
 
     def test_each_image_may_have_its_own_threshold(self, exported, runtime):
         loaded, images = (
-            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            load_exported(exported.path("vit", runtime), threads=1),
             random_images(4).numpy(),
         )
         found = loaded(images, np.array([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0], [9.0, 9.0]]))
@@ -137,7 +127,7 @@ class TestAnswers:
         halting = EXIT_CRITERIA[criterion].halting
         problem = "multi_label_classification" if EXIT_CRITERIA[criterion].multi_label else None
         head = "shared" if halting == "act" else "linear"
-        model = early_exits(criterion, 0.0, halting=halting, problem_type=problem, exit_head=head)
+        model = three_stages(criterion, 0.0, halting=halting, problem_type=problem, exit_head=head)
         generator = torch.Generator().manual_seed(0)
         rule, taus = model.exit_rule(), torch.rand(64, generator=generator)
         memory = before = rule.first_memory(64, torch.Generator().manual_seed(0) if rule.draws else None)
@@ -162,7 +152,7 @@ class TestAnswers:
 
     def test_broken_images_go_on_and_harm_no_others(self, exported, runtime):
         loaded, images = (
-            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            load_exported(exported.path("vit", runtime), threads=1),
             random_images(3).numpy(),
         )
         expected = loaded(images, 9.0)
@@ -179,7 +169,7 @@ class TestAnswers:
 
         if openvino_program.CAPABILITIES[precision] not in openvino_program.capabilities():
             pytest.skip(f"this CPU does not compute in {precision}")
-        folder, images = exported.path("vit", "openvino", with_decisions=True), random_images(20)
+        folder, images = exported.path("vit", "openvino"), random_images(20)
         expected = from_exported(folder, precision, threads=1)
         found = load_exported(folder, precision, threads=1)(images.numpy(), 0.0)
         assert_equal(found, expected(images, threshold=0.0), expected.config)
@@ -188,7 +178,7 @@ class TestAnswers:
         """Answers are judged in float32."""
         need_runtime("onnxruntime")
         images = random_images(20)
-        model = early_exits("max_probability", 0.0, num_hidden_layers=2, exit_layers=[1])
+        model = three_stages("max_probability", 0.0, num_hidden_layers=2, exit_layers=[1])
         with torch.no_grad():
             scores = model(images, output_stage_logits=True).stage_logits[0].softmax(dim=1).amax(dim=1).sort().values
         model.config.threshold = scores[9:11].mean().item()
@@ -203,7 +193,7 @@ class TestAnswers:
 class TestWork:
     def test_stages_run_for_the_images_that_go_on(self, exported, runtime):
         loaded, images = (
-            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            load_exported(exported.path("vit", runtime), threads=1),
             random_images(60).numpy(),
         )
         rows = []
@@ -232,7 +222,7 @@ class TestWork:
 class TestClassify:
     def test_labels_scores_and_stages(self, exported, runtime, tmp_path):
         """Whatever the size of batches, of pictures and files, grey and transparent ones."""
-        folder = exported.path("vit", runtime, with_decisions=True)
+        folder = exported.path("vit", runtime)
         loaded = load_exported(folder, threads=1)
         pictures = [Image.effect_noise((40, 50), sigma) for sigma in (20, 60, 90)]
         pictures[1] = pictures[1].convert("RGBA")
@@ -252,7 +242,7 @@ class TestClassify:
 
     def test_without_torch_in_the_process(self, exported, runtime, tmp_path):
         """The example, in a process in which torch cannot be imported."""
-        folder = exported.path("vit", runtime, with_decisions=True)
+        folder = exported.path("vit", runtime)
         Image.effect_noise((40, 50), 60).save(tmp_path / "noise.png")
         code = (
             "import runpy, sys\n"
@@ -276,7 +266,7 @@ class TestClassify:
 
     def test_refusals(self, exported, runtime, tmp_path):
         loaded, picture = (
-            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            load_exported(exported.path("vit", runtime), threads=1),
             Image.new("RGB", (40, 40)),
         )
         for arguments, message in (
@@ -297,7 +287,7 @@ class TestClassify:
         with pytest.raises(ValueError, match="at place 1 has 40×40 pixels after the folder's image processor"):
             loaded.classify([Image.new("RGB", (32, 32)), picture])
         loaded.processor.do_resize = loaded.processor.do_center_crop = True
-        bare = forged(exported.path("vit", runtime, with_decisions=True), tmp_path / "bare", has_processor=False)
+        bare = forged(exported.path("vit", runtime), tmp_path / "bare", has_processor=False)
         (bare / "preprocessor_config.json").unlink()
         with pytest.raises(ValueError, match=r"has no preprocessor_config\.json: export the model with its"):
             load_exported(bare, threads=1).classify([picture])
@@ -311,7 +301,7 @@ class TestClassify:
 
 class TestRefusals:
     def test_images_that_the_programs_do_not_take(self, exported, runtime):
-        loaded = load_exported(exported.path("vit", runtime, with_decisions=True), threads=1)
+        loaded = load_exported(exported.path("vit", runtime), threads=1)
         shape = r"\(batch_size, 3, 32, 32\), for which the programs were exported"
         for pixel_values, message in (
             (np.zeros((2, 3, 48, 48), np.float32), shape),
@@ -326,7 +316,7 @@ class TestRefusals:
 
     def test_arguments_that_do_not_fit(self, exported, runtime):
         loaded, images = (
-            load_exported(exported.path("vit", runtime, with_decisions=True), threads=1),
+            load_exported(exported.path("vit", runtime), threads=1),
             random_images(2).numpy(),
         )
         for arguments, message in (
@@ -347,7 +337,7 @@ class TestRefusals:
 
     def test_folders(self, exported, runtime, tmp_path):
         """Only τ and labels may be edited; what torch's loop would follow, programs of decisions cannot."""
-        folder = exported.path("vit", runtime, with_decisions=True)
+        folder = exported.path("vit", runtime)
         labels = {str(place): f"class {place}" for place in range(12)}
         loaded = load_exported(edited(folder, tmp_path / "free", threshold=99.0, id2label=labels, label2id={}))
         assert loaded.id2label[3] == "class 3"
@@ -388,7 +378,7 @@ class TestRefusals:
             load_exported(tmp_path / "free")
 
     def test_runtimes_precisions_and_options(self, exported, runtime, monkeypatch):
-        folder = exported.path("vit", runtime, with_decisions=True)
+        folder = exported.path("vit", runtime)
         for arguments, message in (
             ({"precision": "fp8"}, "`precision` must be one of"),
             ({"precision": "int8"}, "exported in"),
@@ -408,7 +398,7 @@ class TestRefusals:
             load_exported(folder)
 
     def test_copies(self, exported, runtime):
-        loaded = load_exported(exported.path("vit", runtime, with_decisions=True), threads=1)
+        loaded = load_exported(exported.path("vit", runtime), threads=1)
         for call in (lambda: copy.copy(loaded), lambda: copy.deepcopy(loaded), lambda: pickle.dumps(loaded)):
             with pytest.raises(TypeError, match="call `load_exported` with the folder in each process"):
                 call()
