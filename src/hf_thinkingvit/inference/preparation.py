@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..models.image_files import read_image
+from ..models.image_files import read_image, unreadable
 from ..models.image_inputs import NO_DICT, as_8_bits, check_one_image
 
 
@@ -77,8 +77,8 @@ class Preparation:
                 image = read_image(image)
             check_one_image(image)
             image = as_8_bits(image)
-        except Exception as error:  # decoders raise many types, without the name of the image
-            return _failure(name, error)
+        except Exception as error:
+            return unreadable(name, error)
         return image if isinstance(image, Image.Image) else _Array(image)
 
     def _prepare(self, entry: tuple[int, Any], image: Any) -> torch.Tensor | Exception:
@@ -88,7 +88,7 @@ class Preparation:
             image = image.values if isinstance(image, _Array) else image
             return self.processor(image, return_tensors="pt")["pixel_values"][0]
         except Exception as error:
-            return _failure(_name(*entry), error)
+            return unreadable(_name(*entry), error)
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,6 @@ class _Array:
 
 def _name(index: int, image: Any) -> str:
     return f"at place {index}" if callable(image) or isinstance(image, Image.Image) else str(image)
-
-
-def _failure(name: str, error: Exception) -> ValueError:
-    failure = ValueError(f"Cannot read the image {name[:200]}: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
 
 
 def _joined(indices: list[int], images: list[torch.Tensor | Exception]) -> list[Reading]:

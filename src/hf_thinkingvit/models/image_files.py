@@ -69,6 +69,13 @@ def open_photo(content: bytes) -> Image.Image:
         raise ValueError(f"its {len(content)} bytes are in none of the formats {', '.join(formats)}") from error
 
 
+def unreadable(name: str, error: Exception) -> ValueError:
+    """The error for an image that cannot be read. Decoders raise many types, without the name of the image."""
+    failure = ValueError(f"Cannot read the image {name[:200]}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 def as_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """
     An image as RGB and upright. Grey values of 16 bits (12 in some TIFF files) are scaled to 8 bits.
@@ -96,4 +103,4 @@ def as_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
 
 
-__all__ = ["as_rgb", "open_photo", "read_image"]
+__all__ = ["as_rgb", "open_photo", "read_image", "unreadable"]

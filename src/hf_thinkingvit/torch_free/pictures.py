@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..models.image_files import read_image
+from ..models.image_files import read_image, unreadable
 
 
 URL_SECONDS = 60.0  # to wait for an image from the network
@@ -27,7 +27,7 @@ def prepare_image(processor: BaseImageProcessor, image_size: tuple[int, int], in
     try:
         pixels = processor(read_image(image, timeout=URL_SECONDS), return_tensors="np")["pixel_values"][0]
     except Exception as error:
-        raise ValueError(f"Cannot read the image {name_of(index, image)}: {type(error).__name__}: {error}") from error
+        raise unreadable(name_of(index, image), error) from error
     if pixels.shape[1:] != image_size:
         raise ValueError(
             f"The image {name_of(index, image)} has {pixels.shape[1]}×{pixels.shape[2]} pixels after the folder's "
